@@ -1,0 +1,40 @@
+"""append: write new keys and values into their pages and keep the pages' channel-wise min and max exact."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def append(
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    starts: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_min_max: Tensor | None = None,
+) -> None:
+    """Write K and V of a flattened batch of N tokens into T pages, in place.
+
+    The batch is cut into T *runs*: run t is ``counts[t]`` consecutive tokens, from ``starts[t]`` in the batch, that go to
+    page ``pages[t]`` from offset ``offsets[t]`` on. No page occurs in two runs, except the null page 0, whose content is
+    never read. A decode step has one run of one token per sequence; a prefill chunk one run per page it touches.
+    Keys are stored as ``k + 0.0``, so that -0.0 becomes +0.0 and min/max do not depend on the order of folding.
+
+    Args:
+        k, v: [N, H_kv, d] post-RoPE keys and values, dtype of the cache (float32, float16 or bfloat16).
+        pages: int32 [T] physical page ids.
+        starts: int32 [T] index of the run's first token in the batch.
+        offsets: int32 [T] the run's first slot in its page; a run with offset 0 resets the page's metadata.
+        counts: int32 [T] tokens of the run, 0 <= counts[t] <= page_size - offsets[t]; 0 leaves the page untouched.
+        k_pages, v_pages: [num_pages, H_kv, page_size, d] written in place. Offsets are 64-bit.
+        page_min_max: [num_pages, H_kv, 2, d] channel-wise min (0) and max (1) of the keys that each page holds, dtype of
+            the cache, so exact; None where no method asks for it (Quest, arXiv 2406.10774, section 3.2).
+    """
+    if k.is_cuda:
+        from distributed_sparse.kernels.append_triton import append_triton as impl
+    else:
+        from distributed_sparse.kernels.append_torch import append_torch as impl
+    impl(k, v, pages, starts, offsets, counts, k_pages, v_pages, page_min_max)

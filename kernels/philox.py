@@ -1,0 +1,41 @@
+"""philox: the counter-based random bits of the engine (Philox4x32-10, Salmon et al., SC 2011), the same on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MUL_0, _MUL_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_MASK = 0xFFFFFFFF
+
+
+def philox(key: tuple[Tensor | int, Tensor | int], counter: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]:
+    """Four 32-bit random words for each (key, counter); a pure function, bit for bit ``triton.language.philox``.
+
+    Args:
+        key: two words, counter: four words; each an int or an int64 tensor holding a value in [0, 2^32); broadcast.
+
+    Returns:
+        Four int64 tensors of the broadcast shape, each in [0, 2^32).
+    """
+    k0, k1 = (torch.as_tensor(word) for word in key)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
+    for _ in range(10):
+        high_0, low_0 = _multiply(c0, _MUL_0)
+        high_1, low_1 = _multiply(c2, _MUL_1)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniform(words: Tensor) -> Tensor:
+    """float32 in the open interval (0, 1) from 32-bit words: (top 23 bits + 1/2) / 2^23, so neither 0 nor 1 occurs."""
+    return ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low words of the 64-bit product of a word and a constant, without overflowing int64."""
+    low = a * (b & 0xFFFF)  # < 2^48
+    high = a * (b >> 16) + (low >> 16)  # < 2^49
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
