@@ -1,0 +1,89 @@
+"""Client: one LLM's connection to its Driver. Sends requests, and brings every update to the call that waits for it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import uuid
+from typing import Any, Protocol
+
+from distributed_sparse.driver.client_messages import NewRequest, RequestUpdate
+
+POLL_S = 1.0
+
+
+class Service(Protocol):
+    """A Driver, in this process (`DriverService`) or behind a Ray actor."""
+
+    def submit(self, client_id: str, requests: list[NewRequest]) -> None: ...
+    def abort(self, client_id: str, request_ids: list[str]) -> None: ...
+    def next_outputs(self, client_id: str, cursor: int, timeout: float) -> tuple[int, list[RequestUpdate]] | None: ...
+    def stats(self) -> dict[str, Any]: ...
+    def health(self) -> bool: ...
+    def shutdown(self) -> None: ...
+
+
+class Client:
+    """Owns the thread that receives updates. Calls from several threads at once are fine."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._client_id = uuid.uuid4().hex
+        self._waiting: dict[str, queue.SimpleQueue[RequestUpdate]] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._receiver = threading.Thread(target=self._receive, name="outputs", daemon=True)
+        self._receiver.start()
+
+    def submit(self, requests: list[NewRequest]) -> queue.SimpleQueue[RequestUpdate]:
+        """Send requests; all their updates arrive in the queue, each request's in order, its last one `finished`.
+
+        Raises:
+            ValueError: a request_id that is running already.
+        """
+        updates: queue.SimpleQueue[RequestUpdate] = queue.SimpleQueue()
+        with self._lock:
+            for request in requests:
+                if request.request_id in self._waiting:
+                    raise ValueError(f"request_id={request.request_id!r} is running already; choose another")
+            self._waiting.update((request.request_id, updates) for request in requests)
+        try:
+            self.service.submit(self._client_id, requests)
+        except BaseException:
+            with self._lock:
+                for request in requests:
+                    del self._waiting[request.request_id]
+            raise
+        return updates
+
+    def abort(self, request_ids: list[str]) -> None:
+        """End requests; each still gets its last update. Unknown ids are ignored."""
+        self.service.abort(self._client_id, request_ids)
+
+    def close(self) -> None:
+        """Shut the service down and end what still waits. Idempotent."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self.service.shutdown()
+        if threading.current_thread() is not self._receiver:
+            self._receiver.join()
+
+    def _receive(self) -> None:
+        cursor, reason = 0, "the engine has been shut down"
+        try:
+            while (received := self.service.next_outputs(self._client_id, cursor, POLL_S)) is not None:
+                cursor, updates = received
+                for update in updates:
+                    self._deliver(update)
+        except Exception as error:  # the Driver is gone
+            reason = f"the engine has stopped: {error}"
+        with self._lock:
+            left = list(self._waiting)
+        for request_id in left:
+            self._deliver(RequestUpdate(request_id, finished=True, error=reason, error_kind="engine"))
+
+    def _deliver(self, update: RequestUpdate) -> None:
+        with self._lock:
+            waiting = self._waiting.pop(update.request_id, None) if update.finished else self._waiting.get(update.request_id)
+        if waiting is not None:
+            waiting.put(update)

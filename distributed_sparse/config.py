@@ -1,0 +1,232 @@
+"""EngineConfig: one complete, typed description of an engine; YAML in, early errors out. Imports no torch."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from distributed_sparse.sampling_params import SamplingParams
+from distributed_sparse.validation import check_bool, check_choice, check_float, check_int, check_keys, check_string, shown
+
+if TYPE_CHECKING:
+    from distributed_sparse.selection import SparseConfig
+
+PAGE_SIZES = (16, 32, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything an engine is built from. Checked when it is made; `sparse` is checked by `resolve_sparse`.
+
+    Attributes:
+        model: local checkpoint folder or Hugging Face hub id.
+        tokenizer: the same for the tokenizer; None takes the model's (a checkpoint may have none).
+        tensor_parallel_size: ranks that share the heads.
+        max_model_len: tokens of prompt and output together; None takes the checkpoint's limit.
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: tokens of one step, decode and prefill chunks together.
+        gpu_memory_utilization: share of a GPU's memory for weights, cache and buffers, in (0, 1].
+        kv_cache_memory_bytes: bytes of KV pages and their metadata per rank; None: profiled on a GPU, a default on CPU.
+        dtype: "auto" (the checkpoint's), "float32", "float16" or "bfloat16".
+        device: "auto", "cpu" or "cuda".
+        seed: the engine's seed; requests without one derive theirs from it.
+        load_format: "auto" (safetensors) or "dummy" (random weights).
+        enforce_eager: no CUDA graphs.
+        page_size: tokens per KV page: 16, 32 or 64.
+        distributed_executor_backend: "auto", "ray" or "uni" (one rank in this process).
+        sparse: the selection method and its keys, told apart by `method`; None is the default method.
+        startup_timeout_s: seconds until every rank must be ready.
+        step_timeout_s: seconds until a step must be answered; None: max(5 s, 20 x the p99 of steps of that kind).
+
+    Raises:
+        ValueError: names the key, its value and the remedy.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    load_format: str = "auto"
+    enforce_eager: bool = False
+    page_size: int = 16
+    distributed_executor_backend: str = "auto"
+    sparse: dict[str, Any] | None = field(default=None)
+    startup_timeout_s: float = 600.0
+    step_timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        def put_int(name: str, low: int, remedy: str, high: int | None = None) -> None:
+            put(name, check_int(name, getattr(self, name), low, high, remedy=remedy))
+
+        for name in ("model", "tokenizer"):
+            if isinstance(getattr(self, name), os.PathLike):
+                put(name, os.fspath(getattr(self, name)))
+        check_string("model", self.model, "give a local checkpoint folder or a hub id")
+        if self.tokenizer is not None:
+            check_string("tokenizer", self.tokenizer, "give a folder or a hub id, or leave it out to take the model's")
+
+        put_int("tensor_parallel_size", 1, "give the number of ranks that share the heads, 1 for no sharding")
+        if self.max_model_len is not None:
+            put_int("max_model_len", 2, "leave it out to take the checkpoint's limit")
+        put_int("max_num_seqs", 1, "give the number of sequences that may run at once")
+        put_int("max_num_batched_tokens", 1, "give the number of tokens that one step may hold")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: a step "
+                "could not hold one token of each running sequence; raise the first or lower the second"
+            )
+        utilization = check_float(
+            "gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, low_excluded=True, remedy="0.9 is usual"
+        )
+        put("gpu_memory_utilization", utilization)
+        if self.kv_cache_memory_bytes is not None:
+            put_int("kv_cache_memory_bytes", 1, "give bytes per rank (4 GiB is 4294967296), or leave it out")
+
+        check_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        put_int("seed", 0, "give an unsigned 63-bit number", (1 << 63) - 1)
+        check_choice("load_format", self.load_format, ("auto", "dummy"))
+        check_bool("enforce_eager", self.enforce_eager)
+        put_int("page_size", 1, f"use one of {', '.join(map(str, PAGE_SIZES))}")
+        if self.page_size not in PAGE_SIZES:
+            reason = "is not a power of two" if self.page_size & (self.page_size - 1) else "has no kernel"
+            raise ValueError(f"page_size={self.page_size} {reason}; use one of {', '.join(map(str, PAGE_SIZES))}")
+        check_choice("distributed_executor_backend", self.distributed_executor_backend, ("auto", "ray", "uni"))
+        if self.distributed_executor_backend == "uni" and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"distributed_executor_backend='uni' holds one rank, but tensor_parallel_size={self.tensor_parallel_size}; "
+                "use 'ray' or tensor_parallel_size=1"
+            )
+        if self.sparse is not None:
+            if not isinstance(self.sparse, Mapping):
+                raise ValueError(f"sparse={shown(self.sparse)} must be a mapping; write sparse: {{method: quest, ...}}")
+            put("sparse", dict(self.sparse))
+
+        remedy = "give seconds"
+        put(
+            "startup_timeout_s", check_float("startup_timeout_s", self.startup_timeout_s, 0.0, low_excluded=True, remedy=remedy)
+        )
+        if self.step_timeout_s is not None:
+            remedy = "give seconds, or leave it out for a deadline that follows the measured steps"
+            put("step_timeout_s", check_float("step_timeout_s", self.step_timeout_s, 0.0, low_excluded=True, remedy=remedy))
+
+    def resolve_sparse(self) -> "SparseConfig":
+        """The typed config of the method that `sparse` names; ValueErrors name a wrong key or value.
+
+        Imported here and not at the top, because methods may import torch and this file does not.
+        """
+        from distributed_sparse.selection import resolve_sparse_config
+
+        return resolve_sparse_config(self.sparse)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any], where: str = "engine configuration") -> "EngineConfig":
+        """An EngineConfig of the keys in `given`; `where` names their origin in errors.
+
+        Raises:
+            ValueError: for an unknown key (with the nearest valid one), a missing model, or a wrong value.
+        """
+        check_keys(given, [f.name for f in fields(cls)], where)
+        if "model" not in given:
+            raise ValueError(f"{where}: key 'model' is missing; give a local checkpoint folder or a hub id")
+        return cls(**given)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> "EngineConfig":
+        """The engine's part of a run's YAML (all but its `sampling` section); see `load_run_config`."""
+        return load_run_config(path, overrides)[0]
+
+
+def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> tuple[EngineConfig, SamplingParams]:
+    """Read a run's YAML: the keys of EngineConfig, and a section `sampling` with those of SamplingParams.
+
+    Args:
+        path: the YAML file.
+        overrides: "key=value" texts, later ones win; dots descend ("sparse.token_budget=1024"), values are YAML.
+
+    Raises:
+        ValueError: for a file that cannot be read, an unknown key (with the nearest valid one) or a wrong value.
+    """
+    run = read_yaml(path)
+    for override in overrides:
+        _override(run, override)
+    sampling = run.pop("sampling", None)
+    if sampling is None:
+        sampling = {}
+    if not isinstance(sampling, dict):
+        raise ValueError(f"{path}: sampling={shown(sampling)} must be a mapping; write sampling: {{temperature: 0, ...}}")
+    check_keys(run, [*(f.name for f in fields(EngineConfig)), "sampling"], str(path))
+    try:
+        params = SamplingParams.from_dict(sampling)
+    except ValueError as error:
+        raise ValueError(f"{path}: sampling: {error}") from None
+    return EngineConfig.from_dict(run, str(path)), params
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping that a YAML file holds; a key given twice is refused.
+
+    Raises:
+        ValueError: when the file is absent, is no YAML, or holds something else than a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{os.fspath(path)}: cannot be read ({error}); give the path of a YAML file") from None
+    given = _parse_yaml(text, os.fspath(path))
+    if not isinstance(given, dict):
+        raise ValueError(f"{os.fspath(path)}: holds {type(given).__name__}, not a mapping; write `key: value` lines")
+    return given
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, that reads 1e-2 as a number (YAML 1.1 asks for 1.0e-2) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader: builds plain values only
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: is not valid YAML: {error}") from None
+
+
+def _override(run: dict[str, Any], override: str) -> None:
+    """Set one "a.b=value" in the nested mapping `run`, in place; sections that are absent are made."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"--set {override!r} is not of the form key=value; write for instance sparse.token_budget=1024")
+    section = run
+    for depth, key in enumerate(keys[:-1]):
+        if section.get(key) is None:
+            section[key] = {}
+        if not isinstance(section[key], dict):
+            raise ValueError(f"--set {override!r}: {'.'.join(keys[: depth + 1])} is {shown(section[key])}, not a section")
+        section = section[key]
+    section[keys[-1]] = _parse_yaml(text, f"--set {override}")

@@ -1,0 +1,326 @@
+"""Driver: owns requests and their token history, runs one step at a time, commits it, and only then publishes it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter, defaultdict, deque
+
+from distributed_sparse.config import EngineConfig
+from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate, SampleUpdate
+from distributed_sparse.driver.detokenizer import CompletionText, Detokenizer, StopChecker
+from distributed_sparse.driver.messages import LogprobBlock, ShardReport, StepPlan, StepResult
+from distributed_sparse.driver.pages import PageAllocator, pages_for
+from distributed_sparse.driver.scheduler import Scheduler
+from distributed_sparse.driver.sequence import Request, Sequence
+from distributed_sparse.driver.shard_group import ShardFailure, ShardGroup
+from distributed_sparse.metrics import RequestMetrics
+from distributed_sparse.request_validation import validate_request
+
+STEP_TIMEOUT_FLOOR_S = 5.0
+STEP_TIMEOUT_FACTOR = 20.0
+
+
+class Driver:
+    """A plain class around Scheduler and ShardGroup; one thread at a time may call it.
+
+    `step` sends a plan, waits for every rank, commits the tokens to the history and returns the updates to publish, so a
+    token is never published before it is part of the history that a rebuild would replay.
+    """
+
+    def __init__(self, config: EngineConfig, model: ModelInfo, tokenizer_json: str | None, group: ShardGroup) -> None:
+        self.config = config
+        self.model = model
+        self.group = group
+        self._detokenizer = Detokenizer(tokenizer_json) if tokenizer_json is not None else None
+        self._requests: dict[str, Request] = {}
+        self._counts: Counter[str] = Counter(finished=0, aborted=0, failed=0)
+        self._admitted = 0
+        self._steps = 0
+        self._generation = 0
+        self._reports: list[ShardReport | None] = [None] * config.tensor_parallel_size
+        self._step_s: dict[bool, deque[float]] = {True: deque(maxlen=256), False: deque(maxlen=256)}
+        self._driver_s: deque[float] = deque(maxlen=256)
+        self.failure: str | None = None
+
+    def start(self) -> None:
+        """Start the shards and size the cache.
+
+        Raises:
+            ValueError: the cache cannot hold one sequence of max_model_len.
+            ShardFailure: a shard did not come up.
+        """
+        self.group.start()
+        page_size = self.config.page_size
+        self.allocator = PageAllocator(self.group.num_pages)
+        needed = pages_for(self.model.max_model_len, page_size)
+        if needed > self.allocator.total:
+            have, page_bytes = self.allocator.total * page_size, self.group.page_bytes
+            self.group.stop()
+            raise ValueError(
+                f"the cache holds {have} tokens, less than one sequence of max_model_len={self.model.max_model_len}; "
+                f"lower max_model_len or raise kv_cache_memory_bytes to at least {(needed + 1) * page_bytes} per rank"
+            )
+        self.scheduler = Scheduler(
+            self.allocator,
+            page_size=page_size,
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+        )
+
+    # ---- requests
+
+    def add_request(self, client_id: str, new: NewRequest) -> RequestUpdate | None:
+        """Queue a request; an update that refuses it, alone, if it is wrong."""
+        now = time.monotonic()
+        params = new.params
+        try:
+            if self.failure is not None:
+                return RequestUpdate(new.request_id, finished=True, error=self.failure, error_kind="engine")
+            if new.request_id in self._requests:
+                raise ValueError(f"request_id={new.request_id!r} is running already; choose another")
+            validate_request(
+                new.prompt_token_ids,
+                params,
+                vocab_size=self.model.vocab_size,
+                max_model_len=self.model.max_model_len,
+                max_num_seqs=self.config.max_num_seqs,
+                has_tokenizer=self._detokenizer is not None,
+            )
+            room = self.model.max_model_len - len(new.prompt_token_ids)
+            max_tokens = 0 if new.score else params.max_tokens if params.max_tokens is not None else room
+            request = Request(
+                request_id=new.request_id,
+                client_id=client_id,
+                prompt_token_ids=new.prompt_token_ids,
+                params=params,
+                seed=params.seed if params.seed is not None else derived_seed(self.config.seed, self._admitted),
+                max_tokens=max_tokens,
+                metrics=RequestMetrics(arrival_time=now, num_prompt_tokens=len(new.prompt_token_ids)),
+                stop_token_ids=frozenset(params.stop_token_ids or ())
+                | (frozenset() if params.ignore_eos else frozenset(self.model.eos_token_ids)),
+                deadline=now + params.timeout_s if params.timeout_s is not None else None,
+            )
+            self.scheduler.add(request)
+        except ValueError as error:
+            self._counts["failed"] += 1
+            return RequestUpdate(new.request_id, finished=True, error=str(error), error_kind="invalid")
+        self._admitted += 1
+        self._requests[request.request_id] = request
+        if self._detokenizer is not None and not request.score:
+            for sequence in request.sequences:
+                stream = self._detokenizer.new_stream(request.prompt_token_ids)
+                checker = StopChecker(params.stop, params.include_stop_str_in_output, params.min_tokens)
+                sequence.text = CompletionText(stream, checker)
+        return None
+
+    def abort(self, request_ids: list[str]) -> list[RequestUpdate]:
+        """End requests wherever they are; unknown ids are ignored. Their pages are free for the next plan."""
+        return [self._end(self._requests[request_id]) for request_id in request_ids if request_id in self._requests]
+
+    def _end(self, request: Request, error: str | None = None) -> RequestUpdate:
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self.scheduler.finish(sequence, "abort")
+        update = self._publish(request, request.sequences, {}, [])
+        if error is not None:
+            update.error, update.error_kind = error, "timeout"
+        return update
+
+    def owned_by(self, client_id: str) -> list[str]:
+        """Ids of a client's unfinished requests."""
+        return [request.request_id for request in self._requests.values() if request.client_id == client_id]
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    # ---- steps
+
+    def step(self, profile: bool = False) -> dict[str, list[RequestUpdate]]:
+        """Run one step to its end; the updates of every request that it touched, by client."""
+        started = time.monotonic()
+        updates: dict[str, list[RequestUpdate]] = defaultdict(list)
+        for request in [r for r in self._requests.values() if r.deadline is not None and r.deadline < started]:
+            error = f"timeout_s={request.params.timeout_s} has passed; raise it, or expect fewer tokens"
+            updates[request.client_id].append(self._end(request, error))
+        plan = self.scheduler.schedule(self._steps, self._generation)
+        plan.profile = profile
+        self._mark_scheduled(plan, started)
+        sent = time.monotonic()
+        results = self._execute(plan)
+        received = time.monotonic()
+        self._commit(plan, results[0], received, updates)
+        self._step_s[bool(plan.prefill)].append(received - sent)
+        self._driver_s.append(sent - started + time.monotonic() - received)
+        return updates
+
+    def _execute(self, plan: StepPlan) -> list[StepResult]:
+        self.group.send(plan)
+        results = self.group.collect(self._step_timeout(bool(plan.prefill)))
+        self._steps += 1
+        for result in results:
+            if result.report is not None:
+                self._reports[result.rank] = result.report
+        return results
+
+    def _step_timeout(self, prefill: bool) -> float:
+        """max(5 s, 20 x p99 of the steps of that kind); until some have been seen, the start-up deadline."""
+        if self.config.step_timeout_s is not None:
+            return self.config.step_timeout_s
+        seen = sorted(self._step_s[prefill])
+        if len(seen) < 8:
+            return self.config.startup_timeout_s
+        return max(STEP_TIMEOUT_FLOOR_S, STEP_TIMEOUT_FACTOR * seen[int(0.99 * (len(seen) - 1))])
+
+    def _mark_scheduled(self, plan: StepPlan, now: float) -> None:
+        if not plan.setups:
+            return
+        for request in self.scheduler.running:
+            if request.metrics.first_scheduled_time is None:
+                request.metrics.first_scheduled_time = now
+
+    def _commit(self, plan: StepPlan, result: StepResult, now: float, updates: dict[str, list[RequestUpdate]]) -> None:
+        """Take a step's tokens into the history, then add to `updates` what they mean for each request."""
+        prompt_blocks: dict[Request, list[LogprobBlock]] = defaultdict(list)
+        for block in result.prompt_logprobs:
+            prompt_blocks[self.scheduler.sequence_at(block.slot).request].append(block)
+        touched: dict[Request, list[Sequence]] = {request: [] for request in prompt_blocks}
+        blocks: dict[Sequence, LogprobBlock] = {}
+        for position, (sequence, token) in enumerate(self.scheduler.commit(plan, result.tokens)):
+            touched.setdefault(sequence.request, []).append(sequence)
+            if token is None:
+                self.scheduler.finish(sequence, "length")
+                continue
+            block = result.logprobs[position] if result.logprobs else None
+            if block is not None:
+                blocks[sequence] = block
+            self._take_token(sequence, token, now)
+        for request, sequences in touched.items():
+            updates[request.client_id].append(self._publish(request, sequences, blocks, prompt_blocks[request]))
+
+    def _take_token(self, sequence: Sequence, token: int, now: float) -> None:
+        """Text, stop conditions and times of one new token."""
+        request = sequence.request
+        params, metrics, count = request.params, request.metrics, len(sequence.output_token_ids)
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+        metrics.num_output_tokens = max(metrics.num_output_tokens, count)
+        stop_string = sequence.text.append(token) if sequence.text is not None else None
+        if token in request.stop_token_ids and count > params.min_tokens:
+            self.scheduler.finish(sequence, "stop", token if token in params.stop_token_ids else None)
+        elif stop_string is not None:
+            self.scheduler.finish(sequence, "stop", stop_string)
+        elif count == request.max_tokens:
+            self.scheduler.finish(sequence, "length")
+
+    # ---- publishing
+
+    def _publish(
+        self,
+        request: Request,
+        sequences: list[Sequence],
+        blocks: dict[Sequence, LogprobBlock],
+        prompt_blocks: list[LogprobBlock],
+    ) -> RequestUpdate:
+        """The update that says what this commit added to a request."""
+        update = RequestUpdate(request.request_id, prompt_logprobs=prompt_blocks)
+        if not request.score:
+            update.samples = [self._sample_update(sequence, blocks.get(sequence)) for sequence in sequences]
+        if request.finished:
+            request.metrics.finished_time = time.monotonic()
+            update.finished, update.metrics = True, request.metrics
+            aborted = any(sequence.finish_reason == "abort" for sequence in request.sequences)
+            self._counts["aborted" if aborted else "finished"] += 1
+            del self._requests[request.request_id]
+        return update
+
+    @staticmethod
+    def _sample_update(sequence: Sequence, block: LogprobBlock | None) -> SampleUpdate:
+        new_tokens = sequence.output_token_ids[sequence.published_tokens :]
+        sequence.published_tokens = len(sequence.output_token_ids)
+        if sequence.text is not None and sequence.finish_reason is not None:
+            stop_string = sequence.text.finish()
+            if stop_string is not None:
+                sequence.finish_reason, sequence.stop_reason = "stop", stop_string
+        return SampleUpdate(
+            index=sequence.index,
+            token_ids=new_tokens,
+            text=sequence.text.take_delta() if sequence.text is not None else "",
+            logprobs=[block] if block is not None else [],
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+        )
+
+    def fail_all(self, failure: ShardFailure) -> dict[str, list[RequestUpdate]]:
+        """The shards are gone: end every request with the reason. The tokens so far have been published."""
+        self.failure = f"the engine has stopped: {failure.cause}"
+        updates: dict[str, list[RequestUpdate]] = defaultdict(list)
+        for request in self._requests.values():
+            request.metrics.finished_time = time.monotonic()
+            updates[request.client_id].append(
+                RequestUpdate(
+                    request.request_id, finished=True, error=self.failure, error_kind="engine", metrics=request.metrics
+                )
+            )
+        self._counts["failed"] += len(self._requests)
+        self._requests.clear()
+        return updates
+
+    # ---- reports
+
+    def stats(self) -> dict:
+        """The engine's counters (names in the README). Asks the shards for theirs with an empty step."""
+        if self.failure is None:
+            self._execute(StepPlan(step=self._steps, generation=self._generation, report=True))
+        reports = [report for report in self._reports if report is not None]
+        running = len(self.scheduler.running)
+        return {
+            "steps": self._steps,
+            "generation": self._generation,
+            "recoveries": 0,
+            "requests": {"running": running, "waiting": len(self.scheduler.waiting), **self._counts},
+            "pages": {"total": self.allocator.total, "used": self.allocator.used, "reserved": self.allocator.reserved},
+            "ranks": [rank.as_dict() for rank in self.group.ranks],
+            "attention": attention_stats(reports),
+            "all_reduce": {
+                "calls": reports[0].all_reduce_calls if reports else 0,
+                "bytes": reports[0].all_reduce_bytes if reports else 0,
+            },
+            "time_ms": self._times(reports),
+        }
+
+    def _times(self, reports: list[ShardReport]) -> dict[str, float]:
+        steps = [*self._step_s[True], *self._step_s[False]]
+        times = {
+            "step_p50": statistics.median(steps) * 1e3 if steps else 0.0,
+            "driver_p50": statistics.median(self._driver_s) * 1e3 if self._driver_s else 0.0,
+        }
+        return times | (reports[0].time_ms if reports else {})
+
+    def check(self) -> None:
+        """One empty step through every rank; raises ShardFailure if one does not answer."""
+        self._execute(StepPlan(step=self._steps, generation=self._generation))
+
+
+def derived_seed(engine_seed: int, arrival: int) -> int:
+    """The seed of a request that brings none: from the engine's seed and the arrival number (splitmix64's mixing)."""
+    z = (engine_seed * 0x9E3779B97F4A7C15 + (arrival + 1) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (z ^ (z >> 31)) >> 1  # 63 bits: fits an int64
+
+
+def attention_stats(reports: list[ShardReport]) -> dict:
+    """Counters of all ranks as one: density is [layer][global KV head], tokens attended over tokens in context."""
+    density: list[list[float]] = []
+    if reports and reports[0].tokens_in_context:
+        context = reports[0].tokens_in_context
+        for layer in range(len(reports[0].tokens_attended)):
+            density.append([tokens / context for report in reports for tokens in report.tokens_attended[layer]])
+    return {
+        "rows_dense": sum(report.rows_dense for report in reports),
+        "rows_sparse": sum(report.rows_sparse for report in reports),
+        "density": density,
+        "bytes_read": sum(report.bytes_read for report in reports),
+    }

@@ -1,0 +1,96 @@
+"""InProcessGroup: one rank in the Driver's own process, without Ray and without a socket."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import traceback
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from distributed_sparse.driver.messages import Hello, StepPlan, StepResult
+from distributed_sparse.driver.shard_group import RankInfo, ShardFailure, ShardGroup
+
+if TYPE_CHECKING:
+    from distributed_sparse.config import EngineConfig
+    from distributed_sparse.shard.serve import ShardFactory, ShardLife
+
+T = TypeVar("T")
+
+
+class InProcessGroup(ShardGroup):
+    """The same verbs as any group; the step runs inside `collect`, so its timeout cannot be kept here.
+
+    Args:
+        config: the engine's; `tensor_parallel_size` must be 1.
+        shard_factory: makes the shard; None: `Shard` itself.
+    """
+
+    def __init__(self, config: EngineConfig, shard_factory: ShardFactory | None = None) -> None:
+        if config.tensor_parallel_size != 1:
+            raise ValueError(
+                f"tensor_parallel_size={config.tensor_parallel_size} needs one process per rank; "
+                "use distributed_executor_backend='ray' (or 'auto')"
+            )
+        super().__init__(world_size=1)
+        self._config = config
+        self._shard_factory = shard_factory
+        self._shard: ShardLife | None = None
+        self._plans: deque[StepPlan] = deque()
+        self._failure: ShardFailure | None = None
+
+    def start(self) -> list[RankInfo]:
+        from distributed_sparse.shard.collectives import Collectives
+        from distributed_sparse.shard.serve import make_shard
+
+        hostname = socket.gethostname()
+        hello = Hello(0, self.generation, hostname, hostname, os.getpid(), {}, "")
+        try:
+            self._shard = make_shard(self._config, 0, 1, Collectives(), self._shard_factory)
+            loaded = self._shard.load()
+            ready = self._shard.allocate(loaded.max_pages)
+        except ValueError:
+            self.stop()
+            raise  # the user's to mend, and said in the shard's own words
+        except Exception as error:
+            self.stop()
+            raise self._failed("could not start", error) from error
+        self.ranks = [RankInfo.of(hello, loaded, ready)]
+        return self.ranks
+
+    def send(self, plan: StepPlan) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._plans.append(plan)
+
+    def collect(self, timeout: float = math.inf) -> list[StepResult]:
+        if self._failure is not None:
+            raise self._failure
+        plan = self._plans.popleft()
+        return [self._guarded(f"failed in step {plan.step}", lambda shard: shard.step(plan))]
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        shard, self._shard = self._shard, None
+        self._plans.clear()
+        if shard is not None:
+            shard.close()
+
+    def _guarded(self, what: str, act: Callable[[ShardLife], T]) -> T:
+        if self._shard is None:
+            raise ShardFailure((0,), "the engine has been stopped")
+        try:
+            return act(self._shard)
+        except Exception as error:
+            self._failure = self._failed(what, error)
+            raise self._failure from error
+
+    @staticmethod
+    def _failed(what: str, error: Exception) -> ShardFailure:
+        text = "".join(traceback.format_exception(error))
+        return ShardFailure((0,), f"rank 0 (this process) {what}: {type(error).__name__}: {error}", text)

@@ -1,0 +1,195 @@
+"""The only messages that cross between the Driver and a shard: msgspec structs in msgpack, deltas only.
+
+Start-up: shard `Hello` -> driver checks it -> shard `Loaded` -> driver `AllocateCache` -> shard `Ready`.
+Then one `StepPlan` down and one `StepResult` up per step, until `Stop`, or `Failed`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Message(msgspec.Struct, tag=True, array_like=True):
+    """A message; its class name travels with it."""
+
+
+class Part(msgspec.Struct, array_like=True):
+    """A piece of a message."""
+
+
+# ---- driver -> shard ------------------------------------------------------------------------------------------------
+
+
+class SlotSetup(Part):
+    """A slot of the batch is given to a new sequence: whatever it held before is forgotten. Filled by the Scheduler."""
+
+    slot: int
+    prefill_length: int
+    """Prompt tokens that are prefilled at once in effect: what length-dependent rope types count as the length."""
+    seed: int
+    sample_index: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    logprobs: int | None
+    """Log-probabilities of so many best tokens beside each sampled one (None: none at all)."""
+    suppressed: list[int]
+    """Token ids (EOS, stop_token_ids) that may not be sampled at positions below `suppress_until`."""
+    suppress_until: int
+
+
+class DecodeRow(Part):
+    """One token of a sequence through the decode path, where the sparse method applies."""
+
+    slot: int
+    position: int
+    token: int | None
+    """None: the token that the shard itself sampled last for this slot."""
+    samples: list[int]
+    """Slots that sample their next token from this row's logits: none while a prompt's last tokens are decoded."""
+    target: int | None = None
+    """The known next token, whose log-probability is wanted (prompt_logprobs)."""
+    prompt_logprobs: int = 0
+    """With `target`: so many best tokens beside it; -1: the whole vocabulary."""
+
+
+class PrefillChunk(Part):
+    """Consecutive prompt tokens of one sequence, attended densely."""
+
+    slot: int
+    start: int
+    tokens: list[int]
+    samples: list[int]
+    """Slots that sample from the last token's logits: non-empty only where the chunk ends the prompt."""
+    targets: list[int] | None = None
+    """The tokens that follow each of `tokens`, as far as they are known (prompt_logprobs)."""
+    prompt_logprobs: int = 0
+
+
+class StepPlan(Message):
+    """One step: what changed since the last one, and which tokens run. Applied in the order of the fields."""
+
+    step: int
+    generation: int
+    setups: list[SlotSetup] = []
+    new_pages: list[tuple[int, list[int]]] = []
+    """(slot, page ids appended to its page table)."""
+    page_copies: list[tuple[int, int]] = []
+    """(from, to): the whole page with its metadata, in every layer."""
+    decode: list[DecodeRow] = []
+    prefill: list[PrefillChunk] = []
+    report: bool = False
+    """Answer with a `ShardReport`."""
+    profile: bool = False
+    """Take the times of select, attend and all-reduce in this step (synchronises the device)."""
+
+
+class AllocateCache(Message):
+    """The number of pages that every rank has room for (page 0, the null page, included)."""
+
+    num_pages: int
+
+
+class Stop(Message):
+    """End run() in good order."""
+
+
+# ---- shard -> driver ------------------------------------------------------------------------------------------------
+
+
+class Hello(Message):
+    """First word of a shard. Ranks with unequal versions or weights are refused by name."""
+
+    rank: int
+    generation: int
+    node_id: str
+    hostname: str
+    pid: int
+    versions: dict[str, str]
+    weights_fingerprint: str
+
+
+class Loaded(Message):
+    """The weights are in place."""
+
+    rank: int
+    device: str
+    kv_heads: tuple[int, int]
+    """This rank's KV heads: first, and one past the last."""
+    weight_bytes: int
+    page_bytes: int
+    """Bytes of one page over all layers of this rank: K, V and metadata."""
+    max_pages: int
+    """Pages that fit into this rank's memory."""
+
+
+class Ready(Message):
+    """The cache is allocated, warm-up is done; a StepPlan may come."""
+
+    rank: int
+    cache_bytes: int
+    metadata_bytes: int
+
+
+class LogprobBlock(Part):
+    """Log-probabilities for consecutive positions of one slot, as little-endian arrays: numpy.frombuffer reads them."""
+
+    slot: int
+    position: int
+    """Position of the predicted token of the first row."""
+    rows: int
+    width: int
+    token_ids: bytes
+    """int32 [rows, width]: the sampled or target token, then the best ones; empty where the row is the whole vocabulary."""
+    logprobs: bytes
+    """float32 [rows, width]."""
+    ranks: bytes
+    """int32 [rows]: 1-based rank of the sampled or target token among all."""
+
+
+class ShardReport(Part):
+    """What this rank has counted since it started."""
+
+    rows_dense: int
+    rows_sparse: int
+    tokens_attended: list[list[int]]
+    """[layer][local KV head], over all decode rows."""
+    tokens_in_context: int
+    """What each of them would have attended if dense."""
+    bytes_read: int
+    """Cache bytes that decode attention and selection read: K, V of attended tokens and the metadata scored."""
+    all_reduce_calls: int
+    all_reduce_bytes: int
+    time_ms: dict[str, float]
+    """Seconds spent in profile steps, in ms per step: select, attend, all_reduce."""
+
+
+class StepResult(Message):
+    """What a rank did. Only rank 0 fills tokens and log-probabilities; the others acknowledge."""
+
+    step: int
+    rank: int
+    tokens: list[int] = []
+    """One per entry of every `samples` list: decode rows in order, then prefill chunks in order."""
+    logprobs: list[LogprobBlock | None] = []
+    """Beside each of `tokens` (empty if no slot wants any)."""
+    prompt_logprobs: list[LogprobBlock] = []
+    step_ms: float = 0.0
+    report: ShardReport | None = None
+
+
+class Failed(Message):
+    """This rank cannot go on; `error` is for the user, with the traceback behind it."""
+
+    rank: int
+    error: str
+    traceback: str = ""
+
+
+ToShard = StepPlan | AllocateCache | Stop
+FromShard = Hello | Loaded | Ready | StepResult | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_shard = msgspec.msgpack.Decoder(ToShard).decode
+decode_from_shard = msgspec.msgpack.Decoder(FromShard).decode

@@ -1,0 +1,62 @@
+"""PageAllocator: who holds which page of the KV cache. One for all ranks: they hold the same tokens at the same page ids."""
+
+from __future__ import annotations
+
+
+def pages_for(num_tokens: int, page_size: int) -> int:
+    """Pages that hold `num_tokens` tokens."""
+    return -(-num_tokens // page_size)
+
+
+class PageAllocator:
+    """Refcounted pages 1..num_pages-1, and reservations against them. Page 0, the null page of padded rows, is never given.
+
+    A request reserves, when it is admitted, every page that it can ever need; pages are then taken one by one as its
+    tokens arrive. So `take` cannot fail for an admitted request, and a running request never has to be thrown out.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        if num_pages < 2:
+            raise ValueError(f"num_pages={num_pages} leaves no page beside the null page; raise kv_cache_memory_bytes")
+        self.total = num_pages - 1
+        self.reserved = 0
+        self._free = list(range(num_pages - 1, 0, -1))
+        self._references = [0] * num_pages
+
+    @property
+    def used(self) -> int:
+        """Pages held by at least one sequence."""
+        return self.total - len(self._free)
+
+    def reserve(self, count: int) -> bool:
+        """Set `count` pages aside; False, and nothing changes, if they are not there."""
+        if self.reserved + count > self.total:
+            return False
+        self.reserved += count
+        return True
+
+    def unreserve(self, count: int) -> None:
+        assert 0 <= count <= self.reserved, f"unreserve({count}) with {self.reserved} reserved"
+        self.reserved -= count
+
+    def take(self, count: int) -> list[int]:
+        """Give out `count` pages, each with one reference."""
+        assert count <= len(self._free), f"take({count}) with {len(self._free)} free: a page was taken without a reservation"
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def share(self, pages: list[int]) -> None:
+        """Add a reference to each of `pages`."""
+        for page in pages:
+            assert self._references[page] > 0, f"page {page} is shared but nobody holds it"
+            self._references[page] += 1
+
+    def release(self, pages: list[int]) -> None:
+        """Drop a reference of each of `pages`; a page that nobody holds is free again."""
+        for page in pages:
+            assert self._references[page] > 0, f"page {page} is released twice"
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free.append(page)

@@ -1,0 +1,355 @@
+"""RemoteShardGroup: ranks in processes of their own, reached over authenticated sockets; who makes the processes is open."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import secrets
+import selectors
+import socket
+import time
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from distributed_sparse.driver import messages
+from distributed_sparse.driver.channel import Channel, ChannelClosed, ChannelTimeout, Listener, address_family
+from distributed_sparse.driver.messages import AllocateCache, Failed, Hello, Loaded, Ready, StepPlan, StepResult, Stop
+from distributed_sparse.driver.shard_group import RankInfo, ShardFailure, ShardGroup
+
+if TYPE_CHECKING:
+    from distributed_sparse.config import EngineConfig
+    from distributed_sparse.shard.serve import ShardFactory
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=messages.Message)
+
+POLL_S = 0.1
+"""How often processes are looked at while sockets are silent."""
+ROOT_CAUSE_S = 0.25
+"""After a first failure: how long to listen for others, since the rank that caused it may not be the first to tell."""
+STOP_GRACE_S = 2.0
+"""How long a healthy shard has to end by itself."""
+
+
+class RemoteShardGroup(ShardGroup):
+    """Owns the ranks' channels, the port they connect to, and the store at which they meet; all gone after `stop`.
+
+    Args:
+        config: the engine's; `startup_timeout_s` bounds `start`.
+        host: the address that the Driver listens on, reachable from every rank.
+        generation: see `ShardGroup`.
+        shard_factory: makes each rank's shard; None: `Shard` itself.
+    """
+
+    def __init__(self, config: EngineConfig, host: str, generation: int = 0, shard_factory: ShardFactory | None = None) -> None:
+        super().__init__(config.tensor_parallel_size, generation)
+        self.config = config
+        self.host = host
+        self.shard_factory = shard_factory
+        self.secret = secrets.token_bytes(32)
+        self._listener: Listener | None = None
+        self._store: Any = None  # torch's TCPStore; its port closes with the last reference
+        self._strangers: list[Channel] = []  # accepted, but their hello has not come
+        self._channels: dict[int, Channel] = {}
+        self._hellos: dict[int, Hello] = {}
+        self._inbox: list[deque[messages.Message]] = [deque() for _ in range(self.world_size)]
+        self._selector = selectors.DefaultSelector()
+        self._registered: dict[int, int] = {}  # descriptors by rank: a channel that has closed no longer knows its own
+        self._plans: deque[int] = deque()  # steps sent and not collected
+        self._failure: ShardFailure | None = None
+        self._news: dict[int, str | Failed] = {}  # what is known of each rank that failed
+        self._stopped = False
+
+    # ---- what a kind of process must say
+
+    @abstractmethod
+    def _spawn(self, address: tuple[str, int], store_address: tuple[str, int], deadline: float) -> None:
+        """Begin `run_shard` once for each rank, with these addresses; returns before the shards are up.
+
+        Raises:
+            ValueError: they cannot be placed.
+            ShardFailure: a process could not be made before `deadline` (`time.monotonic`).
+        """
+
+    @abstractmethod
+    def _dead_ranks(self) -> dict[int, str]:
+        """Ranks whose run has ended, each with the reason; must not wait."""
+
+    @abstractmethod
+    def _kill(self, grace: float) -> None:
+        """Give the processes `grace` seconds to end, kill those that have not, and give back all that `_spawn` took."""
+
+    # ---- the verbs
+
+    def start(self) -> list[RankInfo]:
+        deadline = time.monotonic() + self.config.startup_timeout_s
+        try:
+            self._listener = Listener(self.host, self.secret)
+            # bound here, so that its port is known, and closed to other networks, before torch is imported
+            store_socket = socket.create_server((self.host, 0), family=address_family(self.host))
+            store_address = store_socket.getsockname()[:2]
+            try:
+                self._spawn(self._listener.address, store_address, deadline)
+                self._store = open_store(self.host, store_socket)
+            finally:
+                store_socket.close()
+            self._gather(Hello, deadline, "connect")
+            refuse_unequal(self._hellos)
+            loaded = self._gather(Loaded, deadline, "load its weights")
+            num_pages = min(message.max_pages for message in loaded)
+            self._send_all(messages.encode(AllocateCache(num_pages)))
+            ready = self._gather(Ready, deadline, "allocate its cache and warm up")
+        except ShardFailure as failure:
+            self.stop()
+            refusal = refusal_of(failure, self._news, self.world_size, self._hellos)
+            raise refusal if refusal is not None else failure from None
+        except BaseException:
+            self.stop()
+            raise
+        self._listener.close()
+        self.ranks = [RankInfo.of(self._hellos[rank], loaded[rank], ready[rank]) for rank in range(self.world_size)]
+        return self.ranks
+
+    def send(self, plan: StepPlan) -> None:
+        self._raise_failure()
+        self._send_all(messages.encode(plan))
+        self._plans.append(plan.step)
+
+    def collect(self, timeout: float = math.inf) -> list[StepResult]:
+        self._raise_failure()
+        step = self._plans.popleft()
+        results = self._gather(StepResult, time.monotonic() + timeout, f"answer step {step} within {timeout:g} s")
+        for rank, result in enumerate(results):
+            if (result.step, result.rank) != (step, rank):
+                raise self._fail({rank: f"answered step {result.step} as rank {result.rank} when step {step} was due"})
+        return results
+
+    def check(self) -> None:
+        self._raise_failure()
+        if not all(self._inbox):
+            self._read(0.0)
+        dead = self._dead_ranks()
+        if dead:
+            raise self._fail(dead)
+
+    def stop(self) -> None:
+        if self._stopped:
+            return
+        self._stopped = True
+        healthy = self._failure is None and bool(self.ranks)
+        for channel in [*self._channels.values(), *self._strangers]:
+            with contextlib.suppress(OSError):  # it may have gone already
+                channel.send(Stop())
+        if self._listener is not None:
+            self._listener.close()
+        if not healthy:
+            self._close_channels()  # end of file ends those that can still listen
+        self._kill(STOP_GRACE_S if healthy else ROOT_CAUSE_S)
+        self._close_channels()
+        self._selector.close()
+        self._store = None
+        self._failure = self._failure or ShardFailure((), "the shards have been stopped")
+
+    # ---- messages
+
+    def _send_all(self, frame: bytes) -> None:
+        lost = {}
+        for rank, channel in self._channels.items():
+            try:
+                channel.send_bytes(frame)
+            except OSError as error:
+                lost[rank] = str(error)
+        if lost:
+            raise self._fail(lost)
+
+    def _gather(self, kind: type[M], deadline: float, task: str) -> list[M]:
+        """The next message of every rank, each of which must be a `kind`; `task`: what a rank did not do in time."""
+        while not all(self._inbox):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                missing = [rank for rank in range(self.world_size) if not self._inbox[rank]]
+                raise self._fail({rank: f"did not {task}" for rank in missing}, hung=True)
+            if not self._read(min(POLL_S, remaining)):
+                dead = {rank: why for rank, why in self._dead_ranks().items() if not self._inbox[rank]}
+                if dead:
+                    raise self._fail(dead)
+        taken = [inbox.popleft() for inbox in self._inbox]
+        wrong = {rank: f"sent {type(m).__name__}, not {kind.__name__}" for rank, m in enumerate(taken) if type(m) is not kind}
+        if wrong:
+            raise self._fail(wrong)
+        return taken  # type: ignore[return-value]
+
+    def _read(self, timeout: float) -> bool:
+        """Take in what the sockets hold, waiting at most `timeout` for the first of it; whether there was anything."""
+        if len(self._channels) < self.world_size:
+            return self._greet(timeout)
+        return self._take_in(timeout)
+
+    def _greet(self, timeout: float) -> bool:
+        """While ranks are still to come: new connections, their hellos, and news of those that came."""
+        assert self._listener is not None
+        channel = self._listener.accept(timeout)
+        if channel is not None:
+            self._strangers.append(channel)
+        heard = self._take_in(0.0)
+        for stranger in list(self._strangers):
+            heard |= self._hear_hello(stranger)
+        return heard or channel is not None
+
+    def _hear_hello(self, stranger: Channel) -> bool:
+        try:
+            message = stranger.receive(0.0)
+        except ChannelTimeout:
+            return False
+        except ChannelClosed:
+            self._strangers.remove(stranger)  # if it was a shard of ours, its process tells why
+            return True
+        self._strangers.remove(stranger)
+        rank = getattr(message, "rank", -1)
+        generation = getattr(message, "generation", self.generation)
+        if not isinstance(message, Hello | Failed) or not 0 <= rank < self.world_size or generation != self.generation:
+            logger.warning("turned away a shard that said %s rank %s, generation %s", type(message).__name__, rank, generation)
+            stranger.close()
+        elif isinstance(message, Failed):
+            stranger.close()
+            raise self._fail({rank: message})
+        elif rank in self._channels:
+            stranger.close()
+            raise self._fail({rank: f"introduced itself twice, the second time as process {message.pid}"})
+        else:
+            self._channels[rank] = stranger
+            self._hellos[rank] = message
+            self._inbox[rank].append(message)
+            self._registered[rank] = stranger.fileno()
+            self._selector.register(stranger.fileno(), selectors.EVENT_READ, rank)
+        return True
+
+    def _take_in(self, timeout: float) -> bool:
+        """One message of each rank that has sent some; raises the failure if a rank has failed or gone."""
+        ready = self._selector.select(timeout) if self._channels else []
+        news: dict[int, str | Failed] = {}
+        for key, _ in ready:
+            self._receive(key.data, news)
+        if news:
+            raise self._fail(news)
+        return bool(ready)
+
+    def _receive(self, rank: int, news: dict[int, str | Failed]) -> None:
+        try:
+            message = self._channels[rank].receive(POLL_S)
+        except (ChannelClosed, ChannelTimeout) as error:
+            news.setdefault(rank, str(error))
+            return
+        if isinstance(message, Failed):
+            news[rank] = message
+        else:
+            self._inbox[rank].append(message)
+
+    # ---- failures
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _fail(self, news: Mapping[int, str | Failed], hung: bool = False) -> ShardFailure:
+        """The failure to raise: waits a moment for other ranks' news, then names the ranks at the root of it."""
+        self._news = dict(news)
+        if not hung:
+            self._listen_for_more(self._news)
+        self._failure = describe(self._news, self._hellos)
+        return self._failure
+
+    def _listen_for_more(self, news: dict[int, str | Failed]) -> None:
+        deadline = time.monotonic() + ROOT_CAUSE_S
+        silent = dict(self._channels)
+        while True:
+            for rank, channel in list(silent.items()):
+                if channel.closed or isinstance(news.get(rank), Failed):
+                    del silent[rank]  # nothing more will come from it
+                    self._selector.unregister(self._registered.pop(rank))
+            remaining = deadline - time.monotonic()
+            if not silent or remaining <= 0:
+                break
+            for key, _ in self._selector.select(min(POLL_S, remaining)):
+                self._receive(key.data, news)
+        for rank, why in self._dead_ranks().items():
+            if not isinstance(news.get(rank), Failed):
+                news[rank] = why  # the end of a process says more than the end of its socket
+
+    def _close_channels(self) -> None:
+        for channel in [*self._channels.values(), *self._strangers]:
+            channel.close()
+
+
+def describe(news: Mapping[int, str | Failed], hellos: dict[int, Hello]) -> ShardFailure:
+    """One failure out of what is known of each rank that has failed.
+
+    A rank that only saw a collective break off has not caused anything as long as another rank has.
+    """
+
+    def consequence(what: str | Failed) -> bool:
+        return isinstance(what, Failed) and what.error.startswith("CollectiveError")
+
+    root = {rank: what for rank, what in sorted(news.items()) if not consequence(what)} or dict(sorted(news.items()))
+    texts, traceback = [], ""
+    for rank, what in root.items():
+        if isinstance(what, Failed):
+            traceback = traceback or what.traceback
+            texts.append(f"{place(rank, hellos)} failed: {what.error}")
+        else:
+            texts.append(f"{place(rank, hellos)} {what}")
+    return ShardFailure(tuple(root), "; ".join(texts), traceback)
+
+
+def refusal_of(
+    failure: ShardFailure, news: Mapping[int, str | Failed], world_size: int, hellos: dict[int, Hello]
+) -> ValueError | None:
+    """Where shards refused to start with ValueErrors, which the user can mend: the first of them as one."""
+    prefix = "ValueError: "
+    errors = {rank: what.error for rank in failure.ranks if isinstance(what := news.get(rank), Failed)}
+    if not errors or len(errors) < len(failure.ranks) or not all(error.startswith(prefix) for error in errors.values()):
+        return None
+    rank, error = next(iter(errors.items()))
+    text = error.removeprefix(prefix)
+    everyone = len(errors) == world_size and len(set(errors.values())) == 1
+    return ValueError(text if everyone else f"{place(rank, hellos)}: {text}")
+
+
+def place(rank: int, hellos: dict[int, Hello]) -> str:
+    """A rank, its node and its process, for the user."""
+    hello = hellos.get(rank)
+    return f"rank {rank} (node {hello.node_id}, host {hello.hostname}, pid {hello.pid})" if hello else f"rank {rank}"
+
+
+def refuse_unequal(hellos: dict[int, Hello]) -> None:
+    """Ranks must run the same versions on the same weights.
+
+    Raises:
+        ValueError: names two ranks that differ, and both values.
+    """
+    first = hellos[0]
+    for rank, hello in sorted(hellos.items()):
+        for name in sorted(first.versions.keys() | hello.versions.keys()):
+            mine, other = first.versions.get(name, "not installed"), hello.versions.get(name, "not installed")
+            if mine != other:
+                raise ValueError(
+                    f"{place(0, hellos)} has {name} {mine}, but {place(rank, hellos)} has {name} {other}; "
+                    f"install the same {name} on every node"
+                )
+        if hello.weights_fingerprint != first.weights_fingerprint:
+            raise ValueError(
+                f"{place(0, hellos)} and {place(rank, hellos)} hold different weights (fingerprints "
+                f"{first.weights_fingerprint[:12]} and {hello.weights_fingerprint[:12]}); put the same checkpoint on every node"
+            )
+
+
+def open_store(host: str, listening: socket.socket) -> Any:
+    """torch's TCPStore on a socket that listens already; the store lives here, so it survives every shard."""
+    import torch.distributed as dist
+
+    port = listening.getsockname()[1]
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())

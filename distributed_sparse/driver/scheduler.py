@@ -1,0 +1,228 @@
+"""Scheduler: which sequences run in the next step, with which tokens and pages. Pure Python, no torch, no clock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, SlotSetup, StepPlan
+from distributed_sparse.driver.pages import PageAllocator, pages_for
+from distributed_sparse.driver.sequence import Request, Sequence
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, first come first served.
+
+    Verbs: `add` a request, `schedule` a step, `commit` its tokens, `finish` a sequence. One token budget per step: every
+    running sequence decodes one token; what is left goes to prompt chunks, oldest request first. A request is admitted
+    when it gets a slot per sample and can reserve its pages for prompt + max_tokens, so it is never thrown out again.
+    """
+
+    def __init__(self, allocator: PageAllocator, *, page_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.allocator = allocator
+        self.page_size = page_size
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._by_slot: dict[int, Sequence] = {}
+        self._new_pages: list[tuple[int, list[int]]] = []
+        self._page_copies: list[tuple[int, int]] = []
+
+    # ---- add
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: it could never run: its reservation exceeds the whole cache.
+        """
+        needed = sum(self._reservation(request))
+        if needed > self.allocator.total:
+            raise ValueError(
+                f"the request needs {needed} pages of {self.page_size} tokens (prompt of {len(request.prompt_token_ids)} tokens, "
+                f"max_tokens={request.max_tokens}, n={request.num_samples}) but the cache has {self.allocator.total}; "
+                "lower max_tokens or n, or raise kv_cache_memory_bytes"
+            )
+        request.sequences = [Sequence(request, index) for index in range(request.num_samples)]
+        self.waiting.append(request)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    # ---- schedule
+
+    def schedule(self, step: int, generation: int) -> StepPlan:
+        """The next step's plan. Page ids and slots that it names are held by their sequences from here on."""
+        plan = StepPlan(step=step, generation=generation)
+        budget = self.max_num_batched_tokens
+        for sequence in self._running_sequences():
+            if not sequence.in_prefill:
+                plan.decode.append(self._decode_row(sequence))
+                budget -= 1
+        for request in self.running:
+            budget -= self._prefill(request, budget, plan)
+        while budget > 0 and self.waiting and self._admit(self.waiting[0], plan):
+            request = self.waiting.popleft()
+            self.running.append(request)
+            budget -= self._prefill(request, budget, plan)
+        plan.new_pages, self._new_pages = self._new_pages, []
+        plan.page_copies, self._page_copies = self._page_copies, []
+        return plan
+
+    def _running_sequences(self) -> Iterator[Sequence]:
+        """Sequences that hold pages: of a request whose prompt is not yet computed, only the first."""
+        for request in self.running:
+            for sequence in request.sequences:
+                if sequence.finish_reason is None and (sequence.index == 0 or sequence.forked):
+                    yield sequence
+
+    def _decode_row(self, sequence: Sequence) -> DecodeRow:
+        request, position = sequence.request, sequence.num_computed
+        self._grow(sequence, position + 1)
+        row = DecodeRow(slot=sequence.slot, position=position, token=None, samples=[])
+        if sequence.in_prompt:
+            row.token = sequence.token(position)
+            self._want_prompt_logprobs(row, request, position)
+        if position == sequence.num_tokens - 1:
+            row.samples = self._samples(sequence)
+        return row
+
+    @staticmethod
+    def _want_prompt_logprobs(row: DecodeRow, request: Request, position: int) -> None:
+        wanted = request.params.prompt_logprobs
+        if wanted is not None and position + 1 < len(request.prompt_token_ids):
+            row.target, row.prompt_logprobs = request.prompt_token_ids[position + 1], wanted
+
+    def _samples(self, sequence: Sequence) -> list[int]:
+        """Slots that sample from the logits of this sequence's last token: all of the request's when it ends the prompt."""
+        if sequence.request.score:
+            return []
+        if sequence.output_token_ids:
+            return [sequence.slot]
+        return [sibling.slot for sibling in sequence.request.sequences]
+
+    def _prefill(self, request: Request, budget: int, plan: StepPlan) -> int:
+        """Add the request's next prompt chunk to the plan; returns its tokens."""
+        sequence = request.sequences[0]
+        if not sequence.in_prefill or budget <= 0:
+            return 0
+        start = sequence.num_computed
+        end = min(request.prefill_length, start + budget)
+        prompt = request.prompt_token_ids
+        self._grow(sequence, end)
+        ends_prompt = end == len(prompt)
+        chunk = PrefillChunk(sequence.slot, start, prompt[start:end], self._samples(sequence) if ends_prompt else [])
+        if request.params.prompt_logprobs is not None:
+            chunk.targets, chunk.prompt_logprobs = prompt[start + 1 : end + 1], request.params.prompt_logprobs
+        plan.prefill.append(chunk)
+        return end - start
+
+    def _admit(self, request: Request, plan: StepPlan) -> bool:
+        """Give the request its slots and reserve its pages; False, and nothing changes, if they are not there."""
+        if len(self._free_slots) < len(request.sequences) or not self.allocator.reserve(sum(self._reservation(request))):
+            return False
+        params = request.params
+        suppressed = sorted(request.stop_token_ids) if params.min_tokens > 0 else []
+        for sequence in request.sequences:
+            sequence.slot = self._free_slots.pop()
+            self._by_slot[sequence.slot] = sequence
+            plan.setups.append(
+                SlotSetup(
+                    slot=sequence.slot,
+                    prefill_length=request.prefill_length,
+                    seed=request.seed,
+                    sample_index=sequence.index,
+                    temperature=params.temperature,
+                    top_p=params.top_p,
+                    top_k=params.top_k,
+                    min_p=params.min_p,
+                    logprobs=params.logprobs,
+                    suppressed=suppressed,
+                    suppress_until=len(request.prompt_token_ids) + params.min_tokens,
+                )
+            )
+        return True
+
+    def _reservation(self, request: Request) -> tuple[int, int]:
+        """Pages that the request can ever need: (full prompt pages, shared by its samples; all others)."""
+        prompt = len(request.prompt_token_ids)
+        shared = prompt // self.page_size
+        private = pages_for(prompt + request.max_tokens, self.page_size) - shared
+        return shared, private * request.num_samples
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take the pages that the sequence lacks for its first `num_tokens` tokens."""
+        missing = pages_for(num_tokens, self.page_size) - len(sequence.pages)
+        if missing > 0:
+            pages = self.allocator.take(missing)
+            sequence.pages += pages
+            self._new_pages.append((sequence.slot, pages))
+
+    # ---- commit
+
+    def sequence_at(self, slot: int) -> Sequence:
+        """The sequence that holds a slot."""
+        return self._by_slot[slot]
+
+    def commit(self, plan: StepPlan, tokens: list[int]) -> list[tuple[Sequence, int | None]]:
+        """Take in a step's sampled tokens, in the order of the plan's `samples`.
+
+        Returns:
+            (sequence, new token) for each sample; (sequence, None) where a prompt that is only scored has ended.
+        """
+        new_tokens = iter(tokens)
+        committed: list[tuple[Sequence, int | None]] = []
+        for part in [*plan.decode, *plan.prefill]:
+            sequence = self._by_slot[part.slot]
+            if isinstance(part, PrefillChunk):
+                sequence.num_computed += len(part.tokens)
+                sequence.chunk_borders.append(sequence.num_computed)
+            else:
+                sequence.num_computed += 1
+            for slot in part.samples:
+                sampled = self._by_slot[slot]
+                sampled.output_token_ids.append(next(new_tokens))
+                committed.append((sampled, sampled.output_token_ids[-1]))
+                if sampled is not sequence:
+                    self._fork(sequence, sampled)
+            if sequence.request.score and not sequence.in_prompt:
+                committed.append((sequence, None))
+        assert next(new_tokens, None) is None, "a step returned more tokens than its plan samples"
+        return committed
+
+    def _fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let the child share the parent's full pages and copy its partial one; applied by the next plan."""
+        full = parent.num_computed // self.page_size
+        child.pages = parent.pages[:full]
+        self.allocator.share(child.pages)
+        if parent.num_computed % self.page_size:
+            child.pages = child.pages + self.allocator.take(1)
+            self._page_copies.append((parent.pages[full], child.pages[full]))
+        self._new_pages.append((child.slot, list(child.pages)))
+        child.num_computed = parent.num_computed
+        child.forked = True
+
+    # ---- finish
+
+    def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        """End a sequence: its pages are free for the next plan, its slot too."""
+        request = sequence.request
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        if sequence.slot < 0:  # never admitted
+            if request.finished:
+                self.waiting.remove(request)
+            return
+        self.allocator.release(sequence.pages)
+        # A fork that has not reached a shard yet must not be written there: its pages may belong to another by then.
+        self._new_pages = [entry for entry in self._new_pages if entry[0] != sequence.slot]
+        self._page_copies = [copy for copy in self._page_copies if copy[1] not in sequence.pages]
+        sequence.pages = []
+        shared, private = self._reservation(request)
+        self.allocator.unreserve(private // request.num_samples)
+        del self._by_slot[sequence.slot]
+        self._free_slots.append(sequence.slot)
+        if request.finished:
+            self.allocator.unreserve(shared)
+            self.running.remove(request)

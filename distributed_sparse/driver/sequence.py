@@ -1,0 +1,83 @@
+"""Request and Sequence: what the Driver remembers of work in progress. With the pages, all the state a rebuild would need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from distributed_sparse.driver.detokenizer import CompletionText
+from distributed_sparse.metrics import RequestMetrics
+from distributed_sparse.sampling_params import SamplingParams
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and how to go on from it. Owned by the Driver; the Scheduler moves it from waiting to running."""
+
+    request_id: str
+    client_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    """Tokens to sample at most; 0 where the prompt is only scored."""
+    metrics: RequestMetrics
+    stop_token_ids: frozenset[int]
+    """Ids that end a sequence: EOS (unless ignored) and the caller's."""
+    sequences: list[Sequence] = field(default_factory=list)
+    deadline: float | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return 1 if self.score else self.params.n
+
+    @property
+    def prefill_length(self) -> int:
+        """Prompt tokens that are prefilled; the rest of the prompt goes through sparse decode, one token per step."""
+        return len(self.prompt_token_ids) - self.params.decode_last_prompt_tokens
+
+    @property
+    def score(self) -> bool:
+        """Only the log-probabilities of the prompt are wanted."""
+        return self.max_tokens == 0
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One of a request's `n` samples. Sample 0 computes the prompt; the others fork from it at the first sampled token."""
+
+    request: Request
+    index: int
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    output_token_ids: list[int] = field(default_factory=list)
+    chunk_borders: list[int] = field(default_factory=list)
+    """Where each prefill chunk ended: a rebuild prefills with the same ones."""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    text: CompletionText | None = None
+    published_tokens: int = 0
+    forked: bool = False
+    """Its pages are its own; False for a sample > 0 that still waits for the prompt to be computed."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def in_prefill(self) -> bool:
+        return self.num_computed < self.request.prefill_length
+
+    @property
+    def in_prompt(self) -> bool:
+        return self.num_computed < len(self.request.prompt_token_ids)
+
+    def token(self, position: int) -> int:
+        """The token at a position, of the prompt or of the output."""
+        prompt = self.request.prompt_token_ids
+        return prompt[position] if position < len(prompt) else self.output_token_ids[position - len(prompt)]

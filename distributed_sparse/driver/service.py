@@ -1,0 +1,214 @@
+"""DriverService: the thread that runs the Driver's steps, with an inbox for requests and an outbox per client."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from distributed_sparse.config import EngineConfig
+from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
+from distributed_sparse.driver.driver import Driver
+from distributed_sparse.driver.shard_group import ShardFailure, ShardGroup
+
+logger = logging.getLogger(__name__)
+
+CLIENT_SILENCE_S = 30.0
+"""A client that has not asked for its updates for so long has its requests aborted."""
+HEALTH_INTERVAL_S = 10.0
+"""An idle engine sends an empty step through every rank this often."""
+
+T = TypeVar("T")
+
+
+class Outbox:
+    """Updates for one client, numbered, kept until the client's cursor has passed them."""
+
+    def __init__(self) -> None:
+        self.updates: deque[RequestUpdate] = deque()
+        self.first = 0
+        self.last_seen = time.monotonic()
+
+    def after(self, cursor: int) -> list[RequestUpdate]:
+        """Drop what lies before the cursor, return what lies behind it."""
+        while self.first < cursor and self.updates:
+            self.updates.popleft()
+            self.first += 1
+        return list(self.updates)
+
+
+class DriverService:
+    """Owns a Driver and its thread. Every public method may be called from any thread."""
+
+    def __init__(self, config: EngineConfig, model_info: ModelInfo, tokenizer_json: str | None, group: ShardGroup) -> None:
+        self._driver = Driver(config, model_info, tokenizer_json, group)
+        self._group = group
+        self._wake = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._outboxes: dict[str, Outbox] = {}
+        self._closed = False
+        self._failure: ShardFailure | None = None
+        self._last_step = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="driver", daemon=True)
+
+    def start(self) -> dict[str, Any]:
+        """Bring the shards up and start the loop; the ranks and the cache's size. Raises as `Driver.start`."""
+        self._driver.start()
+        self._last_step = time.monotonic()
+        self._thread.start()
+        return {"ranks": [rank.as_dict() for rank in self._group.ranks], "num_pages": self._group.num_pages}
+
+    # ---- calls from clients
+
+    def submit(self, client_id: str, requests: list[NewRequest]) -> None:
+        """Queue requests; what becomes of each comes through `next_outputs`."""
+
+        def add() -> None:
+            refused = [self._driver.add_request(client_id, request) for request in requests]
+            self._publish({client_id: [update for update in refused if update is not None]})
+
+        with self._wake:
+            self._outboxes.setdefault(client_id, Outbox()).last_seen = time.monotonic()
+        self._call(add)
+
+    def abort(self, client_id: str, request_ids: list[str]) -> None:
+        """End a client's requests; ids of others, and unknown ones, are ignored."""
+
+        def end() -> None:
+            own = set(self._driver.owned_by(client_id))
+            self._publish({client_id: self._driver.abort([request_id for request_id in request_ids if request_id in own])})
+
+        self._call(end)
+
+    def next_outputs(self, client_id: str, cursor: int, timeout: float) -> tuple[int, list[RequestUpdate]] | None:
+        """The client's updates after its cursor, and the new cursor; waits up to `timeout` seconds for one.
+
+        None once the service is closed and everything has been given out.
+        """
+        deadline = time.monotonic() + timeout
+        with self._wake:
+            outbox = self._outboxes.setdefault(client_id, Outbox())
+            while True:
+                outbox.last_seen = time.monotonic()
+                updates = outbox.after(cursor)
+                if updates:
+                    return outbox.first + len(updates), updates
+                if self._closed:
+                    return None
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return cursor, []
+                self._wake.wait(left)
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters; runs between two steps."""
+        return self._ask(self._driver.stats)
+
+    def health(self) -> bool:
+        """True only if a step went through every rank within the last interval."""
+        if self._failure is not None or self._closed:
+            return False
+        return time.monotonic() - self._last_step < 2 * HEALTH_INTERVAL_S
+
+    def shutdown(self) -> None:
+        """End every request, the loop and the shards. Idempotent."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._group.stop()
+
+    # ---- the loop
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                for call in self._take_inbox():
+                    call()
+                self._abort_silent_clients()
+                if self._driver.has_work:
+                    self._publish(self._driver.step())
+                    self._last_step = time.monotonic()
+                elif time.monotonic() - self._last_step > HEALTH_INTERVAL_S:
+                    self._driver.check()
+                    self._last_step = time.monotonic()
+        except ShardFailure as failure:
+            self._fail(failure)
+        except Exception as error:
+            logger.exception("the driver's loop has ended")
+            self._fail(ShardFailure((), f"internal error of the driver: {error!r}"))
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            if not self._inbox and not self._driver.has_work and not self._closed:
+                self._wake.wait(HEALTH_INTERVAL_S / 4)
+            return not self._closed
+
+    def _take_inbox(self) -> list[Callable[[], None]]:
+        with self._wake:
+            calls = list(self._inbox)
+            self._inbox.clear()
+            return calls
+
+    def _publish(self, updates: dict[str, list[RequestUpdate]]) -> None:
+        with self._wake:
+            for client_id, of_client in updates.items():
+                self._outboxes.setdefault(client_id, Outbox()).updates.extend(of_client)
+            self._wake.notify_all()
+
+    def _abort_silent_clients(self) -> None:
+        now = time.monotonic()
+        with self._wake:
+            silent = [client for client, outbox in self._outboxes.items() if now - outbox.last_seen > CLIENT_SILENCE_S]
+            for client_id in silent:
+                del self._outboxes[client_id]
+        for client_id in silent:
+            self._driver.abort(self._driver.owned_by(client_id))
+
+    def _fail(self, failure: ShardFailure) -> None:
+        """The shards cannot go on: every request ends with the reason, later ones are refused with it."""
+        self._failure = failure
+        self._publish(self._driver.fail_all(failure))
+        self._group.stop()
+        while True:  # answer what still comes in
+            with self._wake:
+                while not self._inbox and not self._closed:
+                    self._wake.wait()
+                if self._closed:
+                    return
+            for call in self._take_inbox():
+                call()
+
+    # ---- calls that the loop's thread makes
+
+    def _call(self, function: Callable[[], None]) -> None:
+        with self._wake:
+            if self._closed:
+                raise RuntimeError("the engine has been shut down")
+            self._inbox.append(function)
+            self._wake.notify_all()
+
+    def _ask(self, function: Callable[[], T]) -> T:
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(function())
+            except ShardFailure as failure:
+                answer.set_exception(failure)
+                raise
+            except Exception as error:
+                answer.set_exception(error)
+
+        self._call(run)
+        while not self._closed:
+            try:
+                return answer.result(timeout=1.0)
+            except TimeoutError:
+                continue
+        raise RuntimeError("the engine has been shut down")

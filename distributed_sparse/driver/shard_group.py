@@ -1,0 +1,130 @@
+"""ShardGroup: what the Driver knows of its shards: start them, send a plan, collect the results, stop them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from distributed_sparse.driver.messages import Hello, Loaded, Ready, StepPlan, StepResult
+
+
+@dataclasses.dataclass(frozen=True)
+class RankInfo:
+    """One rank, as it introduced itself; fields in bytes are of this rank alone."""
+
+    rank: int
+    node_id: str
+    hostname: str
+    pid: int
+    device: str
+    kv_heads: tuple[int, int]
+    """This rank's KV heads: first, and one past the last."""
+    weight_bytes: int
+    page_bytes: int
+    max_pages: int
+    cache_bytes: int
+    metadata_bytes: int
+
+    def as_dict(self) -> dict:
+        """The entry of `LLM.stats()["ranks"]`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def of(cls, hello: Hello, loaded: Loaded, ready: Ready) -> RankInfo:
+        """What a shard said on its way up, in one piece."""
+        return cls(
+            rank=hello.rank,
+            node_id=hello.node_id,
+            hostname=hello.hostname,
+            pid=hello.pid,
+            device=loaded.device,
+            kv_heads=loaded.kv_heads,
+            weight_bytes=loaded.weight_bytes,
+            page_bytes=loaded.page_bytes,
+            max_pages=loaded.max_pages,
+            cache_bytes=ready.cache_bytes,
+            metadata_bytes=ready.metadata_bytes,
+        )
+
+
+class ShardFailure(RuntimeError):
+    """A shard failed, died, or did not answer in time; its group can only be stopped.
+
+    Attributes:
+        ranks: the ranks at the root of it, ascending; empty where no rank was reached at all.
+        cause: what happened, for the user: rank, node, process and error.
+        traceback: the shard's own traceback, where it could still send one.
+    """
+
+    def __init__(self, ranks: Sequence[int], cause: str, traceback: str = "") -> None:
+        super().__init__(tuple(ranks), cause, traceback)  # the constructor's own arguments: so it can be pickled
+        self.ranks = tuple(ranks)
+        self.cause = cause
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"{self.cause}\n{self.traceback.rstrip()}" if self.traceback else self.cause
+
+
+class ShardGroup(ABC):
+    """The ranks of one generation. The Driver's one thread calls it: start, then send and collect in turn, then stop.
+
+    Attributes:
+        world_size: number of ranks.
+        generation: counts the rebuilds of the group; rendezvous keys and hellos carry it.
+        ranks: one `RankInfo` per rank, in rank order; empty until `start` has returned.
+    """
+
+    def __init__(self, world_size: int, generation: int = 0) -> None:
+        self.world_size = world_size
+        self.generation = generation
+        self.ranks: list[RankInfo] = []
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that every rank has allocated, the null page included: the smallest of the ranks' `max_pages`."""
+        return min(info.max_pages for info in self.ranks)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers of one rank, metadata included: the largest of the ranks'."""
+        return max(info.page_bytes for info in self.ranks)
+
+    @abstractmethod
+    def start(self) -> list[RankInfo]:
+        """Bring every rank up, weights loaded, cache allocated, warm; the ranks, in rank order.
+
+        Raises:
+            ValueError: the ranks cannot be placed, or their versions or weights differ.
+            ShardFailure: a rank failed, died or was not ready before the start-up deadline. The group is stopped.
+        """
+
+    @abstractmethod
+    def send(self, plan: StepPlan) -> None:
+        """Send one plan to every rank.
+
+        Raises:
+            ShardFailure: a rank has gone.
+        """
+
+    @abstractmethod
+    def collect(self, timeout: float = math.inf) -> list[StepResult]:
+        """The results of the oldest plan not yet collected, in rank order. `timeout`: seconds for all ranks together.
+
+        Raises:
+            ShardFailure: a rank failed, died, answered another step, or did not answer in time.
+        """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Between steps: is every rank still there? Costs no message.
+
+        Raises:
+            ShardFailure: a rank has gone.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End every rank, by force if need be; leaves no process and no socket behind. Harmless when called again."""

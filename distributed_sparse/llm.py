@@ -1,0 +1,360 @@
+"""LLM: the Python API. Makes an engine from a configuration, and turns prompts into outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import queue
+import weakref
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from distributed_sparse.client import Client, Service
+from distributed_sparse.config import EngineConfig
+from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
+from distributed_sparse.driver.detokenizer import Detokenizer
+from distributed_sparse.model.checkpoint import resolve_checkpoint
+from distributed_sparse.model.config import ModelConfig
+from distributed_sparse.model.limits import resolve_max_model_len
+from distributed_sparse.model.sharding import check_divisibility
+from distributed_sparse.output_builder import OutputBuilder, block_arrays
+from distributed_sparse.outputs import RequestOutput, ScoreOutput
+from distributed_sparse.request_validation import validate_request
+from distributed_sparse.sampling_params import SamplingParams
+from distributed_sparse.selection import layer_configs
+from distributed_sparse.tokenizer import apply_chat, encode_prompt, load_tokenizer, tokenizer_json
+from distributed_sparse.validation import shown
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+
+
+class EngineError(RuntimeError):
+    """The engine has stopped, and with it every request."""
+
+
+class LLM:
+    """A model, ready to decode. Use it in a `with` block, or call `shutdown()`; left alone, it cleans up when collected.
+
+    Args:
+        model: local checkpoint folder or Hugging Face hub id.
+        engine_args: every other field of `EngineConfig`: tensor_parallel_size, sparse, max_model_len, ...
+
+    Raises:
+        ValueError: a wrong setting; names it, its value and the remedy.
+        EngineError: a shard did not come up; says why.
+    """
+
+    def __init__(self, model: str, **engine_args: Any) -> None:
+        self._open(EngineConfig.from_dict({"model": model, **engine_args}, "LLM"))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> LLM:
+        """The engine that a config describes (`EngineConfig.from_yaml`)."""
+        llm = cls.__new__(cls)
+        llm._open(config)
+        return llm
+
+    def _open(self, config: EngineConfig) -> None:
+        path = resolve_checkpoint(config.model, config.load_format)
+        model = ModelConfig.from_pretrained(path)
+        check_divisibility(model, config.tensor_parallel_size)
+        layer_configs(config.resolve_sparse(), model.num_hidden_layers, config.page_size)
+        self.config = config
+        self.model_config = model
+        self.max_model_len = resolve_max_model_len(config.max_model_len, model)
+        self.tokenizer = load_tokenizer(config.tokenizer or str(path))
+        text = tokenizer_json(self.tokenizer) if self.tokenizer is not None else None
+        self._detokenizer = Detokenizer(text) if text is not None else None
+        info = ModelInfo(
+            vocab_size=model.vocab_size,
+            num_layers=model.num_hidden_layers,
+            num_kv_heads=model.num_key_value_heads,
+            eos_token_ids=model.eos_token_ids,
+            max_model_len=self.max_model_len,
+        )
+        self._client = Client(_start_service(config, info, text))
+        self._request_numbers = itertools.count()
+        self._finalizer = weakref.finalize(self, self._client.close)
+
+    # ---- generation
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts, batched; the outputs keep their order.
+
+        Args:
+            prompts: a str or list[int], or a list of those. Text gets the special tokens that the tokenizer adds.
+            sampling_params: one for all, or one per prompt.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            One output per prompt. In a list, a request that is refused, or that the engine could not finish, has `error`
+            set and the others go on.
+
+        Raises:
+            ValueError: a single prompt is refused; or there are not as many sampling_params as prompts.
+            EngineError: the engine failed on a single prompt.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        given: list[Any] = [prompts] if single else list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(given)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(given):
+            raise ValueError(f"{len(params)} sampling_params for {len(given)} prompts; give one for all, or one per prompt")
+        outputs = self._run(given, params, use_tqdm)
+        if single:
+            _raise_error(outputs[0])
+        return [builder.output for builder in outputs]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **template_args: Any,
+    ) -> list[RequestOutput]:
+        """Answer conversations: the tokenizer's chat template, then `generate`. No second BOS is added.
+
+        Args:
+            messages: one conversation, or a list of them; a message is {"role": ..., "content": ...}.
+            template_args: for `apply_chat`: add_generation_prompt, continue_final_message, and what the template takes.
+
+        Raises:
+            ValueError: no tokenizer, no template, or malformed messages.
+        """
+        tokenizer = self._need_tokenizer("chat")
+        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [apply_chat(tokenizer, conversation, **template_args) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None) -> Stream:
+        """Complete one prompt step by step: iterate (`for` or `async for`) over outputs that grow with every token.
+
+        Leaving the loop early, or `Stream.close()`, aborts the request.
+
+        Raises:
+            ValueError: the request is refused.
+        """
+        params = sampling_params or SamplingParams()
+        request, builder = self._prepare(prompt, params, request_id)
+        self._validate(request)
+        return Stream(self._client, request, builder)
+
+    def score(
+        self,
+        token_ids: Sequence[int] | Sequence[Sequence[int]],
+        whole_vocabulary: bool = False,
+        decode_last_prompt_tokens: int = 0,
+        use_tqdm: bool = False,
+    ) -> list[ScoreOutput]:
+        """Log-probabilities of given tokens, each under the tokens before it; nothing is sampled.
+
+        Args:
+            token_ids: one sequence, or a list of sequences.
+            whole_vocabulary: also return the log-probabilities of every token at every position.
+            decode_last_prompt_tokens: so many last tokens go through sparse decode, one by one, instead of dense prefill.
+
+        Raises:
+            ValueError: a sequence is refused.
+            EngineError: the engine failed.
+        """
+        sequences: list[Any] = [token_ids] if token_ids and isinstance(token_ids[0], int) else list(token_ids)
+        params = SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=-1 if whole_vocabulary else 0,
+            decode_last_prompt_tokens=decode_last_prompt_tokens,
+        )
+        requests = [
+            NewRequest(f"score-{next(self._request_numbers)}", list(sequence), params, score=True) for sequence in sequences
+        ]
+        for request in requests:
+            self._validate(request)
+        scores = {request.request_id: ScoreOutput(request.prompt_token_ids) for request in requests}
+        with tqdm(total=len(requests), disable=not use_tqdm, desc="Scored prompts") as bar:
+            for update in self._updates(requests):
+                for block in update.prompt_logprobs:
+                    _, logprobs, _ = block_arrays(block)
+                    scores[update.request_id].add(block.position, logprobs, whole_vocabulary)
+                if update.finished:
+                    bar.update()
+                    if update.error is not None:
+                        raise EngineError(update.error)
+        return list(scores.values())
+
+    def abort(self, request_id: str | Sequence[str]) -> None:
+        """End requests by id; they finish with finish_reason "abort" and the tokens so far. Unknown ids are ignored."""
+        self._client.abort([request_id] if isinstance(request_id, str) else list(request_id))
+
+    # ---- the engine
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters: steps, requests, pages, ranks, attention (density, bytes read), all-reduce, times."""
+        return self._client.service.stats()
+
+    def health(self) -> bool:
+        """True only if a step went through every rank lately."""
+        return self._client.service.health()
+
+    def shutdown(self) -> None:
+        """End every request and every process of the engine. Idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    # ---- inside
+
+    def _run(self, prompts: list[Any], params: list[SamplingParams], use_tqdm: bool) -> list[OutputBuilder]:
+        builders: dict[str, OutputBuilder] = {}
+        requests = []
+        for prompt, own_params in zip(prompts, params):
+            try:
+                request, builder = self._prepare(prompt, own_params, None)
+                self._validate(request)
+                requests.append(request)
+            except ValueError as error:
+                builder = _refused(f"refused-{next(self._request_numbers)}", prompt, str(error))
+            builders[builder.output.request_id] = builder
+        with tqdm(total=len(prompts), initial=len(prompts) - len(requests), disable=not use_tqdm, desc="Prompts") as bar:
+            tokens = 0
+            for update in self._updates(requests):
+                builders[update.request_id].add(update)
+                tokens += sum(len(sample.token_ids) for sample in update.samples)
+                if update.finished:
+                    bar.set_postfix({"output tokens": tokens}, refresh=False)
+                    bar.update()
+        return list(builders.values())
+
+    def _updates(self, requests: list[NewRequest]) -> Iterator[RequestUpdate]:
+        """Updates of requests until each has finished; leaving early aborts what still runs."""
+        if not requests:
+            return
+        updates = self._client.submit(requests)
+        running = {request.request_id for request in requests}
+        try:
+            while running:
+                update = updates.get()
+                if update.finished:
+                    running.discard(update.request_id)
+                yield update
+        finally:
+            if running:
+                self.abort(list(running))
+
+    def _prepare(self, prompt: Any, params: SamplingParams, request_id: str | None) -> tuple[NewRequest, OutputBuilder]:
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params={shown(params)} must be a SamplingParams; write SamplingParams(max_tokens=16)")
+        text = prompt if isinstance(prompt, str) else None
+        if text is not None:
+            token_ids = encode_prompt(self._need_tokenizer("a text prompt"), text)
+        elif isinstance(prompt, Sequence):
+            token_ids = list(prompt)
+        else:
+            raise ValueError(f"prompt={shown(prompt)} must be a str or a list of token ids")
+        request_id = request_id or str(next(self._request_numbers))
+        decode_token = self._detokenizer.decode_token if self._detokenizer is not None else None
+        return NewRequest(request_id, token_ids, params), OutputBuilder(request_id, text, token_ids, params, decode_token)
+
+    def _validate(self, request: NewRequest) -> None:
+        validate_request(
+            request.prompt_token_ids,
+            request.params,
+            vocab_size=self.model_config.vocab_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.config.max_num_seqs,
+            has_tokenizer=self.tokenizer is not None,
+        )
+
+    def _need_tokenizer(self, what: str) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(f"{what} needs a tokenizer, and {self.config.model!r} has none; give token ids, or tokenizer=")
+        return self.tokenizer
+
+
+class Stream:
+    """One request's outputs as they grow: iterable once, with `for` or `async for`. The last one is `finished`."""
+
+    def __init__(self, client: Client, request: NewRequest, builder: OutputBuilder) -> None:
+        self.request_id = request.request_id
+        self._client = client
+        self._builder = builder
+        self._updates = client.submit([request])
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        try:
+            while not self._builder.output.finished:
+                yield self._take(self._updates.get())
+        finally:
+            self.close()
+
+    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        try:
+            while not self._builder.output.finished:
+                # In short waits, so that a cancelled task never leaves a thread behind.
+                try:
+                    update = await asyncio.to_thread(self._updates.get, True, 0.1)
+                except queue.Empty:
+                    continue
+                yield self._take(update)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Abort the request if it still runs."""
+        if not self._builder.output.finished:
+            self._client.abort([self.request_id])
+
+    def _take(self, update: RequestUpdate) -> RequestOutput:
+        self._builder.add(update)
+        if update.finished:
+            _raise_error(self._builder)
+        return self._builder.snapshot()
+
+
+def _raise_error(builder: OutputBuilder) -> None:
+    """Raise what went wrong with a request that is alone in its call."""
+    if builder.output.error is not None and builder.error_kind != "timeout":
+        raise (ValueError if builder.error_kind == "invalid" else EngineError)(builder.output.error)
+
+
+def _refused(request_id: str, prompt: Any, error: str) -> OutputBuilder:
+    """The output of a request that never reached the engine."""
+    token_ids = list(prompt) if isinstance(prompt, (list, tuple)) else []
+    builder = OutputBuilder(request_id, prompt if isinstance(prompt, str) else None, token_ids, SamplingParams(), None)
+    builder.add(RequestUpdate(request_id, finished=True, error=error, error_kind="invalid"))
+    logger.warning("request %s is refused: %s", request_id, error)
+    return builder
+
+
+def _start_service(config: EngineConfig, info: ModelInfo, tokenizer: str | None) -> Service:
+    """The Driver: in this process for one rank, else in a Ray actor. Ray is imported here only."""
+    from distributed_sparse.driver.shard_group import ShardFailure
+
+    backend = config.distributed_executor_backend
+    try:
+        if backend == "ray" or (backend == "auto" and config.tensor_parallel_size > 1):
+            from distributed_sparse.driver.actor import connect_driver
+
+            return connect_driver(config, info, tokenizer)
+        from distributed_sparse.driver.in_process import InProcessGroup
+        from distributed_sparse.driver.service import DriverService
+
+        service = DriverService(config, info, tokenizer, InProcessGroup(config))
+        service.start()
+        return service
+    except ShardFailure as error:
+        raise EngineError(str(error)) from error

@@ -1,0 +1,44 @@
+"""limits: what the user left open about a model, settled the same way by the client and by every rank."""
+
+from __future__ import annotations
+
+import torch
+
+from distributed_sparse.model.config import ModelConfig
+
+
+def resolve_max_model_len(max_model_len: int | None, model: ModelConfig) -> int:
+    """Tokens of prompt and output together; None takes the checkpoint's limit.
+
+    Raises:
+        ValueError: it exceeds what the checkpoint's positions allow, or a sliding window would hide tokens.
+    """
+    limit = model.max_position_embeddings
+    if max_model_len is None:
+        max_model_len = limit
+    elif max_model_len > limit and model.rope.rope_type != "dynamic":
+        raise ValueError(
+            f"max_model_len={max_model_len} is over the checkpoint's max_position_embeddings={limit}; use at most {limit}"
+        )
+    model.check_context(max_model_len)
+    return max_model_len
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is the GPU where there is one.
+
+    Raises:
+        ValueError: "cuda" without a GPU.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device='cuda' but this process sees no CUDA device; use device='cpu', or give each rank a GPU")
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto" is the checkpoint's dtype."""
+    return checkpoint if dtype == "auto" else getattr(torch, dtype)

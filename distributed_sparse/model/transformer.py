@@ -1,0 +1,113 @@
+"""transformer: one decoder for Llama, Mistral, Qwen2 and Qwen3, written as if there were one rank.
+
+Legend of shapes: N tokens of the step, L rows whose logits are wanted, D hidden size, d head dim, H_q and H_kv the heads of
+this rank, V_local its vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from distributed_sparse.kernels.rms_norm import add_rms_norm, rms_norm
+from distributed_sparse.kernels.rotary import rotary
+from distributed_sparse.model.config import ModelConfig
+from distributed_sparse.model.rope import Rope
+from distributed_sparse.model.sharding import LocalSizes, ShardSpec
+from distributed_sparse.model.weights import LayerWeights, Weights
+
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""attention(layer, q [N, H_q, d], k [N, H_kv, d], v [N, H_kv, d]) -> [N, H_q, d]: appends k and v to the cache, and attends.
+
+q and k come after the rotary embedding, contiguous; v is a strided view. All have the model's dtype, and so has the result.
+"""
+
+
+class Collectives(Protocol):
+    """What the ranks do together."""
+
+    rank: int
+    world_size: int
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks, in place if it likes."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[L, V_local] -> [L, V_local * world_size], ranks in order along the last dimension."""
+
+
+class Transformer:
+    """The decoder of one rank. Owns nothing but its weights and rotary frequencies: the cache is behind ``attention``.
+
+    Ranks meet twice per layer (after o and after down), once for the embedding and once for the logits.
+    """
+
+    def __init__(self, config: ModelConfig, shard: ShardSpec, weights: Weights, collectives: Collectives) -> None:
+        assert (collectives.rank, collectives.world_size) == (shard.rank, shard.world_size)
+        self.config = config
+        self.sizes = LocalSizes(config, shard)
+        self.weights = weights
+        self.collectives = collectives
+        self.rope = Rope(config.rope, weights.embedding.device)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, rope_lengths: Tensor, attention: Attention) -> Tensor:
+        """Run the tokens of a step, of any mix of sequences, through all layers.
+
+        Args:
+            token_ids: int64 [N], each in [0, vocab_size).
+            positions: int64 [N], each token's place in its sequence.
+            rope_lengths: int64 [N], see `Rope.cos_sin`.
+            attention: called once per layer, in order; see `Attention`.
+
+        Returns:
+            [N, D] in the model's dtype, after the final norm: what `logits` takes.
+        """
+        eps, layers = self.config.rms_norm_eps, self.weights.layers
+        cos, sin = self.rope.cos_sin(positions, rope_lengths)
+        residual = self._embed(token_ids)
+        x = rms_norm(residual, layers[0].input_norm, eps)
+        # Each norm takes in the addition before it, so a layer ends with the input norm of the next one.
+        next_norms = [layer.input_norm for layer in layers[1:]] + [self.weights.norm]
+        for index, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
+            x = self._attention(index, layer, x, cos, sin, attention)
+            x, residual = add_rms_norm(x, residual, layer.post_attention_norm, eps)
+            x = self._mlp(layer, x)
+            x, residual = add_rms_norm(x, residual, next_norm, eps)
+        return x
+
+    def logits(self, hidden_rows: Tensor) -> Tensor:
+        """[L, D] rows of `forward`'s result -> float32 [L, vocab_size], the same on every rank."""
+        gathered = self.collectives.all_gather(F.linear(hidden_rows, self.weights.lm_head))  # [L, V_local * world_size]
+        # Padding rows stand behind the last token id: cut off, they can neither be sampled nor enter a softmax.
+        return gathered[:, : self.config.vocab_size].float()
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        """[N] -> [N, D]: the rank that holds a token's row gives it, the others zeros."""
+        rows = token_ids - self.sizes.first_token_id
+        elsewhere = (rows < 0) | (rows >= self.sizes.vocab_size)
+        x = F.embedding(rows.masked_fill(elsewhere, 0), self.weights.embedding)
+        return self.collectives.all_reduce(x.masked_fill(elsewhere[:, None], 0.0))
+
+    def _attention(self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        d, sizes, eps = self.config.head_dim, self.sizes, self.config.rms_norm_eps
+        qkv = F.linear(x, layer.qkv, layer.qkv_bias)
+        q, k, v = (
+            part.unflatten(-1, (-1, d)) for part in qkv.split([sizes.q_size, sizes.kv_size, sizes.kv_size], dim=-1)
+        )  # [N, H, d]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
+        q, k = rotary(q, k, cos, sin)
+        heads = attention(index, q, k, v)  # [N, H_q, d]
+        return self._add_once(self.collectives.all_reduce(F.linear(heads.flatten(1), layer.o)), layer.o_bias)
+
+    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        return self._add_once(self.collectives.all_reduce(F.linear(F.silu(gate) * up, layer.down)), layer.down_bias)
+
+    @staticmethod
+    def _add_once(total: Tensor, bias: Tensor | None) -> Tensor:
+        """Add a replicated bias to a sum over ranks: added before, it would count once per rank."""
+        return total if bias is None else total + bias

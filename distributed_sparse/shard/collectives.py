@@ -1,0 +1,134 @@
+"""Collectives: what ranks say to each other within a step: sum, gather, broadcast, over NCCL or gloo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class CollectiveError(RuntimeError):
+    """A collective did not complete: as a rule another rank has gone, and this one only noticed."""
+
+
+class Collectives:
+    """The calls between the ranks of one generation; one rank needs none and pays nothing.
+
+    No global process group is made, so one process may hold several of these.
+
+    Args:
+        rank: of `world_size`.
+        device: the tensors' device: gloo serves "cpu", NCCL serves "cuda".
+        store: where the ranks meet; they meet under `gen{generation}`, so a rebuilt group never sees the old one's keys.
+        node_ip: the address that gloo listens on (a hostname may resolve to 127.0.0.1).
+        timeout: seconds that one call, the meeting included, may wait for the other ranks.
+
+    Attributes:
+        all_reduce_calls, all_reduce_bytes: calls of `all_reduce`, and their payload in bytes on this rank; one rank sends
+            nothing and counts nothing.
+        timer: where given, a context manager's maker that is told "all_reduce" around each of them (profile steps).
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        store: dist.Store | None = None,
+        generation: int = 0,
+        node_ip: str = "127.0.0.1",
+        timeout: float = 1800.0,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.reset_counts()
+        self.timer: Callable[[str], AbstractContextManager[None]] | None = None
+        self._group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None = None
+        if world_size > 1:
+            assert store is not None, "more than one rank meets at a store"
+            prefixed = dist.PrefixStore(f"gen{generation}", store)
+            limit = timedelta(seconds=timeout)
+            try:
+                if torch.device(device).type == "cuda":
+                    self._group = nccl_group(prefixed, rank, world_size, limit)
+                else:
+                    self._group = gloo_group(prefixed, rank, world_size, node_ip, limit)
+            except RuntimeError as error:
+                raise self._incomplete("rendezvous", error) from error
+
+    def reset_counts(self) -> None:
+        """Forget what was counted so far (warm-up)."""
+        self.all_reduce_calls = 0
+        self.all_reduce_bytes = 0
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place and in the dtype of `x` (any shape, contiguous); every rank gets the same bits."""
+        if self._group is not None:
+            self.all_reduce_calls += 1
+            self.all_reduce_bytes += x.numel() * x.element_size()
+            with self.timer("all_reduce") if self.timer is not None else nullcontext():
+                self._complete("all_reduce", lambda group: group.allreduce([x]))
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[L, V_local] on every rank -> [L, V_local * world_size], columns in rank order; all ranks pass equal shapes."""
+        if self._group is None:
+            return x
+        x = x.contiguous()
+        parts = x.new_empty((self.world_size, *x.shape))
+        if isinstance(self._group, dist.ProcessGroupGloo):
+            self._complete("all_gather", lambda group: group.allgather([list(parts.unbind(0))], [x]))
+        else:
+            self._complete("all_gather", lambda group: group._allgather_base(parts, x))
+        return parts.movedim(0, -2).reshape(*x.shape[:-1], self.world_size * x.shape[-1])
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's `x` on every rank, in place (any shape and dtype, contiguous)."""
+        if self._group is not None:
+            options = dist.BroadcastOptions()
+            options.rootRank = 0
+            options.rootTensor = 0
+            self._complete("broadcast", lambda group: group.broadcast([x], options))
+        return x
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it."""
+        if self._group is not None:
+            self._complete("barrier", lambda group: group.barrier())
+
+    def close(self) -> None:
+        """Leave the group; nothing may be called after it. Harmless when called again."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.shutdown()
+
+    def _complete(self, what: str, begin: Callable[[Any], dist.Work]) -> None:
+        try:
+            begin(self._group).wait()
+        except RuntimeError as error:
+            raise self._incomplete(what, error) from error
+
+    def _incomplete(self, what: str, error: RuntimeError) -> CollectiveError:
+        return CollectiveError(f"{what} on rank {self.rank} of {self.world_size} did not complete: {error}")
+
+
+def gloo_group(store: dist.Store, rank: int, world_size: int, node_ip: str, timeout: timedelta) -> dist.ProcessGroupGloo:
+    """Gloo between CPU ranks, on the interface that has `node_ip`."""
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=node_ip)]
+    options._timeout = timeout
+    return dist.ProcessGroupGloo(store, rank, world_size, options)
+
+
+def nccl_group(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroupNCCL:
+    """NCCL between GPU ranks; each has made its GPU the current device."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    group = dist.ProcessGroupNCCL(store, rank, world_size, options)
+    # connect now: a rank that is missing is found at the meeting, and not inside the first step or a graph capture
+    group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
+    return group

@@ -1,0 +1,45 @@
+"""memory: how many pages fit on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from distributed_sparse.config import EngineConfig
+
+DEFAULT_CPU_CACHE_BYTES = 4 << 30
+"""What a CPU rank takes at most without `kv_cache_memory_bytes`. Pages are touched only as they are filled."""
+
+
+def max_pages(
+    config: EngineConfig, device: torch.device, page_bytes: int, max_model_len: int, profile: Callable[[], None]
+) -> int:
+    """Pages that this rank has room for.
+
+    Set by hand with `kv_cache_memory_bytes`. Otherwise, on a GPU: what a profiling run leaves free under
+    `gpu_memory_utilization`; on CPU: enough for max_num_seqs sequences of max_model_len, at most `DEFAULT_CPU_CACHE_BYTES`.
+
+    Args:
+        page_bytes: bytes of one page over all layers, metadata included.
+        profile: runs the largest step that the configuration allows.
+    """
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes // page_bytes
+    most = config.max_num_seqs * -(-max_model_len // config.page_size) + 1
+    budget = (
+        DEFAULT_CPU_CACHE_BYTES if device.type == "cpu" else _free_gpu_bytes(config.gpu_memory_utilization, device, profile)
+    )
+    return min(most, budget // page_bytes)
+
+
+def _free_gpu_bytes(utilization: float, device: torch.device, profile: Callable[[], None]) -> int:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    profile()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)  # other processes, the CUDA context
+    return max(0, int(total * utilization) - peak - others)

@@ -1,0 +1,168 @@
+"""attend and combine on CPU: listed slots are gathered a few chunks at a time into a scratch that stays in the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distributed_sparse.kernels.attend import CHUNK_TOKENS
+
+SCRATCH_BYTES = 4 << 20
+"""Keys and values gathered at a time, in bytes: about what the cores' second-level caches hold."""
+
+CHUNK_WIDTHS = (64, 128, 256, CHUNK_TOKENS)
+"""Tokens that a row's last chunk is padded to: the smallest that holds it. No page is larger than the first."""
+
+
+@dataclass
+class _Chunks:
+    """Rows' lists cut into chunks of CHUNK_TOKENS and flattened: item i is one chunk of one row."""
+
+    per_row: Tensor  # int64 [R]
+    row: Tensor  # int64 [I]
+    index: Tensor  # int64 [I] place in its row's list of chunks
+    length: Tensor  # int64 [I] tokens, 1..CHUNK_TOKENS
+    blocks: Tensor  # int64 [I, CHUNK_TOKENS // block_tokens], 0 past the list
+    block_tokens: int  # K and V are seen as [num_blocks, block_tokens, d]: a page of one KV head, or one slot of it
+
+
+def attend_torch(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pages: Tensor,
+    num_pages: Tensor,
+    last_page_len: Tensor,
+    scale: float,
+    *,
+    tokens: Tensor | None = None,
+    num_tokens: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    partial: tuple[Tensor, Tensor] | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attend` for CPU tensors: the same arguments and results."""
+    batch, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, page_size, _ = k_pages.shape
+    num_rows, group = batch * num_kv_heads, num_q_heads // num_kv_heads
+    q_rows = q.reshape(num_rows, 1, group, head_dim)
+
+    listed = num_pages.reshape(num_rows).long()
+    in_last_page = last_page_len.long().repeat_interleave(num_kv_heads)
+    chunks = _cut(pages, listed, (listed - 1) * page_size + in_last_page, page_size, page_size)
+    num_partials = chunks.per_row
+    token_chunks = None
+    if tokens is not None and num_tokens is not None:
+        listed = num_tokens.reshape(num_rows).long()
+        token_chunks = _cut(tokens, listed, listed, 1, page_size)
+        num_partials = num_partials + token_chunks.per_row
+
+    capacity = int(num_partials.max())
+    outs, lses = torch.empty(num_rows * capacity, group, head_dim), torch.empty(num_rows * capacity, group)
+    _attend_chunks(q_rows, k_pages, v_pages, chunks, scale, outs, lses, chunks.row * capacity + chunks.index)
+    if token_chunks is not None:
+        row = token_chunks.row
+        places = row * capacity + chunks.per_row[row] + token_chunks.index
+        _attend_chunks(q_rows, k_pages, v_pages, token_chunks, scale, outs, lses, places)
+        if log_weight is not None:  # the same for all tokens of a row: it moves a chunk's sum and not its mean
+            lses[places] += log_weight.reshape(num_rows, 1)[row]
+
+    if partial is not None:
+        partial = (partial[0].reshape(num_rows, group, head_dim), partial[1].reshape(num_rows, group))
+    outs, lses = outs.view(num_rows, capacity, group, head_dim), lses.view(num_rows, capacity, group)
+    out, lse = combine_torch(outs, lses, num_partials, partial)
+    out = out.view(batch, num_q_heads, head_dim)
+    return (out, lse.view(batch, num_q_heads)) if return_lse else out.to(q.dtype)
+
+
+def combine_torch(
+    outs: Tensor, lses: Tensor, num_partials: Tensor, partial: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`combine` for CPU tensors: the same arguments and results."""
+    num_rows, capacity, group, head_dim = outs.shape
+    defined = torch.arange(capacity) < num_partials[:, None]
+    partial_lse = partial[1] if partial is not None else torch.full((num_rows, group), float("-inf"))
+    lses = torch.cat([lses.masked_fill(~defined[..., None], float("-inf")), partial_lse[:, None]], dim=1)
+
+    highest = lses.amax(dim=1)
+    highest = highest.masked_fill(highest == float("-inf"), 0.0)
+    weights = (lses - highest[:, None]).exp()
+    live = (lses > float("-inf"))[..., None]
+    out, total = torch.zeros(num_rows, group, head_dim), torch.zeros(num_rows, group)
+    num_columns = min(capacity, int(num_partials.max())) if capacity else 0
+    # One by one in index order: the order of torch.sum would change with the capacity.
+    for i in [*range(num_columns), capacity]:
+        if i < capacity or partial is not None:
+            part = outs[:, i] if i < capacity else partial[0]
+            out += (weights[:, i, :, None] * part).where(live[:, i], 0.0)  # an empty partial's output may be NaN
+            total += weights[:, i]
+    return out / total.where(total > 0, 1.0)[..., None], highest + total.log()
+
+
+def _cut(entries: Tensor, counts: Tensor, lengths: Tensor, block_tokens: int, page_size: int) -> _Chunks:
+    """Cut lists of pages (block_tokens = page_size) or of tokens (1) into chunks.
+
+    Args:
+        entries: int32 [B, H_kv, E] page ids or token slots; past the count any bits.
+        counts: int64 [R] entries listed; R = B * H_kv.
+        lengths: int64 [R] tokens in them.
+    """
+    num_kv_heads, width = entries.shape[1:]
+    per_chunk = CHUNK_TOKENS // block_tokens
+    per_row = (counts + per_chunk - 1) // per_chunk
+    row = torch.arange(len(counts)).repeat_interleave(per_row)
+    index = torch.arange(len(row)) - (per_row.cumsum(0) - per_row)[row]
+    length = (lengths[row] - index * CHUNK_TOKENS).clamp(max=CHUNK_TOKENS)
+
+    place = index[:, None] * per_chunk + torch.arange(per_chunk)  # [I, per_chunk]
+    head = (row % num_kv_heads)[:, None]
+    ids = entries[(row // num_kv_heads)[:, None], head, place.clamp(max=width - 1)].long()
+    if block_tokens == 1:
+        blocks = (ids // page_size * num_kv_heads + head) * page_size + ids % page_size
+    else:
+        blocks = ids * num_kv_heads + head
+    return _Chunks(per_row, row, index, length, blocks.masked_fill(place >= counts[row, None], 0), block_tokens)
+
+
+def _attend_chunks(
+    q_rows: Tensor, k_pages: Tensor, v_pages: Tensor, chunks: _Chunks, scale: float, outs: Tensor, lses: Tensor, places: Tensor
+) -> None:
+    """Attend q_rows [R, 1, G, d] over every chunk; item i goes to outs[places[i]] [G, d] and lses[places[i]] [G].
+
+    An item's shape depends on its own length alone, never on its neighbours, and so do its bits.
+    """
+    head_dim = q_rows.shape[-1]
+    block_elements = chunks.block_tokens * head_dim
+    k_blocks, v_blocks = k_pages.view(-1, block_elements), v_pages.view(-1, block_elements)
+    token_bytes = 2 * head_dim * q_rows.element_size()
+    threads = torch.get_num_threads()
+    width_class = torch.bucketize(chunks.length, torch.tensor(CHUNK_WIDTHS))
+    for i, width in enumerate(CHUNK_WIDTHS):
+        in_class = width_class == i
+        at_once = max(SCRATCH_BYTES // (width * token_bytes) // threads, 1) * threads
+        for is_full in (True, False):
+            items = (in_class & ((chunks.length == width) == is_full)).nonzero().flatten()
+            scratch = q_rows.new_empty(2, min(at_once, len(items)), width, head_dim)
+            for some in items.split(at_once):
+                blocks = chunks.blocks[some, : width // chunks.block_tokens].flatten()
+                keys, values = scratch[0, : len(some)], scratch[1, : len(some)]
+                torch.index_select(k_blocks, 0, blocks, out=keys.view(-1, block_elements))
+                torch.index_select(v_blocks, 0, blocks, out=values.view(-1, block_elements))
+                mask = None if is_full else _mask_past(chunks.length[some], keys, values)
+                out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q_rows[chunks.row[some]], keys[:, None], values[:, None], 0.0, False, attn_mask=mask, scale=scale
+                )
+                outs.index_copy_(0, places[some], out[:, 0].float())
+                lses.index_copy_(0, places[some], lse[:, 0])
+
+
+def _mask_past(length: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """A float mask [I, 1, 1, width] of the tokens past each item's length, which become 0 in place: 0 * NaN is NaN."""
+    width, head_dim = keys.shape[1:]
+    past = torch.arange(width) >= length[:, None]
+    slots = past.flatten().nonzero().flatten()
+    keys.view(-1, head_dim).index_fill_(0, slots, 0.0)
+    values.view(-1, head_dim).index_fill_(0, slots, 0.0)
+    return torch.zeros(len(length), 1, 1, width).masked_fill_(past[:, None, None], float("-inf"))

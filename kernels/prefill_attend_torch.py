@@ -1,0 +1,68 @@
+"""prefill_attend on CPU: each chunk over its history in blocks, then over itself, merged by log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distributed_sparse.kernels.attend_torch import combine_torch
+
+HISTORY_BLOCK_TOKENS = 8192
+"""Tokens of a chunk's history gathered and attended at a time: bounds the scratch, whatever the context."""
+
+
+def prefill_attend_torch(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    max_query_len: int,
+) -> Tensor:
+    """`prefill_attend` for CPU tensors: the same arguments and results."""
+    out = torch.empty_like(q)
+    starts = query_start.tolist()
+    for start, end, context_len, pages in zip(starts, starts[1:], context_lens.tolist(), page_table.long()):
+        if start < end:
+            _attend_chunk(q[start:end], k_pages, v_pages, pages, context_len, scale, out[start:end])
+    return out
+
+
+def _attend_chunk(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, pages: Tensor, context_len: int, scale: float, out: Tensor
+) -> None:
+    """Attend one chunk q [L, H_q, d], the last L tokens of its context, into out [L, H_q, d]."""
+    length, num_q_heads, head_dim = q.shape
+    num_kv_heads = k_pages.shape[1]
+    group = num_q_heads // num_kv_heads
+    # The KV heads are the batch and the group's query heads the heads: one K serves all of a group with stride 0.
+    queries = q.view(length, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    history = context_len - length
+
+    def attend(begin: int, end: int, is_causal: bool) -> tuple[Tensor, Tensor]:
+        keys, values = (_gather(cache, pages, begin, end)[:, None].expand(-1, group, -1, -1) for cache in (k_pages, v_pages))
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, 0.0, is_causal, scale=scale)
+
+    part, lse = attend(history, context_len, True)
+    if history:
+        one = torch.ones(num_kv_heads * group, dtype=torch.int32)
+        merged = (part.float().reshape(-1, length, head_dim), lse.reshape(-1, length))
+        for begin in range(0, history, HISTORY_BLOCK_TOKENS):
+            part, lse = attend(begin, min(begin + HISTORY_BLOCK_TOKENS, history), False)
+            merged = combine_torch(
+                part.float().reshape(-1, 1, length, head_dim), lse.reshape(-1, 1, length), one, partial=merged
+            )
+        part = merged[0].view(num_kv_heads, group, length, head_dim)
+    out.view(length, num_kv_heads, group, head_dim).copy_(part.permute(2, 0, 1, 3))
+
+
+def _gather(cache: Tensor, pages: Tensor, begin: int, end: int) -> Tensor:
+    """Tokens begin..end of a sequence, [H_kv, end - begin, d], from its pages."""
+    num_kv_heads, page_size, head_dim = cache.shape[1:]
+    first = begin // page_size
+    pages = pages[first : -(-end // page_size)]
+    blocks = (pages * num_kv_heads + torch.arange(num_kv_heads)[:, None]).flatten()
+    gathered = cache.view(-1, page_size * head_dim).index_select(0, blocks).view(num_kv_heads, -1, head_dim)
+    return gathered[:, begin - first * page_size : end - first * page_size]

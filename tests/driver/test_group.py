@@ -1,0 +1,279 @@
+"""A group of real processes: it starts whole or says why not; a rank that fails, dies or hangs ends it, and nothing is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import signal
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from distributed_sparse.config import EngineConfig
+from distributed_sparse.driver.messages import DecodeRow, StepPlan
+from distributed_sparse.driver.shard_group import ShardFailure
+from distributed_sparse.shard import serve
+from distributed_sparse.shard.serve import ShardArguments, run_shard
+from tests.support import stand_in_shard as stand_in
+from tests.support.process_group import ProcessShardGroup, open_ports
+from tests.support.stand_in_shard import StandInShard
+
+
+@pytest.fixture
+def config(tmp_path):
+    return EngineConfig(
+        model=stand_in.write_checkpoint(tmp_path / "model"), tensor_parallel_size=2, device="cpu", startup_timeout_s=60.0
+    )
+
+
+@pytest.fixture
+def started(config):
+    """Groups of stand-ins, stopped and checked for what they leave behind."""
+    groups: list[ProcessShardGroup] = []
+
+    def start(**arguments) -> ProcessShardGroup:
+        groups.append(ProcessShardGroup(config, StandInShard, **arguments))
+        groups[-1].start()
+        return groups[-1]
+
+    yield start
+    for group in groups:
+        group.stop()
+        assert_nothing_left(group)
+
+
+def assert_nothing_left(group: ProcessShardGroup) -> None:
+    assert group.processes and not any(process.is_alive() for process in group.processes)
+    assert not open_ports() & set(group.ports), "a socket is left open"
+
+
+def step(group: ProcessShardGroup, number: int, timeout: float = 20.0):
+    group.send(StepPlan(step=number, generation=group.generation))
+    return group.collect(timeout)
+
+
+def failure_of(group: ProcessShardGroup) -> ShardFailure:
+    with pytest.raises(ShardFailure) as caught:
+        group.start()
+    assert_nothing_left(group)
+    return caught.value
+
+
+def test_a_group_starts_steps_and_stops(started):
+    group = started(generation=3)
+    assert [info.rank for info in group.ranks] == [0, 1]
+    assert [info.pid for info in group.ranks] == [process.pid for process in group.processes]
+    assert group.num_pages == 49, "the rank with the least room decides"
+    assert group.page_bytes == 64
+    assert group.ranks[1].cache_bytes == 49 * 60
+    assert group.ranks[1].as_dict()["kv_heads"] == (1, 2)
+    for number in range(5):
+        results = step(group, number)
+        assert [result.rank for result in results] == [0, 1]
+        assert results[0].tokens == [3, number]
+    group.check()
+    began = time.monotonic()
+    group.stop()
+    assert time.monotonic() - began < 2.0, "healthy shards end by themselves"
+    assert [process.exitcode for process in group.processes] == [0, 0]
+    group.stop()
+    with pytest.raises(ShardFailure, match="stopped"):
+        group.send(StepPlan(step=9, generation=3))
+
+
+def test_plans_sent_ahead_are_answered_in_order(started):
+    group = started()
+    for number in range(3):
+        group.send(StepPlan(step=number, generation=0))
+    assert [group.collect(20.0)[1].tokens[1] for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_shard_that_fails_while_loading_is_reported_with_its_own_error(config):
+    began = time.monotonic()
+    failure = failure_of(ProcessShardGroup(config, stand_in.FailsToLoad))
+    assert failure.ranks == (1,)
+    assert "no room for the weights of rank 1" in failure.cause and "node node-1" in failure.cause
+    assert "in load" in failure.traceback
+    assert time.monotonic() - began < 30.0, "the start-up deadline was waited for"
+
+
+def test_a_shard_that_dies_while_loading_is_reported_at_once(config):
+    failure = failure_of(ProcessShardGroup(config, stand_in.DiesWhileLoading))
+    assert failure.ranks == (1,) and "SIGKILL" in failure.cause
+
+
+def test_a_refused_checkpoint_is_the_users_value_error(config):
+    group = ProcessShardGroup(config, stand_in.RefusesToLoad)
+    with pytest.raises(ValueError, match=r"the checkpoint lacks lm_head\.weight; convert it again"):
+        group.start()
+    assert_nothing_left(group)
+
+
+def test_a_checkpoint_absent_on_one_node_is_refused_with_its_path(config, tmp_path):
+    group = ProcessShardGroup(config, StandInShard, run=partial(run_with, model=str(tmp_path / "nowhere"), versions=None))
+    with pytest.raises(ValueError, match=r"rank 1.*nowhere"):
+        group.start()
+    assert_nothing_left(group)
+
+
+def run_with(arguments: ShardArguments, model: str | None, versions: dict[str, str] | None) -> None:
+    """`run_shard`, with rank 1 on another checkpoint or another version."""
+    if arguments.rank == 1:
+        if model is not None:
+            arguments = dataclasses.replace(arguments, config=dataclasses.replace(arguments.config, model=model))
+        if versions is not None:
+            own = serve.versions()
+            serve.versions = lambda: own | versions
+    run_shard(arguments)
+
+
+def die_before_connecting(arguments: ShardArguments) -> None:
+    if arguments.rank == 1:
+        os._exit(7)
+    run_shard(arguments)
+
+
+def test_unequal_versions_are_refused_with_both_values(config):
+    group = ProcessShardGroup(config, StandInShard, run=partial(run_with, model=None, versions={"torch": "1.2.3"}))
+    with pytest.raises(ValueError, match=r"rank 0 .* has torch 2\..*rank 1 .*has torch 1\.2\.3; install the same torch"):
+        group.start()
+    assert_nothing_left(group)
+
+
+def test_unequal_weights_are_refused(config, tmp_path):
+    other = str(stand_in.write_checkpoint(tmp_path / "other", columns=8))
+    group = ProcessShardGroup(config, StandInShard, run=partial(run_with, model=other, versions=None))
+    with pytest.raises(ValueError, match=r"rank 0 .*rank 1 .*different weights"):
+        group.start()
+    assert_nothing_left(group)
+
+
+def test_a_process_that_dies_before_it_connects_is_named(config):
+    failure = failure_of(ProcessShardGroup(config, StandInShard, run=die_before_connecting))
+    assert failure.ranks == (1,) and "exit code 7" in failure.cause
+
+
+def test_a_start_that_hangs_ends_at_its_deadline_and_names_the_rank(config):
+    config = dataclasses.replace(config, startup_timeout_s=12.0)
+    failure = failure_of(ProcessShardGroup(config, stand_in.NeverLoads))
+    assert failure.ranks == (0,) and "did not load its weights" in failure.cause
+
+
+def test_a_shard_of_another_generation_is_turned_away(config):
+    group = ProcessShardGroup(dataclasses.replace(config, startup_timeout_s=8.0), StandInShard, 5, run=run_as_generation_four)
+    failure = failure_of(group)
+    assert failure.ranks == (1,), "rank 1 of an older generation was let in"
+
+
+def run_as_generation_four(arguments: ShardArguments) -> None:
+    run_shard(dataclasses.replace(arguments, generation=4) if arguments.rank == 1 else arguments)
+
+
+def test_an_exception_in_a_step_reaches_the_driver_with_its_traceback(started):
+    group = started()
+    step(group, 0)
+    with pytest.raises(ShardFailure) as caught:
+        step(group, stand_in.FAIL_STEP)
+    failure = caught.value
+    assert failure.ranks == (1,), "rank 0 only lost its partner"
+    assert "ArithmeticError: the stand-in was told to fail" in failure.cause
+    assert f"pid {group.processes[1].pid}" in failure.cause
+    assert "stand_in_shard.py" in str(failure)
+    with pytest.raises(ShardFailure, match="told to fail"):
+        group.send(StepPlan(step=2, generation=0))
+    copy = pickle.loads(pickle.dumps(failure))
+    assert (copy.ranks, str(copy)) == (failure.ranks, str(failure))
+
+
+def test_a_rank_that_dies_in_a_step_is_found_in_less_than_a_second(started):
+    group = started()
+    step(group, 0)
+    began = time.monotonic()
+    with pytest.raises(ShardFailure, match="SIGKILL") as caught:
+        step(group, stand_in.KILL_STEP)
+    assert time.monotonic() - began < 1.0
+    assert caught.value.ranks == (1,)
+
+
+def test_a_rank_that_dies_between_steps_is_found_by_a_check(started):
+    group = started()
+    group.check()
+    os.kill(group.processes[0].pid, signal.SIGKILL)
+    deadline = time.monotonic() + 1.0
+    with pytest.raises(ShardFailure, match="SIGKILL") as caught:
+        while time.monotonic() < deadline:
+            group.check()
+    assert caught.value.ranks == (0,)
+
+
+def test_a_hung_rank_meets_the_step_deadline_and_is_killed(started):
+    group = started()
+    step(group, 0)
+    os.kill(group.processes[1].pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(ShardFailure, match=r"did not answer step 1 within 0\.5 s") as caught:
+        step(group, 1, timeout=0.5)
+    assert 0.5 <= time.monotonic() - began < 1.0
+    assert 1 in caught.value.ranks
+    group.stop()
+    assert time.monotonic() - began < 3.0
+    assert_nothing_left(group)
+
+
+def test_a_rank_asleep_alone_is_the_only_one_named(started):
+    group = started()
+    group.send(StepPlan(step=stand_in.QUIET_STEP, generation=0))
+    group.collect(5.0)
+    os.kill(group.processes[1].pid, signal.SIGSTOP)
+    group.send(StepPlan(step=stand_in.QUIET_STEP, generation=0))
+    with pytest.raises(ShardFailure) as caught:
+        group.collect(0.3)
+    assert caught.value.ranks == (1,)
+
+
+def test_an_answer_to_another_step_is_a_failure(started):
+    group = started()
+    with pytest.raises(ShardFailure, match="answered step 1003 as rank 1 when step 1004 was due"):
+        step(group, stand_in.WRONG_STEP)
+
+
+def test_shards_end_themselves_when_the_driver_goes_away(started):
+    group = started()
+    for channel in group._channels.values():
+        channel.close()
+    for process in group.processes:
+        process.join(5.0)
+    assert [process.exitcode for process in group.processes] == [0, 0]
+
+
+def test_stopping_a_group_that_never_started_is_harmless(config):
+    ProcessShardGroup(config, StandInShard).stop()
+
+
+@pytest.mark.slow
+def test_a_round_trip_to_two_idle_ranks_is_short(started):
+    """p50 of plan -> two ranks -> replies; a step's overhead stays under 1 ms only if this is well below it."""
+    group = started()
+    rows = [DecodeRow(slot=slot, position=1000, token=None, samples=[slot]) for slot in range(8)]
+    times = []
+    for _ in range(2000):
+        began = time.perf_counter()
+        group.send(StepPlan(step=stand_in.QUIET_STEP, generation=0, decode=rows))
+        group.collect(5.0)
+        times.append(time.perf_counter() - began)
+    p50 = statistics.median(times[200:])
+    print(f"round trip p50 {p50 * 1e6:.0f} us")
+    assert p50 < 1e-3
+
+
+def test_the_checkpoint_of_these_tests_is_no_model(config):
+    """Guards the stand-in: were it loadable, a test that forgot its shard_factory would pass for the wrong reason."""
+    group = ProcessShardGroup(dataclasses.replace(config, tensor_parallel_size=1))
+    with pytest.raises((ValueError, ShardFailure)):
+        group.start()
+    assert_nothing_left(group)
+    assert Path(config.model).is_dir()

@@ -1,0 +1,89 @@
+"""ProcessShardGroup: ranks as spawned processes that meet over loopback and gloo: tensor parallelism without Ray."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from distributed_sparse.config import EngineConfig
+from distributed_sparse.driver.remote_group import RemoteShardGroup
+from distributed_sparse.shard.serve import ShardArguments, ShardFactory, run_shard
+
+
+class ProcessShardGroup(RemoteShardGroup):
+    """A group on this machine; `processes` are its ranks, in rank order.
+
+    Args:
+        config, shard_factory, generation: as `RemoteShardGroup`.
+        num_threads: torch threads of each rank.
+        run: what each process runs, instead of `run_shard`.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        shard_factory: ShardFactory | None = None,
+        generation: int = 0,
+        num_threads: int = 1,
+        run: Callable[[ShardArguments], None] = run_shard,
+    ) -> None:
+        super().__init__(config, "127.0.0.1", generation, shard_factory)
+        self.num_threads = num_threads
+        self.run = run
+        self.processes: list[BaseProcess] = []
+        self.ports: list[int] = []
+
+    def _spawn(self, address: tuple[str, int], store_address: tuple[str, int], deadline: float) -> None:
+        self.ports = [address[1], store_address[1]]
+        spawn = multiprocessing.get_context("spawn")
+        for rank in range(self.world_size):
+            arguments = ShardArguments(
+                config=self.config,
+                rank=rank,
+                world_size=self.world_size,
+                generation=self.generation,
+                address=address,
+                secret=self.secret,
+                store_address=store_address,
+                node_ip=self.host,
+                node_id=f"node-{rank}",
+                num_threads=self.num_threads,
+                shard_factory=self.shard_factory,
+            )
+            self.processes.append(spawn.Process(target=self.run, args=(arguments,), name=f"rank-{rank}", daemon=True))
+            self.processes[-1].start()
+
+    def _dead_ranks(self) -> dict[int, str]:
+        return {rank: ended(process.exitcode) for rank, process in enumerate(self.processes) if process.exitcode is not None}
+
+    def _kill(self, grace: float) -> None:
+        deadline = time.monotonic() + grace
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0.0))
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def open_ports() -> set[int]:
+    """TCP ports of this machine that are listened on or connected."""
+    listening, established = "0A", "01"
+    ports = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            if state in (listening, established):
+                ports.add(int(local.rpartition(":")[2], 16))
+    return ports
+
+
+def ended(exitcode: int) -> str:
+    """How a process came to its end."""
+    if exitcode < 0:
+        return f"was killed by {signal.Signals(-exitcode).name}"
+    return f"ended with exit code {exitcode}"

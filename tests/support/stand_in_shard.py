@@ -1,0 +1,102 @@
+"""StandInShard: a shard without a model, that answers plans through real collectives and can be told to misbehave."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from distributed_sparse.config import EngineConfig
+from distributed_sparse.driver.messages import Loaded, Ready, StepPlan, StepResult
+from distributed_sparse.shard.collectives import Collectives
+
+FAIL_STEP, KILL_STEP, SLEEP_STEP, WRONG_STEP, QUIET_STEP = 1001, 1002, 1003, 1004, 1005
+"""Steps in which rank 1 raises, kills itself, sleeps, answers another step; and one that runs no collective."""
+
+
+class StandInShard:
+    """Answers each step with the all-reduced sum of the ranks + 1 and the step's number."""
+
+    def __init__(self, config: EngineConfig, rank: int, world_size: int, collectives: Collectives) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.collectives = collectives
+
+    def load(self) -> Loaded:
+        return Loaded(
+            rank=self.rank,
+            device="cpu",
+            kv_heads=(self.rank, self.rank + 1),
+            weight_bytes=100,
+            page_bytes=64,
+            max_pages=50 - self.rank,
+        )
+
+    def allocate(self, num_pages: int) -> Ready:
+        return Ready(rank=self.rank, cache_bytes=num_pages * 60, metadata_bytes=num_pages * 4)
+
+    def step(self, plan: StepPlan) -> StepResult:
+        if self.rank == self.world_size - 1:
+            if plan.step == FAIL_STEP:
+                raise ArithmeticError("the stand-in was told to fail")
+            if plan.step == KILL_STEP:
+                os.kill(os.getpid(), 9)
+            if plan.step == SLEEP_STEP:
+                time.sleep(3600)
+            if plan.step == WRONG_STEP:
+                return StepResult(step=plan.step - 1, rank=self.rank)
+        if plan.step in (QUIET_STEP, WRONG_STEP):
+            return StepResult(step=plan.step, rank=self.rank)
+        total = self.collectives.all_reduce(torch.tensor([float(self.rank + 1)]))
+        return StepResult(step=plan.step, rank=self.rank, tokens=[int(total.item()), plan.step])
+
+    def close(self) -> None:
+        self.collectives.close()
+
+
+class FailsToLoad(StandInShard):
+    """Rank 1 runs out of memory while it loads; the others wait for it."""
+
+    def load(self) -> Loaded:
+        if self.rank == 1:
+            raise MemoryError("no room for the weights of rank 1")
+        self.collectives.barrier()
+        return super().load()
+
+
+class RefusesToLoad(StandInShard):
+    """Every rank refuses the checkpoint."""
+
+    def load(self) -> Loaded:
+        raise ValueError("the checkpoint lacks lm_head.weight; convert it again")
+
+
+class DiesWhileLoading(StandInShard):
+    """Rank 1's process vanishes without a word."""
+
+    def load(self) -> Loaded:
+        if self.rank == 1:
+            os.kill(os.getpid(), 9)
+        time.sleep(3600)
+        raise AssertionError
+
+
+class NeverLoads(StandInShard):
+    """Rank 0 hangs while it loads."""
+
+    def load(self) -> Loaded:
+        if self.rank == 0:
+            time.sleep(3600)
+        return super().load()
+
+
+def write_checkpoint(folder: Path, value: float = 1.0, columns: int = 4) -> Path:
+    """A folder that passes for a checkpoint until a model is built from it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "value": value}))
+    save_file({"model.norm.weight": torch.full((columns,), value)}, folder / "model.safetensors")
+    return folder
