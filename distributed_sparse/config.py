@@ -229,4 +229,4 @@ def _override(run: dict[str, Any], override: str) -> None:
         if not isinstance(section[key], dict):
             raise ValueError(f"--set {override!r}: {'.'.join(keys[: depth + 1])} is {shown(section[key])}, not a section")
         section = section[key]
-    section[keys[-1]] = _parse_yaml(text, f"--set {override}")
+    section[keys[-1]] = _parse_yaml(text, f"--set {override!r}")

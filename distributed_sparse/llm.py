@@ -16,6 +16,7 @@ from distributed_sparse.client import Client, Service
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.detokenizer import Detokenizer
+from distributed_sparse.driver.shard_group import ShardFailure
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_max_model_len
@@ -77,7 +78,10 @@ class LLM:
             eos_token_ids=model.eos_token_ids,
             max_model_len=self.max_model_len,
         )
-        self._client = Client(_start_service(config, info, text))
+        try:
+            self._client = Client(self._start_service(info, text))
+        except ShardFailure as failure:
+            raise EngineError(str(failure)) from failure
         self._request_numbers = itertools.count()
         self._finalizer = weakref.finalize(self, self._client.close)
 
@@ -218,6 +222,21 @@ class LLM:
 
     # ---- inside
 
+    def _start_service(self, info: ModelInfo, tokenizer: str | None) -> Service:
+        """The Driver: in this process for one rank, else in a Ray actor. Ray is imported here only."""
+        config = self.config
+        backend = config.distributed_executor_backend
+        if backend == "ray" or (backend == "auto" and config.tensor_parallel_size > 1):
+            from distributed_sparse.driver.actor import connect_driver
+
+            return connect_driver(config, info, tokenizer)
+        from distributed_sparse.driver.in_process import InProcessGroup
+        from distributed_sparse.driver.service import DriverService
+
+        service = DriverService(config, info, tokenizer, InProcessGroup(config))
+        service.start()
+        return service
+
     def _run(self, prompts: list[Any], params: list[SamplingParams], use_tqdm: bool) -> list[OutputBuilder]:
         builders: dict[str, OutputBuilder] = {}
         requests = []
@@ -338,23 +357,3 @@ def _refused(request_id: str, prompt: Any, error: str) -> OutputBuilder:
     builder.add(RequestUpdate(request_id, finished=True, error=error, error_kind="invalid"))
     logger.warning("request %s is refused: %s", request_id, error)
     return builder
-
-
-def _start_service(config: EngineConfig, info: ModelInfo, tokenizer: str | None) -> Service:
-    """The Driver: in this process for one rank, else in a Ray actor. Ray is imported here only."""
-    from distributed_sparse.driver.shard_group import ShardFailure
-
-    backend = config.distributed_executor_backend
-    try:
-        if backend == "ray" or (backend == "auto" and config.tensor_parallel_size > 1):
-            from distributed_sparse.driver.actor import connect_driver
-
-            return connect_driver(config, info, tokenizer)
-        from distributed_sparse.driver.in_process import InProcessGroup
-        from distributed_sparse.driver.service import DriverService
-
-        service = DriverService(config, info, tokenizer, InProcessGroup(config))
-        service.start()
-        return service
-    except ShardFailure as error:
-        raise EngineError(str(error)) from error

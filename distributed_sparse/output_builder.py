@@ -80,7 +80,11 @@ class OutputBuilder:
 
 
 def block_arrays(block: LogprobBlock) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-    """token ids int32 [rows, width] (None: the whole vocabulary in order), logprobs float32 [rows, width], ranks int32 [rows]."""
+    """The arrays of a block.
+
+    Returns:
+        token ids int32 [rows, width] (None: the whole vocabulary in order), logprobs float32 [rows, width], ranks int32 [rows].
+    """
     shape = (block.rows, block.width)
     ids = np.frombuffer(block.token_ids, dtype=np.int32).reshape(shape) if block.token_ids else None
     logprobs = np.frombuffer(block.logprobs, dtype=np.float32).reshape(shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 CHUNK_TOKENS = 512
@@ -9,6 +11,38 @@ CHUNK_TOKENS = 512
 chunk, combined in index order: so the cut, and with it every bit of the result, depends on the row alone."""
 
 
+@overload
+def attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pages: Tensor,
+    num_pages: Tensor,
+    last_page_len: Tensor,
+    scale: float,
+    *,
+    tokens: Tensor | None = None,
+    num_tokens: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    partial: tuple[Tensor, Tensor] | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pages: Tensor,
+    num_pages: Tensor,
+    last_page_len: Tensor,
+    scale: float,
+    *,
+    tokens: Tensor | None = None,
+    num_tokens: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    partial: tuple[Tensor, Tensor] | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def attend(
     q: Tensor,
     k_pages: Tensor,

@@ -58,10 +58,8 @@ def _page_scores_kernel(
         b_score = tl.dot(tl.where(b_q < zero, b_q, zero), b_min, acc=b_score, input_precision="ieee")
         b_score = tl.dot(tl.where(b_q > zero, b_q, zero), b_max, acc=b_score, input_precision="ieee")
 
-    if TAKE_MAX:
-        b_row = tl.max(tl.where(m_g, b_score, float("-inf")), axis=0)  # [BLOCK_P]
-    else:
-        b_row = tl.sum(tl.where(m_g, b_score, 0.0), axis=0)
+    b_kept = tl.where(m_g, b_score, float("-inf") if TAKE_MAX else 0.0)
+    b_row = tl.max(b_kept, axis=0) if TAKE_MAX else tl.sum(b_kept, axis=0)  # [BLOCK_P]
     o_row = (i_b * tl.num_programs(1) + i_h) * width
     tl.store(p_scores + o_row + i_p, tl.where(m_p, b_row, float("-inf")), mask=i_p < width)
 

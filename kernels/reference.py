@@ -46,18 +46,15 @@ def top_k_pages_reference(
 ) -> list[list[list[int]]]:
     """See `top_k_pages`. The selected physical pages of every row: [B][H_kv] lists, by a plain stable sort."""
     batch, heads, _ = scores.shape
-    rows = []
+    selected: list[list[list[int]]] = [[[] for _ in range(heads)] for _ in range(batch)]
     for b in range(batch):
         n = int(num_pages[b])
-        kept = min(int(k[b]), n)
-        sinks, others, recent = range(n)[:sink_pages], range(n)[sink_pages:], []
-        if recent_pages:
-            recent = [p for p in range(n) if p >= n - recent_pages]
+        newest_first = range(n - 1, max(n - recent_pages, 0) - 1, -1)
         for h in range(heads):
-            by_score = sorted(others, key=lambda p: (-float(scores[b, h, p]), p))  # noqa: B023 - used within this turn
-            order = list(dict.fromkeys([*reversed(recent), *sinks, *by_score]))  # the first `kept` of all, best first
-            rows.append([int(page_table[b, p]) for p in sorted(order[:kept])])
-    return [rows[b * heads : (b + 1) * heads] for b in range(batch)]
+            best_first = (-scores[b, h, :n]).sort(stable=True).indices.tolist()
+            order = list(dict.fromkeys([*newest_first, *range(min(sink_pages, n)), *best_first]))  # each page once
+            selected[b][h] = [int(page_table[b, p]) for p in sorted(order[: int(k[b])])]
+    return selected
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -64,7 +64,9 @@ def _top_k_pages_kernel(
                 b_key = _ordered(tl.load(p_scores + i_p, mask=m_p, other=0.0))
                 if i_pass > 0:
                     m_p = m_p & ((b_key >> (shift + 8)) == (prefix >> (shift + 8)))
-                b_hist += tl.histogram(((b_key >> shift) & 0xFF).to(tl.int32), 256, mask=m_p)
+                b_digit = tl.where(m_p, (b_key >> shift) & 0xFF, 0).to(tl.int32)
+                b_hist += tl.histogram(b_digit, 256)
+                b_hist -= tl.where(o_bin == 0, tl.sum(1 - m_p.to(tl.int32), axis=0), 0)  # those counted for nothing
             b_above = tl.sum(b_hist, axis=0) - tl.cumsum(b_hist, axis=0)  # [256] pages of a larger digit
             m_bin = (b_above < room) & (b_above + b_hist >= room)  # one bin
             digit = tl.sum(tl.where(m_bin, o_bin, 0), axis=0)

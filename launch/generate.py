@@ -9,11 +9,16 @@ A row in: {"prompt": str or list of token ids} or {"messages": [{"role", "conten
 
 import argparse
 import json
+import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -25,13 +30,17 @@ from tqdm import tqdm
 from distributed_sparse.config import EngineConfig, load_run_config
 from distributed_sparse.outputs import RequestOutput
 from distributed_sparse.sampling_params import SamplingParams
+from distributed_sparse.tokenizer import apply_chat
+from distributed_sparse.tokenizer import apply_chat
 from distributed_sparse.validation import check_keys, shown
 
 if TYPE_CHECKING:
     from distributed_sparse import LLM
+    from distributed_sparse.llm import Stream
+    from distributed_sparse.llm import Stream
 
 ROW_KEYS = ("id", "prompt", "messages", "sampling_params")
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 @dataclass
@@ -59,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = open(args.output, "w", encoding="utf-8") if args.output else nullcontext(sys.stdout)  # noqa: SIM115
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USAGE
 
     previous = signal.signal(signal.SIGTERM, _end_on_sigterm)
     try:
@@ -68,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # who read the rows has left; what Python flushes at its exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -85,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, such as sparse.token_budget=1024"
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="one prompt; its text is streamed to the terminal")
+    source.add_argument("--prompt", help="one prompt; without --output its text is streamed to the terminal")
     source.add_argument("--prompts-file", metavar="JSONL", help="one row per prompt")
     parser.add_argument("--output", metavar="JSONL", help="where rows go (default: the terminal)")
     parser.add_argument("--chat", action="store_true", help="put text prompts into the model's chat template")
@@ -143,87 +155,106 @@ def _generate(config: EngineConfig, rows: list[Row], out: IO[str], streaming: bo
     from distributed_sparse import LLM
 
     try:
-        llm = LLM(**asdict(config))
+        llm = LLM.from_config(config)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USAGE
     with llm:
         if streaming:
             return _stream_one(llm, rows[0], out)
-        return _write_rows(llm, rows, out, rows_at_once=4 * config.max_num_seqs)
+        return _write_rows(llm, rows, out, window=8 * config.max_num_seqs)
 
 
 def _stream_one(llm: "LLM", row: Row, out: IO[str]) -> int:
     """Print the one prompt's text as it comes; several completions (`n`) are printed one after the other at the end."""
+    printed, last = 0, None
     try:
-        if row.error is not None:
-            raise ValueError(row.error)
-        assert row.params is not None
-        shown_chars, last = 0, None
-        for last in llm.stream(_prompt(llm, row), row.params):
-            if row.params.n == 1 and last.outputs:
+        for last in _submit(llm, row):
+            if len(last.outputs) == 1:
                 text = last.outputs[0].text
-                print(text[shown_chars:], end="", file=out, flush=True)
-                shown_chars = max(shown_chars, len(text))
-        if last is not None and last.error is not None:
-            raise ValueError(last.error)
-    except ValueError as error:
+                print(text[printed:], end="", file=out, flush=True)
+                printed = len(text)
+        error = last.error if last is not None else None
+    except (ValueError, RuntimeError) as raised:
+        error = str(raised)
+    if last is not None and len(last.outputs) > 1:
+        print("\n\n".join(f"[{completion.index}] {completion.text}" for completion in last.outputs), end="", file=out)
+    if last is not None:
+        print(file=out, flush=True)
+    if error is not None:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    if last is not None and row.params.n > 1:
-        print("\n\n".join(f"[{output.index}] {output.text}" for output in last.outputs), end="", file=out)
-    print(file=out)
-    return 0
+    return FAILED if error is not None else 0
 
 
-def _write_rows(llm: "LLM", rows: list[Row], out: IO[str], rows_at_once: int) -> int:
-    """Generate all rows and write them in order, some at a time: what is finished is on disk when the run is interrupted."""
+def _write_rows(llm: "LLM", rows: list[Row], out: IO[str], window: int) -> int:
+    """Generate all rows, at most `window` of them submitted at a time, and write each, in order, as soon as it is finished."""
     failed = 0
+    submitted: deque[tuple[Row, Stream | None]] = deque()
+    to_come = iter(rows)
     with tqdm(total=len(rows), unit="row", disable=None) as bar:  # None: only on a terminal
-        for first in range(0, len(rows), rows_at_once):
-            batch = rows[first : first + rows_at_once]
-            prompts: list[str | list[int]] = []
-            ready: list[Row] = []
-            for row in batch:
-                if row.error is None:
-                    try:
-                        prompts.append(_prompt(llm, row))
-                        ready.append(row)
-                    except ValueError as error:
-                        row.error = str(error)
-            outputs = llm.generate(prompts, [row.params for row in ready], use_tqdm=False) if ready else []
-            of_row = {id(row): output for row, output in zip(ready, outputs, strict=True)}
-            for row in batch:
-                written = row_out(row, of_row.get(id(row)))
-                failed += "error" in written
-                print(json.dumps(written, ensure_ascii=False), file=out)
-            out.flush()
-            bar.update(len(batch))
+        while True:
+            for row in islice(to_come, window - len(submitted)):
+                submitted.append((row, _submit_or_note(llm, row)))
+            if not submitted:
+                break
+            written = row_out(*_finished(*submitted.popleft()))
+            failed += "error" in written
+            print(json.dumps(written, ensure_ascii=False), file=out, flush=True)
+            bar.update()
     if failed:
         print(f"{failed} of {len(rows)} rows failed; see their 'error'", file=sys.stderr)
     return 0
 
 
-def _prompt(llm: "LLM", row: Row) -> str | list[int]:
-    """What the engine gets: the prompt itself, or the messages' token ids in the chat template."""
-    if row.messages is None:
-        assert row.prompt is not None
-        return row.prompt
-    return llm.chat_token_ids(row.messages)
+def _submit(llm: "LLM", row: Row) -> "Stream":
+    """Hand a row to the engine. Raises ValueError when the row, or the engine's view of it, is wrong."""
+    if row.error is not None:
+        raise ValueError(row.error)
+    prompt = row.prompt
+    if row.messages is not None:
+        if llm.tokenizer is None:
+            raise ValueError("messages need a tokenizer, and this model has none; give a prompt of token ids, or tokenizer=")
+        prompt = apply_chat(llm.tokenizer, row.messages)
+    assert prompt is not None
+    return llm.stream(prompt, row.params)
+
+
+def _submit_or_note(llm: "LLM", row: Row) -> "Stream | None":
+    try:
+        return _submit(llm, row)
+    except (ValueError, RuntimeError) as error:
+        row.error = str(error)
+        return None
+
+
+def _finished(row: Row, stream: "Stream | None") -> tuple[Row, RequestOutput | None]:
+    """A row with its output, once there is no more to come."""
+    output = None
+    try:
+        for step in stream or ():
+            output = step
+    except (ValueError, RuntimeError) as error:
+        row.error = str(error)
+    return row, output
 
 
 def row_out(row: Row, output: RequestOutput | None) -> dict[str, Any]:
-    """The row that is written for one that was read: its outputs and times, or its error."""
+    """The row that is written for one that was read: its outputs and times, or its error with what came before it."""
+    written: dict[str, Any] = {"id": row.id}
     error = row.error or (output.error if output is not None else None)
-    if output is None or error is not None:
-        return {"id": row.id, "error": error or "no output"}
-    completions = []
-    for completion in output.outputs:
-        fields = asdict(completion)
-        completions.append({name: value for name, value in fields.items() if value is not None or name == "finish_reason"})
-    written: dict[str, Any] = {"id": row.id, "num_prompt_tokens": len(output.prompt_token_ids), "outputs": completions}
+    if error is not None:
+        written["error"] = error
+    if output is None:
+        return written
+    written["num_prompt_tokens"] = len(output.prompt_token_ids)
+    written["outputs"] = [
+        {name: value for name, value in asdict(completion).items() if value is not None} for completion in output.outputs
+    ]
     if output.prompt_logprobs is not None:
-        written["prompt_logprobs"] = asdict(output)["prompt_logprobs"]
+        written["prompt_logprobs"] = [
+            None if position is None else {token: asdict(logprob) for token, logprob in position.items()}
+            for position in output.prompt_logprobs
+        ]
     if output.metrics is not None:
         metrics = output.metrics
         written["metrics"] = {"ttft": metrics.ttft, "tpot": metrics.tpot, "latency": metrics.latency}

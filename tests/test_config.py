@@ -149,7 +149,7 @@ def test_an_override_below_a_plain_value_or_with_broken_yaml_is_refused(tmp_path
     path = write(tmp_path, "model: m\n")
     with pytest.raises(ValueError, match=r"--set 'model.name=x': model is 'm', not a section"):
         load_run_config(path, ["model.name=x"])
-    with pytest.raises(ValueError, match=r"--set sparse=\{a: is not valid YAML"):
+    with pytest.raises(ValueError, match=r"--set 'sparse=\{a:': is not valid YAML"):
         load_run_config(path, ["sparse={a:"])
 
 

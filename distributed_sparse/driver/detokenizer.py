@@ -6,7 +6,7 @@ and a byte sequence that is no UTF-8 makes every later step raise (tokenizers 0.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 
 from tokenizers import Tokenizer
 
@@ -80,7 +80,8 @@ class TextStream:
             self.text += window_text[len(self._anchor_text) :]
         elif self._anchor_text.endswith(REPLACEMENT):
             # The prompt ended in half a character; the output completed it, so it belongs to the output.
-            self.text += window_text[len(commonprefix([self._anchor_text, window_text])) :]
+            pairs = zip(self._anchor_text, window_text, strict=False)
+            self.text += window_text[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) :]
         else:
             # Byte fallback replaces a whole run of bytes when one is wrong, those of the anchor too, which are out already.
             self.text += self._decode(emitted)

@@ -192,9 +192,9 @@ class Driver:
             if token is None:
                 self.scheduler.finish(sequence, "length")
                 continue
-            block = result.logprobs[position] if result.logprobs else None
-            if block is not None:
-                blocks[sequence] = block
+            own_block = result.logprobs[position] if result.logprobs else None
+            if own_block is not None:
+                blocks[sequence] = own_block
             self._take_token(sequence, token, now)
         for request, sequences in touched.items():
             updates[request.client_id].append(self._publish(request, sequences, blocks, prompt_blocks[request]))

@@ -53,6 +53,15 @@ class DecodeRow(Part):
     prompt_logprobs: int = 0
     """With `target`: so many best tokens beside it; -1: the whole vocabulary."""
 
+    @property
+    def num_tokens(self) -> int:
+        return 1
+
+    @property
+    def end(self) -> int:
+        """One past the position of its last token."""
+        return self.position + 1
+
 
 class PrefillChunk(Part):
     """Consecutive prompt tokens of one sequence, attended densely."""
@@ -65,6 +74,15 @@ class PrefillChunk(Part):
     targets: list[int] | None = None
     """The tokens that follow each of `tokens`, as far as they are known (prompt_logprobs)."""
     prompt_logprobs: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def end(self) -> int:
+        """One past the position of its last token."""
+        return self.start + len(self.tokens)
 
 
 class StepPlan(Message):
@@ -83,6 +101,11 @@ class StepPlan(Message):
     """Answer with a `ShardReport`."""
     profile: bool = False
     """Take the times of select, attend and all-reduce in this step (synchronises the device)."""
+
+    @property
+    def parts(self) -> list[DecodeRow | PrefillChunk]:
+        """What runs, in the order of the batch: decode rows, then prompt chunks."""
+        return [*self.decode, *self.prefill]
 
 
 class AllocateCache(Message):

@@ -40,8 +40,8 @@ class Scheduler:
         needed = sum(self._reservation(request))
         if needed > self.allocator.total:
             raise ValueError(
-                f"the request needs {needed} pages of {self.page_size} tokens (prompt of {len(request.prompt_token_ids)} tokens, "
-                f"max_tokens={request.max_tokens}, n={request.num_samples}) but the cache has {self.allocator.total}; "
+                f"the request needs {needed} pages of {self.page_size} tokens (prompt of {len(request.prompt_token_ids)} "
+                f"tokens, max_tokens={request.max_tokens}, n={request.num_samples}), but the cache has {self.allocator.total}; "
                 "lower max_tokens or n, or raise kv_cache_memory_bytes"
             )
         request.sequences = [Sequence(request, index) for index in range(request.num_samples)]
@@ -174,13 +174,11 @@ class Scheduler:
         """
         new_tokens = iter(tokens)
         committed: list[tuple[Sequence, int | None]] = []
-        for part in [*plan.decode, *plan.prefill]:
+        for part in plan.parts:
             sequence = self._by_slot[part.slot]
+            sequence.num_computed = part.end
             if isinstance(part, PrefillChunk):
-                sequence.num_computed += len(part.tokens)
-                sequence.chunk_borders.append(sequence.num_computed)
-            else:
-                sequence.num_computed += 1
+                sequence.chunk_borders.append(part.end)
             for slot in part.samples:
                 sampled = self._by_slot[slot]
                 sampled.output_token_ids.append(next(new_tokens))

@@ -74,8 +74,22 @@ class Geometry:
         return float(self.head_dim**-0.5)
 
 
-class PageMinMax:
-    """Page metadata: channel-wise min and max of the page's keys, [num_pages, H_kv, 2, d] in the cache's dtype (Quest)."""
+class Metadata(ABC):
+    """Something that the cache keeps per page beside K and V, for the methods that ask for it. Never instantiated."""
+
+    @staticmethod
+    @abstractmethod
+    def bytes_per_page(geometry: Geometry) -> int:
+        """Bytes of one page in one layer of one rank."""
+
+    @staticmethod
+    @abstractmethod
+    def allocate(num_pages: int, geometry: Geometry) -> Tensor:
+        """The tensor of one layer, [num_pages, ...]."""
+
+
+class PageMinMax(Metadata):
+    """Channel-wise min and max of the page's keys: [num_pages, H_kv, 2, d] in the cache's dtype, so exact (Quest)."""
 
     @staticmethod
     def bytes_per_page(geometry: Geometry) -> int:
@@ -93,7 +107,7 @@ class LayerCache:
 
     k_pages: Tensor
     v_pages: Tensor
-    metadata: dict[type, Tensor] = field(default_factory=dict)
+    metadata: dict[type[Metadata], Tensor] = field(default_factory=dict)
 
     @property
     def page_min_max(self) -> Tensor | None:
@@ -135,7 +149,7 @@ class Policy(ABC):
     """A sparse method on one rank. Made once per distinct config, called in each decode step for each layer that has it."""
 
     config_class: ClassVar[type[SparseConfig]]
-    metadata: ClassVar[tuple[type, ...]] = ()
+    metadata: ClassVar[tuple[type[Metadata], ...]] = ()
     """What the cache must keep beside K and V for this method."""
     graph_safe: ClassVar[bool] = True
     """False for a method that reads device values on the host: it turns CUDA graphs off."""

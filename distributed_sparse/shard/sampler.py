@@ -1,4 +1,4 @@
-"""sampler: logits to tokens, with counter-based randomness: a token depends on its request's seed, sample and position alone."""
+"""sampler: logits to tokens. Randomness is counter-based: a draw depends on its seed, sample index and position alone."""
 
 from __future__ import annotations
 

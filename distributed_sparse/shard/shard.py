@@ -149,10 +149,10 @@ class Shard:
     def _sample(self, plan: StepPlan, hidden: Tensor, result: StepResult) -> None:
         """Rank 0 samples and broadcasts, so ranks never diverge; every rank keeps the tokens as the next step's input."""
         rows, slots, positions = [], [], []
-        for row, last_position, part in sampling_rows(plan):
+        for row, part in sampling_rows(plan):
             rows += [row] * len(part.samples)
             slots += part.samples
-            positions += [last_position + 1] * len(part.samples)
+            positions += [part.end] * len(part.samples)
         if not rows:
             return
         unique = sorted(set(rows))
@@ -208,15 +208,13 @@ class Shard:
         self.collectives.close()
 
 
-def sampling_rows(plan: StepPlan) -> Iterator[tuple[int, int, DecodeRow | PrefillChunk]]:
-    """(row of the hidden states, its position, the part of the plan) for each part whose logits are sampled from."""
+def sampling_rows(plan: StepPlan) -> Iterator[tuple[int, DecodeRow | PrefillChunk]]:
+    """(row of the hidden states, the part of the plan whose last token it is) for each part that is sampled from."""
     row = 0
-    for part in [*plan.decode, *plan.prefill]:
-        length = len(part.tokens) if isinstance(part, PrefillChunk) else 1
-        first = part.start if isinstance(part, PrefillChunk) else part.position
-        row += length
+    for part in plan.parts:
+        row += part.num_tokens
         if part.samples:
-            yield row - 1, first + length - 1, part
+            yield row - 1, part
 
 
 def target_rows(plan: StepPlan) -> Iterator[tuple[int, int, int, list[int], int]]:

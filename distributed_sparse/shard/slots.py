@@ -27,7 +27,9 @@ class SlotTable:
             self.num_pages[setup.slot] = 0
         if not plan.new_pages:
             return
-        rows, columns, values = [], [], []
+        rows: list[int] = []
+        columns: list[int] = []
+        values: list[int] = []
         for slot, pages in plan.new_pages:
             start = int(self.num_pages[slot])
             rows += [slot] * len(pages)

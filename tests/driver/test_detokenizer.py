@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -87,7 +88,7 @@ def test_streaming_a_sentence_gives_back_the_sentence_and_never_half_a_character
     token_ids = tokenizer.encode(sentence, add_special_tokens=False).ids
     texts = stream_all(DETOKENIZERS[kind].new_stream([]), token_ids)
     assert texts[-1] == tokenizer.decode(token_ids)
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:]))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
     assert not any("\N{REPLACEMENT CHARACTER}" in text for text in texts)
     assert len(set(texts)) > len(token_ids) // 5, "text should come while tokens do, not at the end"
 
@@ -104,7 +105,7 @@ def test_text_continues_the_prompt_with_its_leading_space(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_at_the_end_of_the_prompt_do_not_hide_its_text(kind: str) -> None:
     tokenizer = TOKENIZERS[kind]
-    end = tokenizer.token_to_id("</s>")
+    end = id_of(kind, "</s>")
     prompt = [*tokenizer.encode("over the dog", add_special_tokens=False).ids, end]
     output = tokenizer.encode("the the dog", add_special_tokens=False).ids
     text = stream_all(DETOKENIZERS[kind].new_stream(prompt), output)[-1]
@@ -126,19 +127,24 @@ def test_the_end_of_a_completion_shows_what_was_kept_back() -> None:
     assert texts[-1] == tokenizer.decode(token_ids) == "\ufffd"
 
 
-def token_sequences(kind: str, **kwargs: int) -> st.SearchStrategy[list[int]]:
-    tokenizer = TOKENIZERS[kind]
-    return st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), **kwargs)
+def token_sequences(kind: str) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.integers(0, TOKENIZERS[kind].get_vocab_size() - 1), max_size=80)
+
+
+def id_of(kind: str, token: str) -> int:
+    token_id = TOKENIZERS[kind].token_to_id(token)
+    assert token_id is not None
+    return token_id
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_tokens_streamed_give_the_text_that_decoding_them_together_gives(kind: str, data: st.DataObject) -> None:
-    token_ids = data.draw(token_sequences(kind, max_size=80))
+    token_ids = data.draw(token_sequences(kind))
     texts = stream_all(DETOKENIZERS[kind].new_stream([]), token_ids)
     assert texts[-1] == TOKENIZERS[kind].decode(token_ids, skip_special_tokens=True)
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:]))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
 
 
 @settings(max_examples=300, deadline=None)
@@ -147,18 +153,18 @@ def test_byte_fallback_streams_every_text_exactly_special_tokens_in_between_or_n
     tokenizer = TOKENIZERS["byte_fallback"]
     token_ids = tokenizer.encode(text, add_special_tokens=False).ids
     for position in special:
-        token_ids.insert(position, tokenizer.token_to_id("</s>"))
+        token_ids.insert(position, id_of("byte_fallback", "</s>"))
     texts = stream_all(DETOKENIZERS["byte_fallback"].new_stream([]), token_ids)
     assert texts[-1] == tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 @settings(max_examples=300, deadline=None)
-@given(token_ids=token_sequences("byte_fallback", max_size=80))
+@given(token_ids=token_sequences("byte_fallback"))
 def test_byte_fallback_keeps_pieces_and_never_takes_text_back_when_bytes_are_no_utf8(token_ids: list[int]) -> None:
     # Decoding all at once replaces a whole run of bytes when one is wrong; a stream cannot, the run's start is out already.
     tokenizer = TOKENIZERS["byte_fallback"]
     texts = stream_all(DETOKENIZERS["byte_fallback"].new_stream([]), token_ids)
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:]))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
     whole = tokenizer.decode(token_ids, skip_special_tokens=True)
     if "\ufffd" not in whole:
         assert texts[-1] == whole
@@ -169,9 +175,8 @@ def test_byte_fallback_keeps_pieces_and_never_takes_text_back_when_bytes_are_no_
 
 def test_text_goes_on_after_bytes_that_are_no_utf8() -> None:
     # Regression: tokenizers' DecodeStream raises here, and at every later step, and loses the bytes.
-    tokenizer = TOKENIZERS["byte_fallback"]
     names = ["▁the", "<0xC3>", "<0xA9>", "<0xFF>", "a", "▁the"]
-    token_ids = [tokenizer.token_to_id(name) for name in names]
+    token_ids = [id_of("byte_fallback", name) for name in names]
     assert stream_all(DETOKENIZERS["byte_fallback"].new_stream([]), token_ids)[-1] == "theé\ufffda the"
 
 
@@ -190,15 +195,14 @@ def test_a_long_run_of_wrong_bytes_is_not_kept_back_for_ever() -> None:
 def test_tokens_outside_the_vocabulary_and_special_tokens_add_no_text(kind: str) -> None:
     tokenizer = TOKENIZERS[kind]
     stream = DETOKENIZERS[kind].new_stream([])
-    for token_id in [tokenizer.token_to_id("</s>"), tokenizer.get_vocab_size() + 5]:
+    for token_id in [id_of(kind, "</s>"), tokenizer.get_vocab_size() + 5]:
         stream.append(token_id)
         assert stream.text == ""
 
 
 def test_one_token_by_itself_shows_special_tokens_by_name() -> None:
-    tokenizer = TOKENIZERS["byte_level"]
-    assert DETOKENIZERS["byte_level"].decode_token(tokenizer.token_to_id("</s>")) == "</s>"
-    assert DETOKENIZERS["byte_level"].decode_token(tokenizer.token_to_id("Ġt")) == " t"
+    assert DETOKENIZERS["byte_level"].decode_token(id_of("byte_level", "</s>")) == "</s>"
+    assert DETOKENIZERS["byte_level"].decode_token(id_of("byte_level", "Ġ")) == " "
 
 
 class Pieces:
@@ -233,7 +237,7 @@ def read(pieces: list[str], stop: list[str], include: bool = False, min_tokens: 
 
 def cut_at(text: str, borders: list[int]) -> list[str]:
     edges = [0, *sorted({border for border in borders if 0 < border < len(text)}), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:])]
+    return [text[a:b] for a, b in pairwise(edges)]
 
 
 @settings(max_examples=500, deadline=None)
