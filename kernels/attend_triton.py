@@ -76,6 +76,7 @@ def attend_triton(
         BLOCK_N=block_n,
         num_warps=num_warps,
         num_stages=num_stages,
+        enable_fp_fusion=True,
     )
     if partial is not None:
         partial = (partial[0].reshape(num_rows, group, head_dim), partial[1].reshape(num_rows, group))
@@ -100,7 +101,7 @@ def programs_per_row(num_rows: int, capacity: int, device: torch.device) -> int:
 def launch_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(BLOCK_N, num_warps, num_stages): the largest tiles of this head_dim and dtype that spill no register."""
     if dtype == torch.float32:
-        return (32, 4, 2) if head_dim <= 128 else (16, 4, 2)
+        return 16, 4, 3
     return (64, 4, 3) if head_dim <= 128 else (32, 4, 3)
 
 
@@ -125,6 +126,7 @@ def _combine(
         HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
         BLOCK_C=64,
         num_warps=1,
+        enable_fp_fusion=True,
     )
     return out, lse
 

@@ -49,6 +49,7 @@ def prefill_attend_triton(
         BLOCK_N=block_n,
         num_warps=num_warps,
         num_stages=num_stages,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -56,7 +57,7 @@ def prefill_attend_triton(
 def launch_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps, num_stages): the largest tiles of this head_dim and dtype that spill no register."""
     if dtype == torch.float32:
-        return (32, 32, 4, 2) if head_dim <= 128 else (16, 16, 4, 2)
+        return 32, 16, 8, 2
     return (128, 64, 8, 2) if head_dim <= 128 else (64, 32, 4, 2)
 
 

@@ -68,3 +68,90 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     real, imaginary = x.double().chunk(2, dim=-1)
     turned = torch.complex(real, imaginary) * torch.complex(cos.double(), sin.double())[:, None]
     return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def attend_reference(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pages: Tensor,
+    num_pages: Tensor,
+    last_page_len: Tensor,
+    scale: float,
+    *,
+    tokens: Tensor | None = None,
+    num_tokens: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    partial: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `attend`: one softmax over all that a row lists, each token once. float64 out [B, H_q, d], lse [B, H_q]."""
+    heads, page_size = k_pages.shape[1:3]
+    group = q.shape[1] // heads
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float64)
+    for b in range(q.shape[0]):
+        for h in range(heads):
+            slots = [(int(page), i) for page in pages[b, h, : int(num_pages[b, h])] for i in range(page_size)]
+            if slots:
+                slots = slots[: len(slots) - page_size + int(last_page_len[b])]
+            weights = [0.0] * len(slots)
+            if tokens is not None and num_tokens is not None:
+                listed = tokens[b, h, : int(num_tokens[b, h])].tolist()
+                slots += [(slot // page_size, slot % page_size) for slot in listed]
+                weights += [float(log_weight[b, h]) if log_weight is not None else 0.0] * len(listed)
+            where = torch.tensor(slots, dtype=torch.long).view(-1, 2)
+            keys, values = (cache[where[:, 0], h, where[:, 1]].double() for cache in (k_pages, v_pages))  # [n, d]
+            for i in range(h * group, (h + 1) * group):
+                logits = keys @ q[b, i].double() * scale + torch.tensor(weights, dtype=torch.float64)
+                parts = values
+                if partial is not None and partial[1][b, i] > float("-inf"):  # what was attended counts as one token
+                    logits = torch.cat([logits, partial[1][b, i, None].double()])
+                    parts = torch.cat([values, partial[0][b, i, None].double()])
+                if len(logits):
+                    out[b, i], lse[b, i] = logits.softmax(0) @ parts, logits.logsumexp(0)
+    return out, lse
+
+
+def combine_reference(
+    outs: Tensor, lses: Tensor, num_partials: Tensor, partial: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `combine`: a softmax over partial results. float64 out [R, G, d], lse [R, G]."""
+    rows, _, group, dim = outs.shape
+    out = torch.zeros(rows, group, dim, dtype=torch.float64)
+    lse = torch.full((rows, group), float("-inf"), dtype=torch.float64)
+    for r in range(rows):
+        for g in range(group):
+            parts = [(outs[r, c, g], lses[r, c, g]) for c in range(int(num_partials[r]))]
+            if partial is not None:
+                parts.append((partial[0][r, g], partial[1][r, g]))
+            parts = [(part.double(), part_lse.double()) for part, part_lse in parts if part_lse > float("-inf")]
+            if parts:
+                logits = torch.stack([part_lse for _, part_lse in parts])
+                out[r, g], lse[r, g] = logits.softmax(0) @ torch.stack([part for part, _ in parts]), logits.logsumexp(0)
+    return out, lse
+
+
+def prefill_attend_reference(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """See `prefill_attend`: each query's softmax over positions 0 up to its own. float64 [query_start[R], H_q, d]."""
+    heads, page_size, dim = k_pages.shape[1:]
+    group = q.shape[1] // heads
+    starts = query_start.tolist()
+    out = torch.zeros(starts[-1], q.shape[1], dim, dtype=torch.float64)
+    for r, (start, end) in enumerate(zip(starts, starts[1:])):
+        context_len = int(context_lens[r])
+        position = torch.arange(context_len)
+        page = page_table[r].long()[position // page_size]
+        keys, values = (cache[page, :, position % page_size].double() for cache in (k_pages, v_pages))  # [n, H_kv, d]
+        unseen = position > (context_len - (end - start) + torch.arange(end - start))[:, None]  # [queries, n]
+        for i in range(q.shape[1]):
+            logits = q[start:end, i].double() @ keys[:, i // group].T * scale
+            out[start:end, i] = logits.masked_fill(unseen, float("-inf")).softmax(-1) @ values[:, i // group]
+    return out

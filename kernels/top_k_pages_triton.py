@@ -48,6 +48,7 @@ def _top_k_pages_kernel(
     sinks = tl.minimum(count - recent, sink_pages)
     newest = n - recent
     wanted = count - recent - sinks
+    oldest = tl.where(wanted > 0, sinks, newest)  # candidates are the pages oldest..newest-1; none where none is wanted
 
     # The wanted-th best of the others, eight bits at a time from the top: `prefix` holds the bits found so far,
     # `room` how many pages that share them are still to be taken.
@@ -60,7 +61,7 @@ def _top_k_pages_kernel(
             b_hist = tl.zeros([256], tl.int32)
             for i_first in range(0, newest, BLOCK):
                 i_p = i_first + tl.arange(0, BLOCK)
-                m_p = (i_p >= sinks) & (i_p < newest)
+                m_p = (i_p >= oldest) & (i_p < newest)
                 b_key = _ordered(tl.load(p_scores + i_p, mask=m_p, other=0.0))
                 if i_pass > 0:
                     m_p = m_p & ((b_key >> (shift + 8)) == (prefix >> (shift + 8)))
@@ -78,11 +79,11 @@ def _top_k_pages_kernel(
     for i_first in range(0, n, BLOCK):
         i_p = i_first + tl.arange(0, BLOCK)
         m_forced = (i_p < sinks) | ((i_p >= newest) & (i_p < n))
-        m_other = (i_p >= sinks) & (i_p < newest) & (wanted > 0)
-        b_key = _ordered(tl.load(p_scores + i_p, mask=m_other, other=0.0))
-        b_tie = (m_other & (b_key == prefix)).to(tl.int32)
+        m_candidate = (i_p >= oldest) & (i_p < newest)
+        b_key = _ordered(tl.load(p_scores + i_p, mask=m_candidate, other=0.0))
+        b_tie = (m_candidate & (b_key == prefix)).to(tl.int32)
         b_tie_rank = ties_before + tl.cumsum(b_tie, axis=0)  # from 1, lower pages first
-        m_taken = m_forced | (m_other & (b_key > prefix)) | ((b_tie > 0) & (b_tie_rank <= room))
+        m_taken = m_forced | (m_candidate & (b_key > prefix)) | ((b_tie > 0) & (b_tie_rank <= room))
         b_taken = m_taken.to(tl.int32)
         b_position = taken_before + tl.cumsum(b_taken, axis=0) - b_taken
         b_page = tl.load(p_table + i_p, mask=m_taken, other=0)

@@ -14,10 +14,8 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -31,12 +29,10 @@ from distributed_sparse.config import EngineConfig, load_run_config
 from distributed_sparse.outputs import RequestOutput
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.tokenizer import apply_chat
-from distributed_sparse.tokenizer import apply_chat
 from distributed_sparse.validation import check_keys, shown
 
 if TYPE_CHECKING:
     from distributed_sparse import LLM
-    from distributed_sparse.llm import Stream
     from distributed_sparse.llm import Stream
 
 ROW_KEYS = ("id", "prompt", "messages", "sampling_params")
@@ -45,17 +41,20 @@ FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 128 + signal.SIGINT, 128 + signal
 
 @dataclass
 class Row:
-    """One row of the input: a prompt or messages with its sampling parameters, or what is wrong with it."""
+    """One row of the input: a prompt or messages with its sampling parameters, or what went wrong with it."""
 
     id: Any
     prompt: str | list[int] | None = None
     messages: list[dict[str, Any]] | None = None
     params: SamplingParams | None = None
     error: str | None = None
+    engine_failed: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the process's exit code: 0 done, 1 the prompt failed, 2 bad usage, 130 interrupted."""
+    """Run the command line; the process's exit code: 0 done (rows may hold errors), 1 the prompt or the
+    engine failed, 2 bad usage, 130 interrupted.
+    """
     args = _parser().parse_args(argv)
     try:
         config, params = load_run_config(args.config, args.set)
@@ -203,7 +202,7 @@ def _write_rows(llm: "LLM", rows: list[Row], out: IO[str], window: int) -> int:
             bar.update()
     if failed:
         print(f"{failed} of {len(rows)} rows failed; see their 'error'", file=sys.stderr)
-    return 0
+    return FAILED if any(row.engine_failed for row in rows) else 0
 
 
 def _submit(llm: "LLM", row: Row) -> "Stream":
@@ -223,7 +222,7 @@ def _submit_or_note(llm: "LLM", row: Row) -> "Stream | None":
     try:
         return _submit(llm, row)
     except (ValueError, RuntimeError) as error:
-        row.error = str(error)
+        row.error, row.engine_failed = str(error), isinstance(error, RuntimeError)
         return None
 
 
@@ -234,7 +233,7 @@ def _finished(row: Row, stream: "Stream | None") -> tuple[Row, RequestOutput | N
         for step in stream or ():
             output = step
     except (ValueError, RuntimeError) as error:
-        row.error = str(error)
+        row.error, row.engine_failed = str(error), isinstance(error, RuntimeError)
     return row, output
 
 

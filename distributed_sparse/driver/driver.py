@@ -41,6 +41,8 @@ class Driver:
         self._reports: list[ShardReport | None] = [None] * config.tensor_parallel_size
         self._step_s: dict[bool, deque[float]] = {True: deque(maxlen=256), False: deque(maxlen=256)}
         self._driver_s: deque[float] = deque(maxlen=256)
+        self._shard_s: deque[float] = deque(maxlen=256)
+        self._overhead_s: deque[float] = deque(maxlen=256)
         self.failure: str | None = None
 
     def start(self) -> None:
@@ -151,9 +153,16 @@ class Driver:
         results = self._execute(plan)
         received = time.monotonic()
         self._commit(plan, results[0], received, updates)
-        self._step_s[bool(plan.prefill)].append(received - sent)
-        self._driver_s.append(sent - started + time.monotonic() - received)
+        self._measure(plan, results, started, sent, received)
         return updates
+
+    def _measure(self, plan: StepPlan, results: list[StepResult], started: float, sent: float, received: float) -> None:
+        now = time.monotonic()
+        slowest = max(result.step_ms for result in results) / 1e3
+        self._step_s[bool(plan.prefill)].append(received - sent)
+        self._driver_s.append(sent - started + now - received)
+        self._shard_s.append(slowest)
+        self._overhead_s.append(now - started - slowest)
 
     def _execute(self, plan: StepPlan) -> list[StepResult]:
         self.group.send(plan)
@@ -292,10 +301,13 @@ class Driver:
 
     def _times(self, reports: list[ShardReport]) -> dict[str, float]:
         steps = [*self._step_s[True], *self._step_s[False]]
-        times = {
-            "step_p50": statistics.median(steps) * 1e3 if steps else 0.0,
-            "driver_p50": statistics.median(self._driver_s) * 1e3 if self._driver_s else 0.0,
+        parts = {
+            "step_p50": steps,  # plan sent to last result received
+            "driver_p50": self._driver_s,  # schedule and commit
+            "shard_p50": self._shard_s,  # the slowest shard's own time
+            "overhead_p50": self._overhead_s,  # the whole step less the slowest shard's own time
         }
+        times = {name: statistics.median(seconds) * 1e3 if seconds else 0.0 for name, seconds in parts.items()}
         return times | (reports[0].time_ms if reports else {})
 
     def check(self) -> None:

@@ -13,7 +13,7 @@ above again along amber autumn below bright calm clear cloud cold distant drifts
 grey harbour hill keeps lantern leaves light long low meadow mist moon morning near never night north old over path quiet
 rain reeds river road shore silent slow snow soft south stone summer the the the tide through turns under valley water
 west while wind winter wood
-""".split()
+""".split()  # noqa: SIM905 (as a list it would be five times as long)
 
 
 class RecallPrompt(NamedTuple):
@@ -116,21 +116,37 @@ def _document(facts: Sequence[tuple[int, int]], length: int, rng: random.Random)
     """BOS, and plain words in bytes with the facts between them in random order, ``length`` tokens in all."""
     if length + 2 > MAX_LENGTH:
         raise ValueError(f"context_length={length + 2} is more than the model's {MAX_LENGTH} positions")
-    # after a fact comes a space: two facts in a row would read as a third one
+    # a space follows each fact: two facts side by side would read as a third one
     filler_length = length - 1 - 3 * len(facts)
     filler = b""
     while len(filler) < filler_length:
         filler += rng.choice(_WORDS).encode() + b" "
     filler = filler[: max(filler_length, 0)]
     gaps = [i + 1 for i, byte in enumerate(filler) if byte == ord(" ")]
-    if len(gaps) < len(facts):
+    runs = _runs(facts, rng)
+    if len(gaps) < len(runs):
         raise ValueError(
             f"context_length={length + 2} has no room for {len(facts)} facts; use {12 * len(facts) + 16} tokens, or fewer facts"
         )
-    planted = dict(zip(rng.sample(gaps, len(facts)), facts, strict=True))
+    planted = dict(zip(rng.sample(gaps, len(runs)), runs, strict=True))
     document = [BOS]
     for i in range(len(filler) + 1):
-        if i in planted:
-            document += [*planted[i], ord(" ")]
+        for key, value in planted.get(i, ()):
+            document += [key, value, ord(" ")]
         document += filler[i : i + 1]
     return document
+
+
+def _runs(facts: Sequence[tuple[int, int]], rng: random.Random) -> list[list[tuple[int, int]]]:
+    """The facts in random order, cut into runs of one to three.
+
+    Some pages then hold four or five facts, whose codewords together bound any query as tightly as a match would: without
+    them a handful of pages would do for any page selection, and a weak one would look perfect.
+    """
+    shuffled = rng.sample(facts, len(facts))
+    runs = []
+    while shuffled:
+        length = rng.randint(1, 3)
+        runs.append(shuffled[:length])
+        shuffled = shuffled[length:]
+    return runs

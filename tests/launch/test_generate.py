@@ -10,7 +10,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -29,7 +29,7 @@ class EchoLLM:
 
     config: EngineConfig
     tokenizer: Any = None
-    instances: list["EchoLLM"] = []
+    instances: ClassVar[list["EchoLLM"]] = []
 
     def __init__(self) -> None:
         self.submitted: list[tuple[Any, SamplingParams]] = []
@@ -170,8 +170,8 @@ def test_rows_come_back_in_order_and_bad_ones_stop_no_other(
     assert main(["--config", config_file(tmp_path), "--prompts-file", rows, "--max-tokens", "4"]) == 0
     captured = capsys.readouterr()
     written = read_jsonl(captured.out)
-    assert [row["id"] for row in written] == [1, 2, 3, 4, "z"]
-    assert [row["outputs"][0]["text"] if "outputs" in row else None for row in written] == ["abc", None, None, "fai", "45"]
+    assert [row["id"] for row in written] == [1, 2, 3, "z"]
+    assert [row["outputs"][0]["text"] if "outputs" in row else None for row in written] == ["ab", None, None, "45"]
     assert [row.get("error", "")[:18] for row in written] == [
         "",
         "line 2 is not JSON",
@@ -179,9 +179,18 @@ def test_rows_come_back_in_order_and_bad_ones_stop_no_other(
         "the engine has sto",
         "",
     ]
-    assert "3 of 5 rows failed" in captured.err
+    assert "2 of 4 rows failed" in captured.err
     assert "row/s" not in captured.err, "a progress bar belongs on a terminal only"
     assert echo.instances[0].shut_down
+
+
+def test_an_engine_that_fails_ends_in_failure_and_what_came_before_is_kept(tmp_path: Path, echo: type[EchoLLM]) -> None:
+    rows = rows_file(tmp_path, {"prompt": "abc"}, {"prompt": "failed"})
+    output = tmp_path / "out.jsonl"
+    assert main(["--config", config_file(tmp_path), "--prompts-file", rows, "--output", str(output)]) == 1
+    whole, cut = read_jsonl(output.read_text())
+    assert whole["outputs"][0]["text"] == "abc" and "error" not in whole
+    assert cut["outputs"][0]["text"] == "fai" and cut["error"] == "the engine has stopped"
 
 
 def test_flags_override_the_yaml_and_set_overrides_any_key(tmp_path: Path, echo: type[EchoLLM]) -> None:

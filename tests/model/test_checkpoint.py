@@ -106,24 +106,37 @@ def test_equal_copies_have_equal_fingerprints_wherever_they_lie(tmp_path: Path) 
     assert len(weights_fingerprint(path)) == 64
 
 
-def test_another_config_shape_dtype_or_name_changes_the_fingerprint(tmp_path: Path) -> None:
+def test_another_config_changes_the_fingerprint(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path)
-    seen = [weights_fingerprint(path)]
-
+    before = weights_fingerprint(path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
-    seen.append(weights_fingerprint(path))
+    assert weights_fingerprint(path) != before
 
+
+def test_another_name_shape_or_dtype_changes_the_fingerprint_of_files_of_one_size(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path)
     tensors = load_file(path / "model.safetensors")
-    norm = tensors.pop("model.norm.weight")
+    norm = tensors.pop("model.norm.weight").to(torch.float16)
+    fingerprints, sizes = set(), set()
     for name, tensor in [
-        ("model.norm.weight", norm.view(8, 8)),
-        ("model.norm.weight", norm.to(torch.float16)),
-        ("model.normal.weight", norm),
+        ("model.norm.weight", norm.view(2, 32)),
+        ("model.norm.weighs", norm.view(2, 32)),
+        ("model.norm.weight", norm.view(4, 16)),
+        ("model.norm.weight", norm.view(2, 32).view(torch.int16)),
     ]:
         save_file({**tensors, name: tensor}, path / "model.safetensors")
-        seen.append(weights_fingerprint(path))
-    assert len(set(seen)) == len(seen)
+        fingerprints.add(weights_fingerprint(path))
+        sizes.add((path / "model.safetensors").stat().st_size)
+    assert len(fingerprints) == 4 and len(sizes) == 1
+
+
+def test_another_size_of_a_file_changes_the_fingerprint(tmp_path: Path) -> None:
+    """The same tensors behind a longer free-form header: another file, such as a later export."""
+    path = tiny_checkpoint(tmp_path)
+    before = weights_fingerprint(path)
+    save_file(load_file(path / "model.safetensors"), path / "model.safetensors", metadata={"format": "pt", "note": "x" * 64})
+    assert weights_fingerprint(path) != before
 
 
 def test_dummy_weights_are_told_apart_by_their_config_alone(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,13 +118,14 @@ def bits(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CompiledLaunch:
-    """What ptxas says of one compiled kernel. Stack and local memory (bytes) are where spilled registers go."""
+    """One compiled kernel and what ptxas says of it. Stack and local memory (bytes) are where spilled registers go."""
 
     kernel: str
     registers: int
     stack: int
     local: int
     shared: int
+    ptx: str = field(repr=False)
 
 
 def compile_launches(launcher: Callable[..., Any], *args: Any, architecture: int = 90, **kwargs: Any) -> list[CompiledLaunch]:
@@ -173,4 +174,5 @@ def _resource_usage(kernel: Any) -> CompiledLaunch:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output)}
-    return CompiledLaunch(kernel.metadata.name, usage["REG"], usage["STACK"], usage["LOCAL"], kernel.metadata.shared)
+    shared, ptx = kernel.metadata.shared, kernel.asm["ptx"]
+    return CompiledLaunch(kernel.metadata.name, usage["REG"], usage["STACK"], usage["LOCAL"], shared, ptx)

@@ -16,7 +16,13 @@ from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.remote_group import RemoteShardGroup
 from distributed_sparse.shard.serve import ShardArguments, ShardFactory, run_shard
 
-PRELOAD = ["torch", "torch.distributed", "safetensors.torch", "distributed_sparse.shard.serve", "distributed_sparse.shard.shard"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "safetensors.torch",
+    "distributed_sparse.shard.serve",
+    "distributed_sparse.shard.shard",
+]
 
 
 class ProcessShardGroup(RemoteShardGroup):
@@ -61,7 +67,9 @@ class ProcessShardGroup(RemoteShardGroup):
                 num_threads=self.num_threads,
                 shard_factory=self.shard_factory,
             )
-            self.processes.append(forkserver.Process(target=run_and_leave, args=(self.run, arguments), name=f"rank-{rank}", daemon=True))
+            self.processes.append(
+                forkserver.Process(target=run_and_leave, args=(self.run, arguments), name=f"rank-{rank}", daemon=True)
+            )
             self.processes[-1].start()
 
     def _dead_ranks(self) -> dict[int, str]:

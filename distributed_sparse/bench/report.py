@@ -1,0 +1,71 @@
+"""report: a benchmark's rows as a table for the reader and as JSON for the record."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def print_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+    """Print rows; `columns` maps a row's key to a format ("{:.2f}"), and gives the order."""
+    cells = [[fmt.format(row[key]) if row.get(key) is not None else "" for key, fmt in columns.items()] for row in rows]
+    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(columns)]
+    print("  ".join(name.rjust(width) for name, width in zip(columns, widths)))
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def write_json(path: str | Path, benchmark: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write a benchmark's result with all that is needed to repeat it."""
+    result = {"benchmark": benchmark, "settings": settings, "environment": environment(), "rows": rows}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, git commit and command."""
+    return {
+        "command": " ".join(["python -m", *(Path(sys.argv[0]).stem.join(["launch.", ""]), *sys.argv[1:])]),
+        "commit": git_commit(),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("torch", "triton", "ray", "transformers", "numpy")},
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree, "+" behind it if files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux gives it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

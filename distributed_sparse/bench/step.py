@@ -1,0 +1,59 @@
+"""step: what a step costs beside the shards' own time: scheduling, the channel both ways, commit."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distributed_sparse import LLM, SamplingParams
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """`batch` sequences decode `tokens` tokens each, on a model of negligible size."""
+
+    tensor_parallel_size: int = 2
+    batch: int = 8
+    tokens: int = 400
+    backend: str = "auto"
+
+
+NEGLIGIBLE_MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 8,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float32",
+}
+
+
+def bench_step(settings: StepSettings) -> dict[str, Any]:
+    """Medians over decode steps, in ms: the step as the Driver sees it, the slowest shard's own time, the rest.
+
+    The rest ("overhead") is what the Driver and the channel add: schedule, encode, send, wake the shards, receive, commit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(NEGLIGIBLE_MODEL))
+        with LLM(
+            folder,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            distributed_executor_backend=settings.backend,
+            load_format="dummy",
+            device="cpu",
+            max_num_seqs=settings.batch,
+            kv_cache_memory_bytes=1 << 26,
+        ) as llm:
+            params = SamplingParams(temperature=0.0, max_tokens=settings.tokens, ignore_eos=True)
+            outputs = llm.generate([[1, 2, 3 + row] for row in range(settings.batch)], params, use_tqdm=False)
+            assert all(len(output.outputs[0].token_ids) == settings.tokens for output in outputs)
+            stats = llm.stats()
+    return {"steps": stats["steps"], **stats["time_ms"], "settings": asdict(settings)}
