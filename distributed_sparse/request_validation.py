@@ -1,7 +1,6 @@
 """What a request must satisfy before an engine takes it. Pure Python; a request is rejected alone, the rest go on."""
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 from distributed_sparse.sampling_params import SamplingParams
@@ -64,10 +63,10 @@ def _check_prompt(prompt_token_ids: Any, vocab_size: int) -> None:
     if not prompt_token_ids:
         raise ValueError("prompt_token_ids=[]: the prompt is empty; give at least one token")
     for position, token in enumerate(prompt_token_ids):
-        # The exact type first: a prompt may hold 100K tokens, and Integral is an abstract class.
-        if type(token) is not int and (isinstance(token, bool) or not isinstance(token, Integral)):
+        if type(token) is not int:  # the exact type: bools are none, and numpy's ints do not cross to a shard
             raise ValueError(
-                f"prompt_token_ids[{position}]={shown(token)} is {type(token).__name__}, not an int; give token ids only"
+                f"prompt_token_ids[{position}]={shown(token)} is {type(token).__name__}, not an int; "
+                "give Python ints (an array's .tolist())"
             )
         if not 0 <= token < vocab_size:
             raise ValueError(

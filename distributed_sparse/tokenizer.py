@@ -30,7 +30,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast | None":
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ValueError(
             f"tokenizer={path!r}: its files cannot be read ({error}); give a folder with tokenizer.json"

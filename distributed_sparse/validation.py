@@ -64,10 +64,11 @@ def check_int(name: str, value: Any, low: int, high: int | None = None, *, remed
     """`value` as an int in `low..high` (both included, `high` None: no limit); bools and floats are refused."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name}={shown(value)} must be an integer, not {type(value).__name__}; {remedy}")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         limits = f">= {low}" if high is None else f"in {low}..{high}"
         raise ValueError(f"{name}={shown(value)} must be {limits}; {remedy}")
-    return int(value)
+    return number
 
 
 def check_float(

@@ -316,6 +316,7 @@ def _combine_kernel(
         b_part = tl.load(partial_out + i_out * HEAD_DIM + o_d, mask=m_d, other=0.0)
         b_acc += tl.where(last_lse > float("-inf"), weight * b_part, 0.0)
         total += weight
-    b_out = b_acc / tl.where(total > 0, total, 1.0)
-    tl.store(out + i_out * HEAD_DIM + o_d, b_out.to(out.dtype.element_ty), mask=m_d)
-    tl.store(lse + i_out, highest + tl.log(total))
+    is_empty = total == 0
+    divisor = tl.where(is_empty, 1.0, total)
+    tl.store(out + i_out * HEAD_DIM + o_d, (b_acc / divisor).to(out.dtype.element_ty), mask=m_d)
+    tl.store(lse + i_out, tl.where(is_empty, float("-inf"), highest + tl.log(divisor)))

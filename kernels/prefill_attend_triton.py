@@ -58,7 +58,7 @@ def launch_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]
     """(BLOCK_M, BLOCK_N, num_warps, num_stages): the largest tiles of this head_dim and dtype that spill no register."""
     if dtype == torch.float32:
         return 32, 16, 8, 2
-    return (128, 64, 8, 2) if head_dim <= 128 else (64, 32, 4, 2)
+    return (128, 64, 8, 2) if head_dim <= 128 else (64, 32, 8, 2)
 
 
 @triton.jit(do_not_specialize=["stride_table", "num_kv_heads"])

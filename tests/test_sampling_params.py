@@ -113,6 +113,7 @@ def test_every_parameter_has_wrong_values_that_are_tested() -> None:
         ([], {}, r"prompt_token_ids=\[\]: the prompt is empty; give at least one token"),
         ("text", {}, r"prompt_token_ids='text' must be a list of token ids"),
         ([1, True], {}, r"prompt_token_ids\[1\]=True is bool, not an int"),
+        ([np.int64(3)], {}, r"prompt_token_ids\[0\]=.*3.* is int64, not an int; give Python ints \(an array's .tolist\(\)\)"),
         ([1, 2.0], {}, r"prompt_token_ids\[1\]=2.0 is float, not an int"),
         ([VOCAB_SIZE], {}, r"prompt_token_ids\[0\]=331 is outside the vocabulary of 331 tokens; use ids in 0..330"),
         ([5, -1], {}, r"prompt_token_ids\[1\]=-1 is outside"),

@@ -19,6 +19,11 @@ from distributed_sparse.request_validation import validate_request
 
 STEP_TIMEOUT_FLOOR_S = 5.0
 STEP_TIMEOUT_FACTOR = 20.0
+PROFILE_EVERY = 256
+"""One step in so many takes the times of its parts, if it is a decode step."""
+
+Updates = dict[str, list[RequestUpdate]]
+"""Client id -> what to tell it."""
 
 
 class Driver:
@@ -139,20 +144,29 @@ class Driver:
 
     # ---- steps
 
-    def step(self, profile: bool = False) -> dict[str, list[RequestUpdate]]:
-        """Run one step to its end; the updates of every request that it touched, by client."""
-        started = time.monotonic()
-        updates: dict[str, list[RequestUpdate]] = defaultdict(list)
-        for request in [r for r in self._requests.values() if r.deadline is not None and r.deadline < started]:
+    def expire(self) -> Updates:
+        """End the requests whose `timeout_s` has passed."""
+        now = time.monotonic()
+        updates: Updates = defaultdict(list)
+        for request in [r for r in self._requests.values() if r.deadline is not None and r.deadline < now]:
             error = f"timeout_s={request.params.timeout_s} has passed; raise it, or expect fewer tokens"
             updates[request.client_id].append(self._end(request, error))
+        return updates
+
+    def step(self) -> Updates:
+        """Run one step to its end; what it adds to every request that it touched.
+
+        Raises:
+            ShardFailure: a shard failed; the step's tokens are not part of the history.
+        """
+        started = time.monotonic()
         plan = self.scheduler.schedule(self._steps, self._generation)
-        plan.profile = profile
+        plan.profile = not plan.prefill and self._steps % PROFILE_EVERY == 0
         self._mark_scheduled(plan, started)
         sent = time.monotonic()
         results = self._execute(plan)
         received = time.monotonic()
-        self._commit(plan, results[0], received, updates)
+        updates = self._commit(plan, results[0], received)
         self._measure(plan, results, started, sent, received)
         return updates
 
@@ -189,8 +203,8 @@ class Driver:
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = now
 
-    def _commit(self, plan: StepPlan, result: StepResult, now: float, updates: dict[str, list[RequestUpdate]]) -> None:
-        """Take a step's tokens into the history, then add to `updates` what they mean for each request."""
+    def _commit(self, plan: StepPlan, result: StepResult, now: float) -> Updates:
+        """Take a step's tokens into the history; then say what they mean for each request."""
         prompt_blocks: dict[Request, list[LogprobBlock]] = defaultdict(list)
         for block in result.prompt_logprobs:
             prompt_blocks[self.scheduler.sequence_at(block.slot).request].append(block)
@@ -205,8 +219,10 @@ class Driver:
             if own_block is not None:
                 blocks[sequence] = own_block
             self._take_token(sequence, token, now)
+        updates: Updates = defaultdict(list)
         for request, sequences in touched.items():
             updates[request.client_id].append(self._publish(request, sequences, blocks, prompt_blocks[request]))
+        return updates
 
     def _take_token(self, sequence: Sequence, token: int, now: float) -> None:
         """Text, stop conditions and times of one new token."""
@@ -261,10 +277,10 @@ class Driver:
             stop_reason=sequence.stop_reason,
         )
 
-    def fail_all(self, failure: ShardFailure) -> dict[str, list[RequestUpdate]]:
+    def fail_all(self, failure: ShardFailure) -> Updates:
         """The shards are gone: end every request with the reason. The tokens so far have been published."""
         self.failure = f"the engine has stopped: {failure.cause}"
-        updates: dict[str, list[RequestUpdate]] = defaultdict(list)
+        updates: Updates = defaultdict(list)
         for request in self._requests.values():
             request.metrics.finished_time = time.monotonic()
             updates[request.client_id].append(

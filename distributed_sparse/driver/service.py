@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
-from distributed_sparse.driver.driver import Driver
+from distributed_sparse.driver.driver import Driver, Updates
 from distributed_sparse.driver.shard_group import ShardFailure, ShardGroup
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,7 @@ class DriverService:
                 for call in self._take_inbox():
                     call()
                 self._abort_silent_clients()
+                self._publish(self._driver.expire())
                 if self._driver.has_work:
                     self._publish(self._driver.step())
                     self._last_step = time.monotonic()
@@ -155,7 +156,9 @@ class DriverService:
             self._inbox.clear()
             return calls
 
-    def _publish(self, updates: dict[str, list[RequestUpdate]]) -> None:
+    def _publish(self, updates: Updates) -> None:
+        if not updates:
+            return
         with self._wake:
             for client_id, of_client in updates.items():
                 self._outboxes.setdefault(client_id, Outbox()).updates.extend(of_client)

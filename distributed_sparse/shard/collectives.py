@@ -45,6 +45,7 @@ class Collectives:
     ) -> None:
         self.rank = rank
         self.world_size = world_size
+        self._device = torch.device(device)
         self.reset_counts()
         self.timer: Callable[[str], AbstractContextManager[None]] | None = None
         self._group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None = None
@@ -53,7 +54,7 @@ class Collectives:
             prefixed = dist.PrefixStore(f"gen{generation}", store)
             limit = timedelta(seconds=timeout)
             try:
-                if torch.device(device).type == "cuda":
+                if self._device.type == "cuda":
                     self._group = nccl_group(prefixed, rank, world_size, limit)
                 else:
                     self._group = gloo_group(prefixed, rank, world_size, node_ip, limit)
@@ -98,7 +99,10 @@ class Collectives:
     def barrier(self) -> None:
         """Returns once every rank has called it."""
         if self._group is not None:
-            self._complete("barrier", lambda group: group.barrier())
+            # a sum of nothing much, read back: NCCL's own barrier would have to guess the device
+            flag = torch.zeros(1, device=self._device)
+            self._complete("barrier", lambda group: group.allreduce([flag]))
+            flag.item()
 
     def close(self) -> None:
         """Leave the group; nothing may be called after it. Harmless when called again."""

@@ -76,21 +76,22 @@ def run_shard(arguments: ShardArguments) -> None:
     Raises:
         Exception: whatever ended the shard; the Driver has been told before.
     """
-    channel = connect(arguments.address, arguments.secret, arguments.config.startup_timeout_s)
-    try:
-        serve(channel, arguments)
-    except ChannelClosed as error:
-        logger.warning("rank %d ends: the driver has gone (%s)", arguments.rank, error)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # nobody may be left to be told
-            channel.send(Failed(arguments.rank, f"{type(error).__name__}: {error}", traceback.format_exc()))
-        raise
-    finally:
-        channel.close()
+    with contextlib.ExitStack() as opened:
+        channel = connect(arguments.address, arguments.secret, arguments.config.startup_timeout_s)
+        opened.callback(channel.close)
+        try:
+            serve(channel, arguments, opened)
+        except ChannelClosed as error:
+            logger.warning("rank %d ends: the driver has gone (%s)", arguments.rank, error)
+        except BaseException as error:
+            # told before anything is closed: leaving a broken collective group may take for ever
+            with contextlib.suppress(OSError):
+                channel.send(Failed(arguments.rank, f"{type(error).__name__}: {error}", traceback.format_exc()))
+            raise
 
 
-def serve(channel: Channel, arguments: ShardArguments) -> None:
-    """Introduce this rank, start its shard, and answer plans until `Stop`.
+def serve(channel: Channel, arguments: ShardArguments, opened: contextlib.ExitStack) -> None:
+    """Introduce this rank, start its shard, and answer plans until `Stop`; `opened` closes what it opens.
 
     Raises:
         ChannelClosed: the Driver has gone.
@@ -98,23 +99,19 @@ def serve(channel: Channel, arguments: ShardArguments) -> None:
     """
     channel.send(introduction(arguments))
     collectives = make_collectives(arguments)
-    shard: ShardLife | None = None
-    try:
-        shard = make_shard(arguments.config, arguments.rank, arguments.world_size, collectives, arguments.shard_factory)
-        channel.send(shard.load())
-        while True:
-            message = channel.receive()
-            if isinstance(message, StepPlan):
-                channel.send(shard.step(message))
-            elif isinstance(message, AllocateCache):
-                channel.send(shard.allocate(message.num_pages))
-            else:
-                assert isinstance(message, Stop)
-                return
-    finally:
-        if shard is not None:
-            shard.close()
-        collectives.close()
+    opened.callback(collectives.close)
+    shard = make_shard(arguments.config, arguments.rank, arguments.world_size, collectives, arguments.shard_factory)
+    opened.callback(shard.close)
+    channel.send(shard.load())
+    while True:
+        message = channel.receive()
+        if isinstance(message, StepPlan):
+            channel.send(shard.step(message))
+        elif isinstance(message, AllocateCache):
+            channel.send(shard.allocate(message.num_pages))
+        else:
+            assert isinstance(message, Stop)
+            return
 
 
 def introduction(arguments: ShardArguments) -> Hello:

@@ -200,6 +200,23 @@ def test_tokens_outside_the_vocabulary_and_special_tokens_add_no_text(kind: str)
         assert stream.text == ""
 
 
+def test_a_long_run_of_special_tokens_is_not_decoded_again_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With ignore_eos a model may say end-of-sequence thousands of times: that must not cost the square of it.
+    stream = DETOKENIZERS["byte_level"].new_stream([])
+    decode, decoded = stream._decode, 0
+
+    def counted(token_ids: list[int]) -> str:
+        nonlocal decoded
+        decoded += len(token_ids)
+        return decode(token_ids)
+
+    monkeypatch.setattr(stream, "_decode", counted)
+    for _ in range(1000):
+        stream.append(id_of("byte_level", "</s>"))
+    stream.finish()
+    assert decoded <= 2000
+
+
 def test_one_token_by_itself_shows_special_tokens_by_name() -> None:
     assert DETOKENIZERS["byte_level"].decode_token(id_of("byte_level", "</s>")) == "</s>"
     assert DETOKENIZERS["byte_level"].decode_token(id_of("byte_level", "Ġ")) == " "

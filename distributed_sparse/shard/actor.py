@@ -1,0 +1,41 @@
+"""ShardActor: the Ray actor around a shard: one long `run`, whose end is the shard's end."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import ray
+
+from distributed_sparse.shard.serve import ShardArguments, run_shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an actor has come to live."""
+
+    node_id: str
+    node_ip: str
+    gpus: tuple[int, ...]
+    """Indices of the GPUs that Ray has given it, as the node counts them."""
+    num_cores: int
+    """Cores that this process may run on."""
+
+
+@ray.remote(max_restarts=0)
+class ShardActor:
+    """Asked where it is, then told to run. Never restarted: a group is rebuilt as a whole."""
+
+    def where(self) -> Place:
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids().get("GPU", [])
+        return Place(
+            node_id=context.get_node_id(),
+            node_ip=ray.util.get_node_ip_address(),
+            gpus=tuple(int(gpu) for gpu in gpus if str(gpu).isdigit()),
+            num_cores=len(os.sched_getaffinity(0)),
+        )
+
+    def run(self, arguments: ShardArguments) -> None:
+        """The shard's whole life; see `run_shard`."""
+        run_shard(arguments)

@@ -1,0 +1,46 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_environment() -> Iterator[Path]:
+    """A private folder for Ray, and a private token, so that no test touches the user's own Ray or `~/.ray`.
+
+    Not below pytest's folder: Ray's sockets live in it, and a socket's path has at most 107 bytes.
+    """
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+        token = Path(folder) / "token"
+        token.write_text("token-of-the-tests-0123456789abcdef")
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def local_ray(ray_environment: Path) -> Iterator[None]:
+    """A local Ray with 4 logical CPUs, for the tests marked `ray`."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=100 * 1024 * 1024,
+        _temp_dir=str(ray_environment),
+        log_to_driver=True,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}},
+    )
+    yield
+    ray.shutdown()
