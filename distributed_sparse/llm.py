@@ -296,6 +296,7 @@ class LLM:
             max_model_len=self.max_model_len,
             max_num_seqs=self.config.max_num_seqs,
             has_tokenizer=self.tokenizer is not None,
+            score=request.score,
         )
 
     def _need_tokenizer(self, what: str) -> Any:

@@ -16,7 +16,10 @@ def ray_environment() -> Iterator[Path]:
 
     Not below pytest's folder: Ray's sockets live in it, and a socket's path has at most 107 bytes.
     """
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         token = Path(folder) / "token"
         token.write_text("token-of-the-tests-0123456789abcdef")
         patch.setenv("RAY_AUTH_MODE", "token")

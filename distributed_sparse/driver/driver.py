@@ -93,6 +93,7 @@ class Driver:
                 max_model_len=self.model.max_model_len,
                 max_num_seqs=self.config.max_num_seqs,
                 has_tokenizer=self._detokenizer is not None,
+                score=new.score,
             )
             room = self.model.max_model_len - len(new.prompt_token_ids)
             max_tokens = 0 if new.score else params.max_tokens if params.max_tokens is not None else room
@@ -231,8 +232,11 @@ class Driver:
         if metrics.first_token_time is None:
             metrics.first_token_time = now
         metrics.num_output_tokens = max(metrics.num_output_tokens, count)
-        stop_string = sequence.text.append(token) if sequence.text is not None else None
-        if token in request.stop_token_ids and count > params.min_tokens:
+        stops_here = token in request.stop_token_ids and count > params.min_tokens
+        stop_string = None
+        if sequence.text is not None and (not stops_here or params.include_stop_str_in_output):
+            stop_string = sequence.text.append(token)
+        if stops_here:
             self.scheduler.finish(sequence, "stop", token if token in params.stop_token_ids else None)
         elif stop_string is not None:
             self.scheduler.finish(sequence, "stop", stop_string)

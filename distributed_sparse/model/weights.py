@@ -115,6 +115,7 @@ def load_weights(
         unit="B",
         unit_scale=True,
         disable=not progress,
+        delay=1.0,  # a load that takes no time shows none
     ) as bar:
         if load_format == "dummy":
             return _Assembler(config, parts, _Dummy(), dtype, device, bar).weights(shard)

@@ -1,0 +1,312 @@
+"""DriverActor: the Ray actor around a DriverService, and RemoteDriver, the client's side of it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
+from distributed_sparse.driver.group import RayShardGroup, reason, remove
+from distributed_sparse.driver.service import DriverService
+from distributed_sparse.driver.shard_group import ShardFailure
+
+if TYPE_CHECKING:
+    from distributed_sparse.config import EngineConfig
+    from distributed_sparse.shard.serve import ShardFactory
+
+HEARTBEAT_S = 1.0
+"""An idle stream of outputs yields an empty item this often."""
+UNREAD_ITEMS = 4
+"""Items of a stream that may lie unread; then it pauses, the client counts as silent, and the service aborts its requests."""
+START_MARGIN_S = 60.0
+"""What making the Driver's own process may take beside the shards' start-up deadline."""
+STOP_TIMEOUT_S = 30.0
+"""How long a Driver has for an orderly end before it is killed."""
+OWN_RAY_CPUS_PER_RANK = 0.01
+"""In a Ray that is the engines' own nothing else needs the CPUs, and a second engine must find room beside the first."""
+
+
+@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=4, concurrency_groups={"outputs": 16})
+class DriverActor:
+    """Makes the shards and the service, so that they all die with this process; every method passes on to the service."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_info: ModelInfo,
+        tokenizer_json: str | None,
+        placement_name: str,
+        cpus_per_rank: float,
+        shard_factory: ShardFactory | None,
+    ) -> None:
+        group = RayShardGroup(config, shard_factory=shard_factory, name=placement_name, cpus_per_rank=cpus_per_rank)
+        self._service = DriverService(config, model_info, tokenizer_json, group)
+        self._started = False
+
+    def start(self) -> dict[str, Any]:
+        info = self._service.start()
+        self._started = True
+        return info
+
+    def submit(self, client_id: str, requests: list[NewRequest]) -> None:
+        self._service.submit(client_id, requests)
+
+    def abort(self, client_id: str, request_ids: list[str]) -> None:
+        self._service.abort(client_id, request_ids)
+
+    @ray.method(concurrency_group="outputs")
+    def outputs(self, client_id: str, cursor: int) -> Iterator[tuple[int, list[RequestUpdate]]]:
+        """A client's one stream: an item per commit, with the new outputs of all its requests, and the cursor behind them."""
+        while (item := self._service.next_outputs(client_id, cursor, HEARTBEAT_S)) is not None:
+            cursor = item[0]
+            yield item
+
+    def stats(self) -> dict[str, Any]:
+        return self._service.stats()
+
+    def health(self) -> bool:
+        return self._service.health()
+
+    def shutdown(self) -> None:
+        """An orderly end; a Driver that is still starting is killed instead."""
+        if self._started:
+            self._service.shutdown()
+
+
+class RaySession:
+    """One engine's hold on this process's connection to Ray, of which there is one: the last to let go closes it.
+
+    A connection that the process had made before is only used. The class itself keeps who has begun it and how many hold
+    it, since Ray keeps its connection per process, too.
+
+    Attributes:
+        own: this process has started that Ray, for engines alone.
+    """
+
+    _lock = threading.Lock()
+    _begun: str | None = None
+    """Job of the connection that was begun here."""
+    _own = False
+    _holders = 0
+
+    def __init__(self, num_ranks: int) -> None:
+        cls = type(self)
+        with cls._lock:
+            if not ray.is_initialized():
+                cls._own = begin_ray(num_ranks)
+                cls._begun, cls._holders = current_job(), 0
+            self._held = current_job() == cls._begun
+            self.own = self._held and cls._own
+            cls._holders += self._held
+
+    def release(self) -> None:
+        """Let go. Harmless when called again, or when the process has closed the connection itself."""
+        cls = type(self)
+        with cls._lock:
+            if not self._held:
+                return
+            self._held = False
+            if ray.is_initialized() and current_job() == cls._begun:
+                cls._holders -= 1
+                if cls._holders == 0:
+                    ray.shutdown()
+                    cls._begun = None
+
+
+def ensure_ray(num_ranks: int) -> RaySession:
+    """Use the Ray that this process is connected to, or that RAY_ADDRESS or `ray start` names; else start a local one.
+
+    A local one has a logical CPU for each of `num_ranks` even where the machine has fewer cores.
+
+    Raises:
+        ValueError: RAY_ADDRESS cannot be reached.
+    """
+    return RaySession(num_ranks)
+
+
+def begin_ray(num_ranks: int) -> bool:
+    """Connect; whether a Ray was started for it.
+
+    No `address="auto"`: it would also join the private Ray of any other process on this machine.
+    """
+    num_cpus = max(len(os.sched_getaffinity(0)), num_ranks)
+    options: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.WARNING}
+    try:
+        ray.init(num_cpus=num_cpus, **options)
+        return True
+    except ValueError as error:
+        if "existing cluster" not in str(error):
+            raise
+    try:
+        ray.init(**options)  # the cluster that was found knows its own CPUs
+        return False
+    except ConnectionError as error:
+        if os.environ.get("RAY_ADDRESS"):
+            raise ValueError(
+                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']!r} cannot be reached ({error}); "
+                "start that cluster, or unset RAY_ADDRESS for a local one"
+            ) from None
+        logging.getLogger(__name__).warning("the Ray that `ray start` left behind does not answer; starting another")
+        ray.init(address="local", num_cpus=num_cpus, **options)
+        return True
+
+
+def current_job() -> str:
+    """A name for this process's connection to Ray."""
+    context = ray.get_runtime_context()
+    return f"{context.gcs_address} {context.get_job_id()}"
+
+
+class RemoteDriver:
+    """A DriverService behind an actor: the same methods, from any thread. Made by `connect_driver`."""
+
+    def __init__(self, session: RaySession, actor: Any, placement_name: str) -> None:
+        self._session = session
+        self._actor = actor
+        self._placement_name = placement_name
+        self._streams: dict[str, ray.ObjectRefGenerator] = {}
+        self._idle = threading.Condition()
+        self._calls = 0
+        self._closed = False
+
+    def start(self, timeout: float) -> dict[str, Any]:
+        """Bring the shards up.
+
+        Raises:
+            ValueError: a setting, the checkpoint or the cluster does not allow it.
+            ShardFailure: a shard, or the Driver, did not come up.
+        """
+        return self._ask("start", timeout=timeout)
+
+    def submit(self, client_id: str, requests: list[NewRequest]) -> None:
+        self._ask("submit", client_id, requests)
+
+    def abort(self, client_id: str, request_ids: list[str]) -> None:
+        self._ask("abort", client_id, request_ids)
+
+    def next_outputs(self, client_id: str, cursor: int, timeout: float) -> tuple[int, list[RequestUpdate]] | None:
+        """As `DriverService.next_outputs`, over the client's stream; `cursor` counts where the stream begins."""
+        with self._counted() as open_:
+            if not open_:
+                return None
+            stream = self._streams.get(client_id)
+            if stream is None:
+                method = self._actor.outputs.options(num_returns="streaming", _generator_backpressure_num_objects=UNREAD_ITEMS)
+                stream = self._streams[client_id] = method.remote(client_id, cursor)
+            ready, _ = ray.wait([stream], timeout=timeout)
+            if not ready:
+                return cursor, []
+            try:
+                return ray.get(next(stream))
+            except StopIteration:
+                return None
+            except RayError as error:
+                if self._closed:
+                    return None
+                raise translated(error) from None
+
+    def stats(self) -> dict[str, Any]:
+        return self._ask("stats")
+
+    def health(self) -> bool:
+        try:
+            return self._ask("health", timeout=HEARTBEAT_S * 10)
+        except (ShardFailure, RuntimeError):
+            return False
+
+    def shutdown(self) -> None:
+        """End the service, its actors and its placement group, by force if need be. Harmless when called again."""
+        with self._idle:
+            if self._closed:
+                return
+            self._closed = True
+        # after Ray's own end at the exit of the process everything is gone, and a call would start a new Ray
+        if ray.is_initialized():
+            with contextlib.suppress(RayError):
+                ray.get(self._actor.shutdown.remote(), timeout=STOP_TIMEOUT_S)
+            ray.kill(self._actor)
+            with contextlib.suppress(ValueError):  # the Driver has removed it already
+                remove(ray.util.get_placement_group(self._placement_name))
+            with self._idle:
+                self._idle.wait_for(lambda: self._calls == 0, timeout=STOP_TIMEOUT_S)
+        self._session.release()
+
+    def _ask(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
+        with self._counted() as open_:
+            if not open_:
+                raise RuntimeError("the engine has been shut down")
+            try:
+                return ray.get(getattr(self._actor, method).remote(*arguments), timeout=timeout)
+            except RayError as error:
+                raise translated(error) from None
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[bool]:
+        """Counts calls in flight, so that Ray is not closed under one; whether calls are still allowed."""
+        with self._idle:
+            open_ = not self._closed
+            self._calls += open_
+        try:
+            yield open_
+        finally:
+            with self._idle:
+                self._calls -= open_
+                self._idle.notify_all()
+
+
+def connect_driver(
+    config: EngineConfig,
+    model_info: ModelInfo,
+    tokenizer_json: str | None,
+    shard_factory: ShardFactory | None = None,
+) -> RemoteDriver:
+    """A started Driver with its shards, on the Ray that `ensure_ray` finds or starts.
+
+    Neither outlives this process: nothing is detached.
+
+    Raises:
+        ValueError: a setting, the checkpoint or the cluster does not allow it.
+        ShardFailure: a shard, or the Driver, did not come up.
+    """
+    session = ensure_ray(config.tensor_parallel_size)
+    placement_name = f"distributed-sparse-{uuid.uuid4().hex}"
+    driver: RemoteDriver | None = None
+    try:
+        # beside its client, if there is room: without a word Ray would put an actor of no CPUs on any node
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        actor = DriverActor.options(scheduling_strategy=here).remote(  # type: ignore[attr-defined]
+            config,
+            model_info,
+            tokenizer_json,
+            placement_name,
+            OWN_RAY_CPUS_PER_RANK if session.own else 1.0,
+            shard_factory,
+        )
+        driver = RemoteDriver(session, actor, placement_name)
+        driver.start(config.startup_timeout_s + START_MARGIN_S)
+        return driver
+    except BaseException:
+        if driver is not None:
+            driver.shutdown()
+        session.release()
+        raise
+
+
+def translated(error: RayError) -> Exception:
+    """Ray's error as the engine's own, where it has one for it."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError | ShardFailure):
+        return error.cause
+    if isinstance(error, RayActorError):
+        return ShardFailure((), f"the Driver has died: {reason(error)}")
+    if isinstance(error, GetTimeoutError):
+        return ShardFailure((), f"the Driver did not answer: {error}")
+    return error
