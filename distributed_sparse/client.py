@@ -52,13 +52,14 @@ class Client:
         except BaseException:
             with self._lock:
                 for request in requests:
-                    del self._waiting[request.request_id]
+                    self._waiting.pop(request.request_id, None)  # the receiver may have ended it already
             raise
         return updates
 
     def abort(self, request_ids: list[str]) -> None:
-        """End requests; each still gets its last update. Unknown ids are ignored."""
-        self.service.abort(self._client_id, request_ids)
+        """End requests; each still gets its last update. Unknown ids are ignored, and so is everything after `close`."""
+        if not self._closed.is_set():
+            self.service.abort(self._client_id, request_ids)
 
     def close(self) -> None:
         """Shut the service down and end what still waits. Idempotent."""

@@ -8,7 +8,8 @@ import logging
 import queue
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any
+from numbers import Integral
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -105,15 +106,18 @@ class LLM:
             set and the others go on.
 
         Raises:
-            ValueError: a single prompt is refused; or there are not as many sampling_params as prompts.
+            ValueError: a single prompt is refused; the prompts are no list at all; or there are not as many sampling_params as
+                prompts.
             EngineError: the engine failed on a single prompt.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        if not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts={shown(prompts)} must be a str, a list of token ids, or a list of those")
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
         given: list[Any] = [prompts] if single else list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(given)
-        else:
-            params = list(sampling_params)
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        one_for_all = not isinstance(sampling_params, Sequence)
+        params: list[Any] = [sampling_params] * len(given) if one_for_all else list(cast(Any, sampling_params))
         if len(params) != len(given):
             raise ValueError(f"{len(params)} sampling_params for {len(given)} prompts; give one for all, or one per prompt")
         outputs = self._run(given, params, use_tqdm)
@@ -138,8 +142,13 @@ class LLM:
             ValueError: no tokenizer, no template, or malformed messages.
         """
         tokenizer = self._need_tokenizer("chat")
-        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [apply_chat(tokenizer, conversation, **template_args) for conversation in conversations]
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise ValueError(
+                f"messages={shown(messages)} must be a list of {{'role': ..., 'content': ...}}, or a list of those"
+            )
+        if messages and isinstance(messages[0], Mapping):
+            return self.generate(apply_chat(tokenizer, cast(Any, messages), **template_args), sampling_params, use_tqdm)
+        prompts = [apply_chat(tokenizer, cast(Any, conversation), **template_args) for conversation in messages]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None) -> Stream:
@@ -153,7 +162,7 @@ class LLM:
         params = sampling_params or SamplingParams()
         request, builder = self._prepare(prompt, params, request_id)
         self._validate(request)
-        return Stream(self._client, request, builder)
+        return Stream(self, self._client, request, builder)
 
     def score(
         self,
@@ -308,8 +317,9 @@ class LLM:
 class Stream:
     """One request's outputs as they grow: iterable once, with `for` or `async for`. The last one is `finished`."""
 
-    def __init__(self, client: Client, request: NewRequest, builder: OutputBuilder) -> None:
+    def __init__(self, llm: LLM, client: Client, request: NewRequest, builder: OutputBuilder) -> None:
         self.request_id = request.request_id
+        self._llm = llm  # an engine that nobody else holds must not be collected while its stream is read
         self._client = client
         self._builder = builder
         self._updates = client.submit([request])

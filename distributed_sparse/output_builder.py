@@ -72,6 +72,7 @@ class OutputBuilder:
     def snapshot(self) -> RequestOutput:
         """The output so far, as a copy that later updates do not change."""
         shown = copy.copy(self.output)
+        shown.prompt_logprobs = copy.copy(shown.prompt_logprobs)
         shown.outputs = [copy.copy(completion) for completion in self.output.outputs]
         for completion in shown.outputs:
             completion.token_ids = list(completion.token_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import threading
 import uuid
 from collections.abc import Iterator
@@ -31,11 +32,13 @@ START_MARGIN_S = 60.0
 """What making the Driver's own process may take beside the shards' start-up deadline."""
 STOP_TIMEOUT_S = 30.0
 """How long a Driver has for an orderly end before it is killed."""
+REACH_TIMEOUT_S = 10.0
+"""How long a cluster's head has to accept a connection."""
 OWN_RAY_CPUS_PER_RANK = 0.01
 """In a Ray that is the engines' own nothing else needs the CPUs, and a second engine must find room beside the first."""
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=4, concurrency_groups={"outputs": 16})
+@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=4, concurrency_groups={"outputs": 16})  # type: ignore[call-overload]
 class DriverActor:
     """Makes the shards and the service, so that they all die with this process; every method passes on to the service."""
 
@@ -48,11 +51,19 @@ class DriverActor:
         cpus_per_rank: float,
         shard_factory: ShardFactory | None,
     ) -> None:
-        group = RayShardGroup(config, shard_factory=shard_factory, name=placement_name, cpus_per_rank=cpus_per_rank)
-        self._service = DriverService(config, model_info, tokenizer_json, group)
+        self._arguments = (config, model_info, tokenizer_json)
+        self._group_options: dict[str, Any] = {
+            "name": placement_name,
+            "cpus_per_rank": cpus_per_rank,
+            "shard_factory": shard_factory,
+        }
         self._started = False
 
     def start(self) -> dict[str, Any]:
+        """Called once, before all others. Not in the constructor: there Ray would hide which error it was."""
+        config, model_info, tokenizer_json = self._arguments
+        group = RayShardGroup(config, **self._group_options)
+        self._service = DriverService(config, model_info, tokenizer_json, group)
         info = self._service.start()
         self._started = True
         return info
@@ -138,6 +149,8 @@ def begin_ray(num_ranks: int) -> bool:
 
     No `address="auto"`: it would also join the private Ray of any other process on this machine.
     """
+    address = os.environ.get("RAY_ADDRESS", "")
+    check_reachable(address)
     num_cpus = max(len(os.sched_getaffinity(0)), num_ranks)
     options: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.WARNING}
     try:
@@ -150,14 +163,31 @@ def begin_ray(num_ranks: int) -> bool:
         ray.init(**options)  # the cluster that was found knows its own CPUs
         return False
     except ConnectionError as error:
-        if os.environ.get("RAY_ADDRESS"):
-            raise ValueError(
-                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']!r} cannot be reached ({error}); "
-                "start that cluster, or unset RAY_ADDRESS for a local one"
-            ) from None
+        if address:
+            raise unreachable(address, error) from None
         logging.getLogger(__name__).warning("the Ray that `ray start` left behind does not answer; starting another")
         ray.init(address="local", num_cpus=num_cpus, **options)
         return True
+
+
+def check_reachable(address: str) -> None:
+    """Whether somebody listens at a RAY_ADDRESS of host and port: Ray itself would try for minutes.
+
+    Raises:
+        ValueError: nobody does.
+    """
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=REACH_TIMEOUT_S).close()
+        except OSError as error:
+            raise unreachable(address, error) from None
+
+
+def unreachable(address: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"RAY_ADDRESS={address!r} cannot be reached ({error}); start that cluster, or unset RAY_ADDRESS for a local one"
+    )
 
 
 def current_job() -> str:
@@ -195,8 +225,8 @@ class RemoteDriver:
 
     def next_outputs(self, client_id: str, cursor: int, timeout: float) -> tuple[int, list[RequestUpdate]] | None:
         """As `DriverService.next_outputs`, over the client's stream; `cursor` counts where the stream begins."""
-        with self._counted() as open_:
-            if not open_:
+        with self._counted() as allowed:
+            if not allowed:
                 return None
             stream = self._streams.get(client_id)
             if stream is None:
@@ -241,8 +271,8 @@ class RemoteDriver:
         self._session.release()
 
     def _ask(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
-        with self._counted() as open_:
-            if not open_:
+        with self._counted() as allowed:
+            if not allowed:
                 raise RuntimeError("the engine has been shut down")
             try:
                 return ray.get(getattr(self._actor, method).remote(*arguments), timeout=timeout)
@@ -253,13 +283,13 @@ class RemoteDriver:
     def _counted(self) -> Iterator[bool]:
         """Counts calls in flight, so that Ray is not closed under one; whether calls are still allowed."""
         with self._idle:
-            open_ = not self._closed
-            self._calls += open_
+            allowed = not self._closed
+            self._calls += allowed
         try:
-            yield open_
+            yield allowed
         finally:
             with self._idle:
-                self._calls -= open_
+                self._calls -= allowed
                 self._idle.notify_all()
 
 

@@ -105,7 +105,7 @@ class Channel:
             raise ChannelTimeout(f"a message stopped half way for {STALL_TIMEOUT_S:g} s") from None
         except (EOFError, OSError) as error:
             self.close()
-            raise ChannelClosed(f"the peer closed the connection ({error or 'end of file'})") from None
+            raise ChannelClosed(f"the peer closed the connection ({str(error) or 'end of file'})") from None
         try:
             return self._decode(frame)
         except msgspec.MsgspecError as error:
@@ -202,7 +202,7 @@ class Listener:
         try:
             channel = _authenticated(peer, self._secret, self._decode, self._handshake_timeout, server=True)
         except HANDSHAKE_ERRORS as error:
-            logger.warning("refused a peer at %s: %s", address, error or type(error).__name__)
+            logger.warning("refused a peer at %s: %s", address, str(error) or type(error).__name__)
         with self._lock:
             del self._handshakes[peer]
             if channel is not None and not self._closed:
@@ -241,7 +241,7 @@ def connect(
         raise ChannelTimeout(f"the handshake with {where} took more than {timeout:g} s") from None
     except HANDSHAKE_ERRORS as error:
         _shut_down(peer)
-        raise ChannelClosed(f"the handshake with {where} failed ({error or 'end of file'})") from None
+        raise ChannelClosed(f"the handshake with {where} failed ({str(error) or 'end of file'})") from None
 
 
 def _authenticated(

@@ -10,7 +10,7 @@ from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate, SampleUpdate
 from distributed_sparse.driver.detokenizer import CompletionText, Detokenizer, StopChecker
 from distributed_sparse.driver.messages import LogprobBlock, ShardReport, StepPlan, StepResult
-from distributed_sparse.driver.pages import PageAllocator, pages_for
+from distributed_sparse.driver.pages import PageAllocator
 from distributed_sparse.driver.scheduler import Scheduler
 from distributed_sparse.driver.sequence import Request, Sequence
 from distributed_sparse.driver.shard_group import ShardFailure, ShardGroup
@@ -19,6 +19,9 @@ from distributed_sparse.request_validation import validate_request
 
 STEP_TIMEOUT_FLOOR_S = 5.0
 STEP_TIMEOUT_FACTOR = 20.0
+FIRST_STEPS_TIMEOUT_S = 120.0
+"""The deadline while fewer than `FIRST_STEPS` steps of a kind have been seen."""
+FIRST_STEPS = 8
 PROFILE_EVERY = 256
 """One step in so many takes the times of its parts, if it is a decode step."""
 
@@ -58,19 +61,10 @@ class Driver:
             ShardFailure: a shard did not come up.
         """
         self.group.start()
-        page_size = self.config.page_size
         self.allocator = PageAllocator(self.group.num_pages)
-        needed = pages_for(self.model.max_model_len, page_size)
-        if needed > self.allocator.total:
-            have, page_bytes = self.allocator.total * page_size, self.group.page_bytes
-            self.group.stop()
-            raise ValueError(
-                f"the cache holds {have} tokens, less than one sequence of max_model_len={self.model.max_model_len}; "
-                f"lower max_model_len or raise kv_cache_memory_bytes to at least {(needed + 1) * page_bytes} per rank"
-            )
         self.scheduler = Scheduler(
             self.allocator,
-            page_size=page_size,
+            page_size=self.config.page_size,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
         )
@@ -189,12 +183,12 @@ class Driver:
         return results
 
     def _step_timeout(self, prefill: bool) -> float:
-        """max(5 s, 20 x p99 of the steps of that kind); until some have been seen, the start-up deadline."""
+        """max(5 s, 20 x p99 of the steps of that kind), once some have been seen."""
         if self.config.step_timeout_s is not None:
             return self.config.step_timeout_s
         seen = sorted(self._step_s[prefill])
-        if len(seen) < 8:
-            return self.config.startup_timeout_s
+        if len(seen) < FIRST_STEPS:
+            return FIRST_STEPS_TIMEOUT_S
         return max(STEP_TIMEOUT_FLOOR_S, STEP_TIMEOUT_FACTOR * seen[int(0.99 * (len(seen) - 1))])
 
     def _mark_scheduled(self, plan: StepPlan, now: float) -> None:
@@ -211,12 +205,13 @@ class Driver:
             prompt_blocks[self.scheduler.sequence_at(block.slot).request].append(block)
         touched: dict[Request, list[Sequence]] = {request: [] for request in prompt_blocks}
         blocks: dict[Sequence, LogprobBlock] = {}
-        for position, (sequence, token) in enumerate(self.scheduler.commit(plan, result.tokens)):
+        own_blocks = iter(result.logprobs)  # beside the sampled tokens: a prompt that is only scored has none
+        for sequence, token in self.scheduler.commit(plan, result.tokens):
             touched.setdefault(sequence.request, []).append(sequence)
             if token is None:
                 self.scheduler.finish(sequence, "length")
                 continue
-            own_block = result.logprobs[position] if result.logprobs else None
+            own_block = next(own_blocks, None)
             if own_block is not None:
                 blocks[sequence] = own_block
             self._take_token(sequence, token, now)

@@ -62,8 +62,8 @@ class RayShardGroup(RemoteShardGroup):
         self._runs: list[ray.ObjectRef] = []
 
     def _spawn(self, address: tuple[str, int], store_address: tuple[str, int], deadline: float) -> None:
-        self._placement = self._place(deadline)
-        actors = [self._make_actor(bundle) for bundle in range(self.world_size)]
+        placement = self._place(deadline)
+        actors = [self._make_actor(placement, bundle) for bundle in range(self.world_size)]
         self._actors = actors
         try:
             places: list[Place] = ray.get([actor.where.remote() for actor in actors], timeout=deadline - time.monotonic())
@@ -124,11 +124,11 @@ class RayShardGroup(RemoteShardGroup):
             )
         return placement
 
-    def _make_actor(self, bundle: int) -> Any:
+    def _make_actor(self, placement: PlacementGroup, bundle: int) -> Any:
         return ShardActor.options(  # type: ignore[attr-defined]
             num_cpus=self._bundle.get("CPU", 0),
             num_gpus=self._bundle.get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
         ).remote()
 
     def _dead_ranks(self) -> dict[int, str]:

@@ -7,8 +7,7 @@ import os
 import socket
 import traceback
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from distributed_sparse.driver.messages import Hello, StepPlan, StepResult
 from distributed_sparse.driver.shard_group import RankInfo, ShardFailure, ShardGroup
@@ -16,8 +15,6 @@ from distributed_sparse.driver.shard_group import RankInfo, ShardFailure, ShardG
 if TYPE_CHECKING:
     from distributed_sparse.config import EngineConfig
     from distributed_sparse.shard.serve import ShardFactory, ShardLife
-
-T = TypeVar("T")
 
 
 class InProcessGroup(ShardGroup):
@@ -61,19 +58,19 @@ class InProcessGroup(ShardGroup):
         return self.ranks
 
     def send(self, plan: StepPlan) -> None:
-        if self._failure is not None:
-            raise self._failure
+        self._running_shard()
         self._plans.append(plan)
 
     def collect(self, timeout: float = math.inf) -> list[StepResult]:
-        if self._failure is not None:
-            raise self._failure
-        plan = self._plans.popleft()
-        return [self._guarded(f"failed in step {plan.step}", lambda shard: shard.step(plan))]
+        shard, plan = self._running_shard(), self._plans.popleft()
+        try:
+            return [shard.step(plan)]
+        except Exception as error:
+            self._failure = self._failed(f"failed in step {plan.step}", error)
+            raise self._failure from error
 
     def check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        self._running_shard()
 
     def stop(self) -> None:
         shard, self._shard = self._shard, None
@@ -81,14 +78,12 @@ class InProcessGroup(ShardGroup):
         if shard is not None:
             shard.close()
 
-    def _guarded(self, what: str, act: Callable[[ShardLife], T]) -> T:
+    def _running_shard(self) -> ShardLife:
+        if self._failure is not None:
+            raise self._failure
         if self._shard is None:
-            raise ShardFailure((0,), "the engine has been stopped")
-        try:
-            return act(self._shard)
-        except Exception as error:
-            self._failure = self._failed(what, error)
-            raise self._failure from error
+            raise ShardFailure((), "the shard has been stopped")
+        return self._shard
 
     @staticmethod
     def _failed(what: str, error: Exception) -> ShardFailure:

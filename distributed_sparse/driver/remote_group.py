@@ -31,6 +31,7 @@ POLL_S = 0.1
 """How often processes are looked at while sockets are silent."""
 ROOT_CAUSE_S = 0.25
 """After a first failure: how long to listen for others, since the rank that caused it may not be the first to tell."""
+ROOT_CAUSE_POLL_S = 0.01
 STOP_GRACE_S = 2.0
 """How long a healthy shard has to end by itself."""
 
@@ -195,10 +196,10 @@ class RemoteShardGroup(ShardGroup):
         channel = self._listener.accept(timeout)
         if channel is not None:
             self._strangers.append(channel)
-        heard = self._take_in(0.0)
+        heard = channel is not None
         for stranger in list(self._strangers):
             heard |= self._hear_hello(stranger)
-        return heard or channel is not None
+        return self._take_in(0.0) or heard
 
     def _hear_hello(self, stranger: Channel) -> bool:
         try:
@@ -264,21 +265,22 @@ class RemoteShardGroup(ShardGroup):
         return self._failure
 
     def _listen_for_more(self, news: dict[int, str | Failed]) -> None:
+        """Adds what other ranks say within a moment, and how processes ended whose sockets only closed."""
         deadline = time.monotonic() + ROOT_CAUSE_S
         silent = dict(self._channels)
-        while True:
+        while time.monotonic() < deadline:
             for rank, channel in list(silent.items()):
                 if channel.closed or isinstance(news.get(rank), Failed):
                     del silent[rank]  # nothing more will come from it
                     self._selector.unregister(self._registered.pop(rank))
-            remaining = deadline - time.monotonic()
-            if not silent or remaining <= 0:
-                break
-            for key, _ in self._selector.select(min(POLL_S, remaining)):
+            # the end of a process says more than the end of its socket, but is known a little later
+            dead = self._dead_ranks()
+            news |= {rank: why for rank, why in dead.items() if not isinstance(news.get(rank), Failed)}
+            unexplained = {rank for rank, what in news.items() if not isinstance(what, Failed)} - dead.keys()
+            if not silent and not unexplained:
+                return
+            for key, _ in self._selector.select(ROOT_CAUSE_POLL_S):
                 self._receive(key.data, news)
-        for rank, why in self._dead_ranks().items():
-            if not isinstance(news.get(rank), Failed):
-                news[rank] = why  # the end of a process says more than the end of its socket
 
     def _close_channels(self) -> None:
         for channel in [*self._channels.values(), *self._strangers]:
@@ -292,7 +294,7 @@ def describe(news: Mapping[int, str | Failed], hellos: dict[int, Hello]) -> Shar
     """
 
     def consequence(what: str | Failed) -> bool:
-        return isinstance(what, Failed) and what.error.startswith("CollectiveError")
+        return "CollectiveError" in (what.error if isinstance(what, Failed) else what)
 
     root = {rank: what for rank, what in sorted(news.items()) if not consequence(what)} or dict(sorted(news.items()))
     texts, traceback = [], ""

@@ -21,6 +21,8 @@ CLIENT_SILENCE_S = 30.0
 """A client that has not asked for its updates for so long has its requests aborted."""
 HEALTH_INTERVAL_S = 10.0
 """An idle engine sends an empty step through every rank this often."""
+STOP_GRACE_S = 5.0
+"""How long a shutdown waits for the step that runs before it stops the shards under it."""
 
 T = TypeVar("T")
 
@@ -120,7 +122,10 @@ class DriverService:
             self._closed = True
             self._wake.notify_all()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(STOP_GRACE_S)
+            if self._thread.is_alive():  # in a step that a hung shard does not answer, or a long one
+                self._group.stop()
+                self._thread.join()
         self._group.stop()
 
     # ---- the loop
@@ -128,8 +133,7 @@ class DriverService:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                for call in self._take_inbox():
-                    call()
+                self._answer_calls()
                 self._abort_silent_clients()
                 self._publish(self._driver.expire())
                 if self._driver.has_work:
@@ -150,11 +154,12 @@ class DriverService:
                 self._wake.wait(HEALTH_INTERVAL_S / 4)
             return not self._closed
 
-    def _take_inbox(self) -> list[Callable[[], None]]:
-        with self._wake:
-            calls = list(self._inbox)
-            self._inbox.clear()
-            return calls
+    def _answer_calls(self) -> None:
+        """Make the calls that have come so far; if one raises, those behind it are still in the inbox."""
+        for _ in range(len(self._inbox)):
+            with self._wake:
+                call = self._inbox.popleft()
+            call()
 
     def _publish(self, updates: Updates) -> None:
         if not updates:
@@ -165,13 +170,17 @@ class DriverService:
             self._wake.notify_all()
 
     def _abort_silent_clients(self) -> None:
+        """Their outboxes stay, with the numbering: a client that was only slow then finds out what became of its requests."""
         now = time.monotonic()
         with self._wake:
             silent = [client for client, outbox in self._outboxes.items() if now - outbox.last_seen > CLIENT_SILENCE_S]
-            for client_id in silent:
-                del self._outboxes[client_id]
         for client_id in silent:
-            self._driver.abort(self._driver.owned_by(client_id))
+            requests = self._driver.owned_by(client_id)
+            if requests:
+                logger.warning(
+                    "a client has been silent for %g s: its %d requests are aborted", CLIENT_SILENCE_S, len(requests)
+                )
+                self._publish({client_id: self._driver.abort(requests)})
 
     def _fail(self, failure: ShardFailure) -> None:
         """The shards cannot go on: every request ends with the reason, later ones are refused with it."""
@@ -184,8 +193,7 @@ class DriverService:
                     self._wake.wait()
                 if self._closed:
                     return
-            for call in self._take_inbox():
-                call()
+            self._answer_calls()
 
     # ---- calls that the loop's thread makes
 

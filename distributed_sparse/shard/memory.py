@@ -23,14 +23,24 @@ def max_pages(
     Args:
         page_bytes: bytes of one page over all layers, metadata included.
         profile: runs the largest step that the configuration allows.
+
+    Raises:
+        ValueError: they would not hold one sequence of max_model_len beside the null page.
     """
+    per_sequence = -(-max_model_len // config.page_size)
     if config.kv_cache_memory_bytes is not None:
-        return config.kv_cache_memory_bytes // page_bytes
-    most = config.max_num_seqs * -(-max_model_len // config.page_size) + 1
-    budget = (
-        DEFAULT_CPU_CACHE_BYTES if device.type == "cpu" else _free_gpu_bytes(config.gpu_memory_utilization, device, profile)
-    )
-    return min(most, budget // page_bytes)
+        pages = config.kv_cache_memory_bytes // page_bytes
+    else:
+        on_cpu = device.type == "cpu"
+        budget = DEFAULT_CPU_CACHE_BYTES if on_cpu else _free_gpu_bytes(config.gpu_memory_utilization, device, profile)
+        pages = min(config.max_num_seqs * per_sequence + 1, budget // page_bytes)
+    if pages < per_sequence + 1:
+        raise ValueError(
+            f"the cache holds {max(pages - 1, 0) * config.page_size} tokens, less than one sequence of "
+            f"max_model_len={max_model_len}; lower max_model_len or raise kv_cache_memory_bytes to at least "
+            f"{(per_sequence + 1) * page_bytes} per rank"
+        )
+    return pages
 
 
 def _free_gpu_bytes(utilization: float, device: torch.device, profile: Callable[[], None]) -> int:

@@ -31,7 +31,7 @@ def sample(logits: Tensor, setups: Sequence[SlotSetup], positions: Sequence[int]
     drawn = [row for row, setup in enumerate(setups) if setup.temperature > 0]
     if not drawn:
         return logits.argmax(-1)
-    scores = logits.clone() if len(drawn) < len(setups) else logits
+    scores = logits.clone()  # the caller's logits are still wanted, for log-probabilities
     rows = torch.tensor(drawn, device=logits.device)
     chosen = [setups[row] for row in drawn]
     masked = mask_logits(logits[rows], chosen)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -126,3 +127,18 @@ def randomise(model: PreTrainedModel) -> None:
 def transformers_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The same checkpoint in transformers, with eager attention: what the engine's logits and tokens are compared with."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def decisive_checkpoint(folder: Path, family: str = "qwen3", **overrides: Any) -> Path:
+    """A `tiny_checkpoint` with spread logits: a larger embedding, read again by lm_head, mostly decides the next token.
+
+    A plain random model has two best logits within bfloat16's rounding at one position of a hundred; this one has not.
+    """
+    path = tiny_checkpoint(folder, family, **overrides)
+    weights = load_file(path / "model.safetensors")
+    embedding = 3.0 * weights["model.embed_tokens.weight"]
+    order = torch.randperm(len(embedding), generator=torch.Generator().manual_seed(1))
+    weights["model.embed_tokens.weight"] = embedding
+    weights["lm_head.weight"] = 3.0 * torch.nn.functional.normalize(embedding[order], dim=1)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path

@@ -38,9 +38,7 @@ class ThreadShardGroup(ShardGroup):
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config.tensor_parallel_size)
         self._config = config
-        self._threads = [
-            ThreadPoolExecutor(1, f"rank-{rank}", torch.set_num_threads, (1,)) for rank in range(self.world_size)
-        ]
+        self._threads = [ThreadPoolExecutor(1, f"rank-{rank}", torch.set_num_threads, (1,)) for rank in range(self.world_size)]
         self._sent = 0
         self.plans: list[StepPlan] = []
         self.shards: list[Shard] = []

@@ -24,14 +24,16 @@ def reference_logits(model: PreTrainedModel, token_ids: list[int], decoded: int 
     cache = DynamicCache(config=model.config)
     start = len(token_ids) - decoded
     chunks = [token_ids[:start], *([token] for token in token_ids[start:])]
-    return torch.cat([model(torch.tensor([chunk]), past_key_values=cache, **attention).logits[0] for chunk in chunks]).float()
+    logits = [model(torch.tensor([chunk]), past_key_values=cache, **attention).logits[0] for chunk in chunks]
+    return torch.cat(logits).float()
 
 
 @torch.no_grad()
 def greedy_tokens(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
     """What ``generate`` answers, without the prompt; its end-of-sequence token included."""
     ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens, pad_token_id=0)
+    settings = {"do_sample": False, "max_new_tokens": max_tokens, "pad_token_id": 0}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
     return out[0, len(prompt) :].tolist()
 
 
@@ -87,7 +89,9 @@ class PageMethod:
         return sorted(pages, key=lambda page: (-scores[page], page))[:count]
 
 
-def page_method_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+def page_method_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
     """An attention function of transformers: causal, and what ``emulation`` lets a decoded token see. Batch 1.
 
     query [1, H_q, m, d], key and value [1, H_kv, n, d] -> ([1, m, H_q, d], None).

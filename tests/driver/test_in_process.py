@@ -1,0 +1,82 @@
+"""One rank in the Driver's own process keeps the same promises as a group of processes, but for the deadline."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from distributed_sparse.config import EngineConfig
+from distributed_sparse.driver.in_process import InProcessGroup
+from distributed_sparse.driver.messages import StepPlan
+from distributed_sparse.driver.shard_group import ShardFailure
+from tests.support import stand_in_shard as stand_in
+from tests.support.stand_in_shard import StandInShard
+
+
+@pytest.fixture
+def config(tmp_path):
+    return EngineConfig(model=stand_in.write_checkpoint(tmp_path), device="cpu")
+
+
+def test_it_starts_steps_in_order_and_stops(config):
+    group = InProcessGroup(config, StandInShard)
+    (info,) = group.start()
+    assert (info.rank, group.num_pages, group.page_bytes, info.cache_bytes) == (0, 50, 64, 50 * 60)
+    group.send(StepPlan(step=1, generation=0))
+    group.send(StepPlan(step=2, generation=0))
+    assert [group.collect()[0].tokens for _ in range(2)] == [[1, 1], [1, 2]]
+    group.check()
+    group.stop()
+    group.stop()
+    with pytest.raises(ShardFailure, match="stopped"):
+        group.send(StepPlan(step=3, generation=0))
+
+
+def test_an_exception_in_a_step_is_a_failure_with_its_traceback_and_stays_one(config):
+    group = InProcessGroup(config, StandInShard)
+    group.start()
+    group.send(StepPlan(step=stand_in.FAIL_STEP, generation=0))
+    with pytest.raises(ShardFailure, match="failed in step 1001: ArithmeticError: the stand-in was told to fail") as caught:
+        group.collect()
+    assert caught.value.ranks == (0,) and "stand_in_shard.py" in caught.value.traceback
+    for call in (group.check, group.collect, lambda: group.send(StepPlan(step=2, generation=0))):
+        with pytest.raises(ShardFailure, match="told to fail"):
+            call()
+    group.stop()
+
+
+def test_a_refused_checkpoint_is_the_users_value_error(config):
+    with pytest.raises(ValueError, match="convert it again"):
+        InProcessGroup(config, stand_in.RefusesToLoad).start()
+
+
+class RunsOutOfMemory(StandInShard):
+    def load(self):
+        raise MemoryError("no room")
+
+
+def test_any_other_error_at_the_start_is_a_failure(config):
+    with pytest.raises(ShardFailure, match="could not start: MemoryError: no room"):
+        InProcessGroup(config, RunsOutOfMemory).start()
+
+
+def test_more_than_one_rank_is_refused_with_the_remedy(tmp_path):
+    config = EngineConfig(model=stand_in.write_checkpoint(tmp_path), tensor_parallel_size=2)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 needs one process per rank"):
+        InProcessGroup(config)
+
+
+def test_the_driver_side_imports_neither_ray_nor_torch():
+    """A Driver that has no shard of its own stays light; and one rank must run where Ray is not installed."""
+    modules = ["channel", "messages", "shard_group", "remote_group", "in_process"]
+    code = f"""
+import importlib, sys
+sys.modules["ray"] = None
+for name in {modules}:
+    importlib.import_module("distributed_sparse.driver." + name)
+importlib.import_module("distributed_sparse.shard.serve")
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

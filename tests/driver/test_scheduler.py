@@ -1,0 +1,486 @@
+"""The scheduler says who runs and which pages they hold; a cache of tokens replays its plans and finds what it mixed up."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from distributed_sparse.driver.messages import StepPlan
+from distributed_sparse.driver.pages import PageAllocator, pages_for
+from distributed_sparse.driver.scheduler import Scheduler
+from distributed_sparse.driver.sequence import Request, Sequence
+from distributed_sparse.metrics import RequestMetrics
+from distributed_sparse.sampling_params import SamplingParams
+from tests.support.scripted_group import VOCAB_SIZE, CacheModel, expected_tokens
+
+PAGE_SIZE = 16
+numbers = itertools.count()
+
+
+def make_request(
+    prompt: list[int], max_tokens: int = 4, stop_token_ids: frozenset[int] = frozenset(), **params: Any
+) -> Request:
+    """`max_tokens=0`: the prompt is only scored."""
+    return Request(
+        request_id=str(next(numbers)),
+        client_id="c",
+        prompt_token_ids=prompt,
+        params=SamplingParams(**params),
+        seed=0,
+        max_tokens=max_tokens,
+        metrics=RequestMetrics(0.0),
+        stop_token_ids=stop_token_ids,
+    )
+
+
+class Engine:
+    """Scheduler and CacheModel, with the stop conditions of the Driver that matter here: stop tokens and max_tokens."""
+
+    def __init__(self, num_pages: int = 64, max_num_seqs: int = 8, max_num_batched_tokens: int = 64) -> None:
+        self.allocator = PageAllocator(num_pages)
+        self.scheduler = Scheduler(
+            self.allocator,
+            page_size=PAGE_SIZE,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        self.cache = CacheModel(num_pages, PAGE_SIZE)
+        self.steps = 0
+        self.scored: Counter[Request] = Counter()
+        self.targets: dict[Request, list[tuple[int, int]]] = {}
+
+    def add(self, prompt: list[int], max_tokens: int = 4, **params: Any) -> Request:
+        request = make_request(prompt, max_tokens, **params)
+        self.scheduler.add(request)
+        return request
+
+    def plan(self) -> StepPlan:
+        self.steps += 1
+        return self.scheduler.schedule(self.steps, 0)
+
+    def run(self, plan: StepPlan) -> None:
+        result = self.cache.step(plan)
+        for found in result.prompt_logprobs:
+            request = self.scheduler.sequence_at(found.slot).request
+            tokens = memoryview(found.token_ids).cast("i").tolist()
+            self.targets.setdefault(request, []).extend(zip(itertools.count(found.position), tokens))
+        for sequence, token in self.scheduler.commit(plan, result.tokens):
+            if token is None:
+                self.scored[sequence.request] += 1
+                self.scheduler.finish(sequence, "length")
+            elif token in sequence.request.stop_token_ids:
+                self.scheduler.finish(sequence, "stop", token)
+            elif len(sequence.output_token_ids) == sequence.request.max_tokens:
+                self.scheduler.finish(sequence, "length")
+
+    def step(self) -> StepPlan:
+        plan = self.plan()
+        self.run(plan)
+        return plan
+
+    def finish(self) -> None:
+        while self.scheduler.has_work:
+            self.step()
+
+    def abort(self, request: Request) -> None:
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self.scheduler.finish(sequence, "abort")
+
+    def check_outputs(self, request: Request) -> None:
+        """Every sample holds the tokens that it would get alone, as far as it came."""
+        for sequence in request.sequences:
+            tokens = sequence.output_token_ids
+            assert tokens == expected_tokens(request.prompt_token_ids, len(tokens), sequence.index)
+
+    def is_empty(self) -> bool:
+        return self.allocator.used == 0 and self.allocator.reserved == 0
+
+
+def tokens_of(length: int, seed: int = 0) -> list[int]:
+    return [(seed * 31 + i * 7) % VOCAB_SIZE for i in range(length)]
+
+
+# ---- in plain sentences
+
+
+def test_a_prompt_longer_than_the_token_budget_is_prefilled_in_chunks_and_its_borders_are_kept() -> None:
+    engine = Engine(max_num_batched_tokens=10)
+    request = engine.add(tokens_of(25))
+    plans = [engine.step() for _ in range(3)]
+    assert [(plan.prefill[0].start, plan.prefill[0].end) for plan in plans] == [(0, 10), (10, 20), (20, 25)]
+    assert [plan.prefill[0].samples for plan in plans] == [[], [], [0]]
+    assert request.sequences[0].chunk_borders == [10, 20, 25]
+
+
+def test_running_sequences_decode_while_a_long_prompt_is_prefilled() -> None:
+    engine = Engine(max_num_batched_tokens=10)
+    first = engine.add(tokens_of(5), max_tokens=20)
+    engine.step()
+    engine.add(tokens_of(30))
+    plan = engine.step()
+    assert [row.slot for row in plan.decode] == [first.sequences[0].slot]
+    assert plan.prefill[0].num_tokens == 9
+
+
+def test_the_second_sampled_token_comes_from_the_device_and_not_from_the_plan() -> None:
+    engine = Engine()
+    engine.add(tokens_of(5))
+    engine.step()
+    (row,) = engine.step().decode
+    assert (row.token, row.position) == (None, 5)
+
+
+def test_requests_are_admitted_in_order_even_where_a_later_one_would_fit() -> None:
+    engine = Engine(num_pages=5)
+    running = engine.add(tokens_of(20), max_tokens=20)  # 3 of the 4 pages
+    large = engine.add(tokens_of(20), max_tokens=20)
+    small = engine.add(tokens_of(2), max_tokens=2)
+    engine.step()
+    assert engine.scheduler.running == [running]
+    assert list(engine.scheduler.waiting) == [large, small]
+    engine.finish()
+    for request in (running, large, small):
+        engine.check_outputs(request)
+    assert engine.is_empty()
+
+
+def test_a_request_waits_until_there_is_a_slot_for_each_of_its_samples() -> None:
+    engine = Engine(max_num_seqs=4)
+    engine.add(tokens_of(3), max_tokens=3, n=2)
+    late = engine.add(tokens_of(3, seed=1), max_tokens=3, n=3)
+    engine.step()
+    assert list(engine.scheduler.waiting) == [late]
+    engine.finish()
+    engine.check_outputs(late)
+
+
+def test_a_request_that_can_never_fit_is_refused_with_both_numbers() -> None:
+    engine = Engine(num_pages=5)
+    with pytest.raises(
+        ValueError, match=r"needs 5 pages of 16 tokens \(prompt of 20 tokens, max_tokens=60, n=1\).*cache has 4"
+    ):
+        engine.add(tokens_of(20), max_tokens=60)
+    # 1 full prompt page is shared, each sample needs 2 of its own
+    with pytest.raises(ValueError, match=r"needs 5 pages .*n=2.*lower max_tokens or n, or raise kv_cache_memory_bytes"):
+        engine.add(tokens_of(20), max_tokens=20, n=2)
+    assert not engine.scheduler.has_work
+
+
+def test_samples_share_the_full_pages_of_the_prompt_and_copy_the_partial_one() -> None:
+    engine = Engine()
+    request = engine.add(tokens_of(20), max_tokens=30, n=3)
+    engine.step()
+    first, *others = request.sequences
+    assert engine.allocator.used == 1 + 3
+    assert all(sequence.pages[0] == first.pages[0] for sequence in others)
+    assert len({sequence.pages[1] for sequence in request.sequences}) == 3
+    plan = engine.plan()
+    assert plan.page_copies == [(first.pages[1], sequence.pages[1]) for sequence in others]
+    engine.run(plan)
+    assert engine.step().page_copies == []
+    engine.finish()
+    engine.check_outputs(request)
+    assert engine.is_empty()
+
+
+def test_samples_of_a_prompt_that_ends_with_a_page_copy_nothing() -> None:
+    engine = Engine()
+    request = engine.add(tokens_of(32), max_tokens=20, n=3)
+    engine.step()
+    plan = engine.step()
+    assert plan.page_copies == []
+    assert engine.allocator.used == 2 + 3
+    engine.finish()
+    engine.check_outputs(request)
+
+
+def test_a_sample_that_ends_with_its_first_token_leaves_no_copy_behind() -> None:
+    prompt = tokens_of(20)
+    firsts = [expected_tokens(prompt, 1, index)[0] for index in range(3)]
+    assert len(set(firsts)) == 3
+    for index in range(3):
+        engine = Engine()
+        request = engine.add(prompt, max_tokens=20, n=3, stop_token_ids=frozenset({firsts[index]}))
+        engine.step()
+        ended = request.sequences[index]
+        assert (ended.finish_reason, ended.pages) == ("stop", [])
+        late = engine.add(tokens_of(40, seed=5), max_tokens=20)  # takes the pages that have just become free
+        plan = engine.step()
+        assert len({target for _, target in plan.page_copies}) == (2 if index == 0 else 1)
+        engine.finish()
+        for finished in (request, late):
+            engine.check_outputs(finished)
+        assert engine.is_empty()
+
+
+def test_the_page_of_a_sample_that_ended_may_be_reused_in_the_step_that_copies_from_it() -> None:
+    prompt = tokens_of(20)
+    first = expected_tokens(prompt, 1, 0)[0]
+    engine = Engine(num_pages=6)
+    request = engine.add(prompt, max_tokens=12, n=2, stop_token_ids=frozenset({first}))
+    engine.step()
+    assert request.sequences[0].finish_reason == "stop"
+    late = engine.add(tokens_of(20, seed=3), max_tokens=4)
+    plan = engine.plan()
+    (source, _target) = plan.page_copies[0]
+    given = {page for _, pages in plan.new_pages for page in pages}
+    assert source in given, "the test wants the source to be given to another sequence in this very step"
+    engine.run(plan)
+    engine.finish()
+    for finished in (request, late):
+        engine.check_outputs(finished)
+
+
+def test_the_last_tokens_of_a_prompt_go_through_decode_and_sample_once_at_its_end() -> None:
+    engine = Engine()
+    prompt = tokens_of(20)
+    request = engine.add(prompt, max_tokens=3, n=2, decode_last_prompt_tokens=3)
+    plans = [engine.step() for _ in range(4)]
+    assert plans[0].prefill[0].end == 17
+    assert [[(row.position, row.token) for row in plan.decode] for plan in plans[1:]] == [
+        [(17, prompt[17])],
+        [(18, prompt[18])],
+        [(19, prompt[19])],
+    ]
+    assert [len(part.samples) for plan in plans for part in plan.parts] == [0, 0, 0, 2]
+    assert request.sequences[0].chunk_borders == [17]
+    engine.finish()
+    engine.check_outputs(request)
+
+
+def test_a_prompt_that_is_only_scored_ends_with_its_last_token_and_samples_nothing() -> None:
+    engine = Engine(max_num_batched_tokens=10)
+    prompt = tokens_of(25)
+    request = engine.add(prompt, max_tokens=0, prompt_logprobs=0, decode_last_prompt_tokens=2)
+    engine.finish()
+    assert engine.scored[request] == 1
+    assert engine.targets[request] == list(enumerate(prompt))[1:]
+    assert request.sequences[0].output_token_ids == []
+    assert engine.is_empty()
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_an_aborted_request_gives_everything_back_at_once(steps: int) -> None:
+    engine = Engine(max_num_batched_tokens=10)
+    request = engine.add(tokens_of(25), max_tokens=9, n=3)
+    for _ in range(steps):
+        engine.step()
+    engine.abort(request)
+    assert engine.is_empty()
+    assert not engine.scheduler.has_work
+    plan = engine.plan()
+    assert (plan.setups, plan.new_pages, plan.page_copies, plan.parts) == ([], [], [], [])
+
+
+def test_a_token_more_than_the_plan_samples_is_an_error() -> None:
+    engine = Engine()
+    engine.add(tokens_of(4))
+    plan = engine.plan()
+    with pytest.raises(AssertionError, match="more tokens than its plan samples"):
+        engine.scheduler.commit(plan, [1, 2])
+
+
+# ---- in any order
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Requests of every kind come, run and are aborted at any moment; nothing is lost, mixed up or given out twice."""
+
+    @initialize(
+        num_pages=st.integers(3, 24),
+        max_num_seqs=st.integers(1, 6),
+        spare_budget=st.integers(0, 40),
+    )
+    def start(self, num_pages: int, max_num_seqs: int, spare_budget: int) -> None:
+        self.max_num_seqs = max_num_seqs
+        self.budget = max_num_seqs + spare_budget
+        self.engine = Engine(num_pages, max_num_seqs, self.budget)
+        self.requests: list[Request] = []
+        self.admitted: list[Request] = []
+        self.chunk_ends: dict[Sequence, list[int]] = {}
+
+    # ---- what happens
+
+    @rule(
+        prompt_length=st.one_of(st.integers(1, 70), st.sampled_from([15, 16, 17, 32, 48])),
+        max_tokens=st.integers(1, 40),
+        n=st.integers(1, 4),
+        decoded=st.integers(0, 6),
+        score=st.booleans(),
+        logprobs=st.booleans(),
+        stop=st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=12),
+        seed=st.integers(0, 50),
+    )
+    def add(
+        self,
+        prompt_length: int,
+        max_tokens: int,
+        n: int,
+        decoded: int,
+        score: bool,
+        logprobs: bool,
+        stop: frozenset[int],
+        seed: int,
+    ) -> None:
+        request = make_request(
+            tokens_of(prompt_length, seed),
+            0 if score else max_tokens,
+            n=1 if score else min(n, self.max_num_seqs),
+            decode_last_prompt_tokens=min(decoded, prompt_length - 1),
+            prompt_logprobs=0 if score or logprobs else None,
+            stop_token_ids=stop,
+        )
+        if self.most_pages(request) > self.engine.allocator.total:
+            with pytest.raises(ValueError, match="but the cache has"):
+                self.engine.scheduler.add(request)
+            return
+        self.engine.scheduler.add(request)
+        self.requests.append(request)
+
+    @precondition(lambda self: self.engine.scheduler.has_work)
+    @rule(count=st.integers(1, 12))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.one_step()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        self.engine.abort(request)
+        assert all(not sequence.pages for sequence in request.sequences)
+
+    # ---- one step, looked at from all sides
+
+    def one_step(self) -> None:
+        scheduler = self.engine.scheduler
+        decoding = [sequence for sequence in self.running_sequences() if not sequence.in_prefill]
+        slots = {sequence.slot for sequence in decoding}
+        plan = self.engine.plan()
+        assert sum(part.num_tokens for part in plan.parts) <= self.budget
+        assert Counter(row.slot for row in plan.decode) == Counter(slots), "a running sequence decodes one token in each step"
+        assert len({part.slot for part in plan.parts}) == len(plan.parts)
+        self.admitted += scheduler.running[len(scheduler.running) - self.count_admitted(plan) :]
+        self.check_prefill(plan)
+        self.check_that_the_head_of_the_queue_had_to_wait(plan)
+        self.check_pages()
+        self.engine.run(plan)
+        assert plan.parts or not scheduler.has_work, "work is left, and nobody runs"
+        self.check_finished()
+
+    def count_admitted(self, plan: StepPlan) -> int:
+        by_request = Counter(self.engine.scheduler.sequence_at(setup.slot).request for setup in plan.setups)
+        assert all(len(request.sequences) == count for request, count in by_request.items())
+        return len(by_request)
+
+    def check_prefill(self, plan: StepPlan) -> None:
+        sequences = [self.engine.scheduler.sequence_at(chunk.slot) for chunk in plan.prefill]
+        order = [self.requests.index(sequence.request) for sequence in sequences]
+        assert order == sorted(order), "prompts are prefilled oldest first"
+        for place, (sequence, chunk) in enumerate(zip(sequences, plan.prefill)):
+            request = sequence.request
+            assert chunk.tokens == request.prompt_token_ids[chunk.start : chunk.end]
+            assert chunk.tokens and chunk.end <= request.prefill_length
+            if chunk.end < request.prefill_length:
+                assert place == len(plan.prefill) - 1, "only the last chunk may be cut by the budget"
+                assert sum(part.num_tokens for part in plan.parts) == self.budget
+            self.chunk_ends.setdefault(sequence, []).append(chunk.end)
+
+    def check_that_the_head_of_the_queue_had_to_wait(self, plan: StepPlan) -> None:
+        scheduler, allocator = self.engine.scheduler, self.engine.allocator
+        if not scheduler.waiting:
+            return
+        head = scheduler.waiting[0]
+        used_slots = len(list(self.admitted_sequences()))
+        assert (
+            sum(part.num_tokens for part in plan.parts) == self.budget
+            or used_slots + len(head.sequences) > self.max_num_seqs
+            or allocator.reserved + self.most_pages(head) > allocator.total
+        )
+
+    def check_finished(self) -> None:
+        for request in self.requests:
+            self.engine.check_outputs(request)
+            wanted = request.params.prompt_logprobs is not None
+            targets = self.engine.targets.get(request, [])
+            assert targets == list(enumerate(request.prompt_token_ids))[1 : 1 + len(targets)]
+            if request.finished and all(sequence.finish_reason != "abort" for sequence in request.sequences):
+                assert len(targets) == (len(request.prompt_token_ids) - 1 if wanted else 0)
+                assert self.engine.scored[request] == request.score
+        for sequence, ends in self.chunk_ends.items():
+            assert sequence.chunk_borders == ends
+
+    # ---- what holds at every moment
+
+    @invariant()
+    def pages_and_slots_add_up(self) -> None:
+        if hasattr(self, "engine"):
+            self.check_pages()
+            slots = [sequence.slot for sequence in self.admitted_sequences()]
+            assert len(set(slots)) == len(slots)
+            assert set(slots) <= set(range(self.max_num_seqs))
+
+    @invariant()
+    def requests_are_admitted_in_the_order_of_their_arrival(self) -> None:
+        if hasattr(self, "engine"):
+            order = [self.requests.index(request) for request in self.admitted]
+            assert order == sorted(order)
+
+    def check_pages(self) -> None:
+        allocator = self.engine.allocator
+        holders: dict[int, list[tuple[Sequence, int]]] = {}
+        for sequence in self.admitted_sequences():
+            assert len(set(sequence.pages)) == len(sequence.pages)
+            assert len(sequence.pages) >= pages_for(sequence.num_computed, PAGE_SIZE)
+            for place, page in enumerate(sequence.pages):
+                holders.setdefault(page, []).append((sequence, place))
+        for page, held in holders.items():
+            assert 0 < page <= allocator.total
+            if len(held) > 1:  # only full pages of one request's prompt, at the same place, once for each sample
+                assert len({(sequence.request, place) for sequence, place in held}) == 1
+                assert len({sequence for sequence, _ in held}) == len(held)
+                assert held[0][1] < len(held[0][0].request.prompt_token_ids) // PAGE_SIZE
+        assert allocator.used == len(holders), "a page is lost"
+        reserved = 0
+        for request in self.engine.scheduler.running:
+            shared = len(request.prompt_token_ids) // PAGE_SIZE
+            own = (self.most_pages(request) - shared) // len(request.sequences)
+            reserved += shared + own * sum(sequence.finish_reason is None for sequence in request.sequences)
+        assert allocator.reserved == reserved
+        assert allocator.used <= allocator.reserved <= allocator.total
+
+    def admitted_sequences(self) -> list[Sequence]:
+        """Those that hold a slot."""
+        running = self.engine.scheduler.running
+        return [sequence for request in running for sequence in request.sequences if sequence.finish_reason is None]
+
+    def running_sequences(self) -> list[Sequence]:
+        """Those that hold pages: a sample > 0 does when the prompt has been computed."""
+        return [sequence for sequence in self.admitted_sequences() if sequence.index == 0 or sequence.output_token_ids]
+
+    @staticmethod
+    def most_pages(request: Request) -> int:
+        prompt, samples = len(request.prompt_token_ids), request.num_samples
+        shared = prompt // PAGE_SIZE
+        return shared + samples * (pages_for(prompt + request.max_tokens, PAGE_SIZE) - shared)
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            for _ in range(10_000):
+                if not self.engine.scheduler.has_work:
+                    break
+                self.one_step()
+            assert all(request.finished for request in self.requests)
+            self.check_finished()
+            assert self.engine.is_empty()
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)

@@ -1,0 +1,252 @@
+"""A page's metadata is a function of the keys that it holds, at every moment: recomputed from K it is the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distributed_sparse.driver.sequence import Sequence
+from distributed_sparse.selection.base import Geometry, PageMinMax
+from distributed_sparse.selection.dense import DenseConfig, DensePolicy
+from distributed_sparse.selection.quest import QuestConfig, QuestPolicy
+from distributed_sparse.shard.cache import PagedCache
+from tests.support.checkpoints import tiny_checkpoint
+from tests.support.prompts import random_tokens
+from tests.support.stepped_engine import SteppedEngine
+
+PAGE = 16
+GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+QUEST = {"method": "quest", "token_budget": 48, "dense_layers": 0}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("qwen2"), "qwen2")
+
+
+@pytest.fixture(params=[1, 2], ids=["one rank", "two ranks"])
+def ranks(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+def quest_engine(path: Path, ranks: int = 1, **engine_args: Any) -> SteppedEngine:
+    limits = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    return SteppedEngine(path, ranks, **{"sparse": QUEST, **limits, **engine_args})
+
+
+def sequences(engine: SteppedEngine) -> list[Sequence]:
+    """Those that hold pages."""
+    return [sequence for request in engine.driver.scheduler.running for sequence in request.sequences if sequence.pages]
+
+
+def held_pages(engine: SteppedEngine) -> dict[int, int]:
+    """Tokens in each page that a sequence holds. A page that is shared is full, or about to be."""
+    held: dict[int, int] = {}
+    told_next = {target for _, target in engine.driver.scheduler._page_copies}  # forks reach the shards with the next plan
+    for sequence in sequences(engine):
+        for place, page in enumerate(sequence.pages):
+            count = min(sequence.num_computed - place * PAGE, PAGE)
+            assert held.setdefault(page, count) == count, "sequences that share a page disagree on what it holds"
+    return {page: count for page, count in held.items() if count > 0 and page not in told_next}
+
+
+def assert_metadata_is_exact(engine: SteppedEngine) -> int:
+    """Recompute the bounds of every held page from its keys, in every layer of every rank; how many pages there were."""
+    held = held_pages(engine)
+    for shard in engine.group.shards:
+        for layer, cache in enumerate(shard.cache.layers):
+            bounds = cache.page_min_max
+            assert bounds is not None
+            for page, count in held.items():
+                keys = cache.k_pages[page, :, :count]
+                expected = torch.stack([keys.amin(1), keys.amax(1)], dim=1)
+                assert torch.equal(bits(bounds[page]), bits(expected)), f"layer {layer}, page {page} of {count} tokens"
+                assert expected.abs().max() > 0, "no key has been written"
+    return len(held)
+
+
+def bits(x: Tensor) -> Tensor:
+    """So that -0.0 and +0.0 differ."""
+    return x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+def keys_of(engine: SteppedEngine, sequence: Sequence) -> Tensor:
+    """[layers, H_kv, n, d] of all ranks' heads, in logical order."""
+    layers = []
+    for layer in range(len(engine.group.shards[0].cache.layers)):
+        pages = [shard.cache.layers[layer].k_pages[sequence.pages] for shard in engine.group.shards]
+        of_sequence = torch.cat(pages, dim=1).transpose(0, 1).flatten(1, 2)  # [H_kv, pages * PAGE, d]
+        layers.append(of_sequence[:, : sequence.num_computed])
+    return torch.stack(layers)
+
+
+# ---- at every moment of a sequence's life
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chunk", [1, 5, 7, 16, 23])
+def test_after_prompt_chunks_of_odd_sizes(path: Path, ranks: int, chunk: int, dtype: str) -> None:
+    with quest_engine(path, ranks, max_num_batched_tokens=chunk, max_num_seqs=1, dtype=dtype) as engine:
+        engine.add(random_tokens(55), max_tokens=1, **GREEDY)
+        seen = []
+        for _ in range(54 // chunk):  # all chunks but the one that ends the prompt, and with it the request
+            engine.step()
+            seen.append(assert_metadata_is_exact(engine))
+        assert seen[0] == -(-chunk // PAGE) and seen[-1] >= 3
+
+
+def test_after_every_decode_step_across_page_borders(path: Path, ranks: int) -> None:
+    with quest_engine(path, ranks) as engine:
+        engine.add(random_tokens(30), max_tokens=40, **GREEDY)
+        engine.add(random_tokens(17, seed=1), max_tokens=40, **GREEDY)
+        counts = set()
+        for _ in range(39):
+            engine.step()
+            assert_metadata_is_exact(engine)
+            counts.add(tuple(len(sequence.pages) for sequence in sequences(engine)))
+        assert {(2, 2), (3, 2), (4, 3), (5, 4)} <= counts
+
+
+def test_after_pages_have_been_recycled_by_other_requests(path: Path, ranks: int) -> None:
+    """A cache of eleven pages: every later request writes over pages of earlier ones, with fewer tokens in the last."""
+    page_bytes = 3 * (4 // ranks) * 16 * 4 * (2 * PAGE + 2)
+    with quest_engine(path, ranks, kv_cache_memory_bytes=12 * page_bytes, max_num_batched_tokens=13) as engine:
+        assert engine.driver.allocator.total == 11
+        outputs = [
+            engine.add(random_tokens(length, seed=length), max_tokens=max_tokens, **GREEDY)
+            for length, max_tokens in ((60, 20), (33, 12), (5, 50), (81, 3), (18, 18), (47, 9))
+        ]
+        owners: dict[int, set[str]] = {}
+        while engine.driver.has_work:
+            engine.step()
+            assert_metadata_is_exact(engine)
+            for sequence in sequences(engine):
+                for page in sequence.pages:
+                    owners.setdefault(page, set()).add(sequence.request.request_id)
+        assert sum(len(requests) > 1 for requests in owners.values()) >= 8, "hardly a page was recycled"
+        assert [len(output.outputs[0].token_ids) for output in outputs] == [20, 12, 50, 3, 18, 9]
+
+
+@pytest.mark.parametrize("length", [32, 37, 47])
+def test_after_a_fork_by_n(path: Path, ranks: int, length: int) -> None:
+    """Three samples of one prompt: full pages are shared, the partial one is copied, and each goes on by itself."""
+    with quest_engine(path, ranks) as engine:
+        engine.add(random_tokens(length), n=3, temperature=2.0, seed=1, max_tokens=40, ignore_eos=True)
+        engine.step()
+        for _ in range(38):
+            engine.step()
+            assert assert_metadata_is_exact(engine) >= 2
+            first, *others = sequences(engine)
+            assert len(others) == 2
+            for other in others:
+                shared = length // PAGE
+                assert other.pages[:shared] == first.pages[:shared]
+                assert not set(other.pages[shared:]) & set(first.pages[shared:])
+                keys, expected = keys_of(engine, other), keys_of(engine, first)
+                assert torch.equal(keys[:, :, :length], expected[:, :, :length])
+        tokens = [tuple(sequence.output_token_ids) for sequence in sequences(engine)]
+        assert len(set(tokens)) == 3
+        differ = min(i for i in range(38) if len({sample[i] for sample in tokens}) > 1)
+        assert not torch.equal(keys[:, :, length + differ :], expected[:, :, length + differ :])
+
+
+def test_after_a_fork_whose_samples_end_at_once_and_whose_slots_go_to_others(path: Path, ranks: int) -> None:
+    with quest_engine(path, ranks) as engine:
+        for number in range(6):
+            length = 20 + 3 * number
+            engine.add(random_tokens(length), n=3, temperature=1.0, seed=number, max_tokens=1 + number % 3, ignore_eos=True)
+        late = engine.add(random_tokens(90), max_tokens=9, **GREEDY)
+        while engine.driver.has_work:
+            engine.step()
+            assert_metadata_is_exact(engine)
+        assert engine.driver.allocator.used == engine.driver.allocator.reserved == 0
+    with quest_engine(path, ranks) as engine:
+        alone = engine.add(random_tokens(90), max_tokens=9, **GREEDY)
+        engine.finish()
+    assert late.outputs[0].token_ids == alone.outputs[0].token_ids
+
+
+def test_after_requests_have_been_aborted(path: Path) -> None:
+    with quest_engine(path, max_num_batched_tokens=11) as engine:
+        outputs = [engine.add(random_tokens(50, seed=seed), max_tokens=30, **GREEDY) for seed in range(4)]
+        for step in range(60):
+            engine.step()
+            assert_metadata_is_exact(engine)
+            if step in (2, 12):
+                engine.abort(outputs[step // 12])
+                engine.add(random_tokens(70, seed=9), max_tokens=20, **GREEDY)
+        engine.finish()
+        assert [output.outputs[0].finish_reason for output in outputs] == ["abort", "abort", "length", "length"]
+        assert engine.driver.allocator.used == engine.driver.allocator.reserved == 0
+
+
+def test_chunks_change_no_key_by_more_than_rounding(path: Path) -> None:
+    """The same prompt, read at once or in chunks of seven: a page does not tell how it was filled."""
+    keys = []
+    for chunk in (64, 7):
+        with quest_engine(path, max_num_batched_tokens=chunk, max_num_seqs=1) as engine:
+            engine.add(random_tokens(55), max_tokens=2, **GREEDY)
+            while not any(sequence.num_computed == 55 for sequence in sequences(engine)):
+                engine.step()
+            keys.append(keys_of(engine, sequences(engine)[0]))
+    torch.testing.assert_close(keys[0], keys[1], rtol=0, atol=1e-5 * float(keys[0].std()))
+
+
+def test_ranks_hold_their_heads_of_the_same_tokens_in_the_same_pages(path: Path) -> None:
+    """Two ranks' keys side by side are those of one rank: head by head, page by page."""
+    held = {}
+    for ranks in (1, 2, 4):
+        with quest_engine(path, ranks, max_num_batched_tokens=19) as engine:
+            for seed in range(3):
+                engine.add(random_tokens(40 + seed, seed=seed), max_tokens=20, **GREEDY)
+            for _ in range(15):
+                engine.step()
+            held[ranks] = [(sequence.pages, keys_of(engine, sequence)) for sequence in sequences(engine)]
+    for ranks in (2, 4):
+        for (pages, keys), (own_pages, own_keys) in zip(held[1], held[ranks], strict=True):
+            assert own_pages == pages
+            torch.testing.assert_close(own_keys, keys, rtol=0, atol=1e-5 * float(keys.std()))
+
+
+# ---- the cache itself
+
+GEOMETRY = Geometry(
+    num_kv_heads=2, group_size=2, head_dim=8, page_size=PAGE, dtype=torch.float16, device=torch.device("cpu"), first_kv_head=0
+)
+
+
+def mixed_cache(num_pages: int) -> PagedCache:
+    """A dense layer, which keeps no metadata, and a Quest layer, filled with random bits."""
+    policies = [DensePolicy(DenseConfig(), GEOMETRY), QuestPolicy(QuestConfig(), GEOMETRY)]
+    cache = PagedCache(num_pages, GEOMETRY, policies)
+    for layer in cache.layers:
+        for pages in (layer.k_pages, layer.v_pages, *layer.metadata.values()):
+            pages.copy_(torch.randn(pages.shape))
+    return cache
+
+
+def test_only_layers_whose_method_asks_for_metadata_keep_it() -> None:
+    cache = mixed_cache(7)
+    assert [list(layer.metadata) for layer in cache.layers] == [[], [PageMinMax]]
+    assert cache.layers[0].page_min_max is None
+    kv_bytes, metadata_bytes = PagedCache.page_bytes(
+        GEOMETRY, [DensePolicy(DenseConfig(), GEOMETRY), QuestPolicy(QuestConfig(), GEOMETRY)]
+    )
+    assert 7 * kv_bytes == sum(layer.k_pages.nbytes + layer.v_pages.nbytes for layer in cache.layers)
+    assert 7 * metadata_bytes == sum(kept.nbytes for layer in cache.layers for kept in layer.metadata.values())
+
+
+def test_a_copied_page_takes_keys_values_and_metadata_along_and_changes_no_other() -> None:
+    cache = mixed_cache(9)
+    before = [[pages.clone() for pages in (layer.k_pages, layer.v_pages, *layer.metadata.values())] for layer in cache.layers]
+    # One page twice, and one that is read and written in the same step: all are read before any is written.
+    cache.copy_pages([(3, 5), (3, 6), (5, 1)])
+    cache.copy_pages([])
+    source = [0, 5, 2, 3, 4, 3, 3, 7, 8]
+    for layer, old in zip(cache.layers, before):
+        for pages, expected in zip((layer.k_pages, layer.v_pages, *layer.metadata.values()), old):
+            assert torch.equal(pages, expected[source])

@@ -1,0 +1,148 @@
+"""ScriptedGroup: ranks without a model. A page table that stores tokens stands for the cache, a checksum for the model."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from distributed_sparse.driver.messages import LogprobBlock, SlotSetup, StepPlan, StepResult
+from distributed_sparse.driver.shard_group import RankInfo, ShardFailure, ShardGroup
+
+VOCAB_SIZE = 97
+
+
+def next_token(context: Sequence[int | None], sample_index: int) -> int:
+    """The stand-in for a model: a token that depends on every token before it, on their order, and on the sample.
+
+    None is what lies where nothing has been written.
+    """
+    return zlib.crc32(repr((sample_index, list(context))).encode()) % VOCAB_SIZE
+
+
+def expected_tokens(prompt: Sequence[int], count: int, sample_index: int = 0) -> list[int]:
+    """The first `count` tokens that a request gets when nothing goes wrong with its pages."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens, sample_index))
+    return tokens[len(prompt) :]
+
+
+class CacheModel:
+    """Does with plans what a shard does, with tokens in place of keys: what it samples comes from what lies in the pages."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.pages: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
+        self.tables: dict[int, list[int]] = {}
+        self.setups: dict[int, SlotSetup] = {}
+        self.last_token: dict[int, int] = {}
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Apply a plan in the order that `StepPlan` promises: setups, new pages, copies, then the tokens."""
+        for setup in plan.setups:
+            self.setups[setup.slot], self.tables[setup.slot] = setup, []
+            self.last_token.pop(setup.slot, None)
+        for slot, pages in plan.new_pages:
+            assert all(0 < page < len(self.pages) for page in pages), f"slot {slot} is given {pages}"
+            self.tables[slot] += pages
+        copied = [list(self.pages[source]) for source, _ in plan.page_copies]
+        for (_, target), page in zip(plan.page_copies, copied):
+            self.pages[target] = page
+        for row in plan.decode:
+            self._write(row.slot, row.position, self.last_token[row.slot] if row.token is None else row.token)
+        for chunk in plan.prefill:
+            for offset, token in enumerate(chunk.tokens):
+                self._write(chunk.slot, chunk.start + offset, token)
+        result = StepResult(step=plan.step, rank=0)
+        sampled: dict[int, int] = {}
+        for part in plan.parts:
+            context = self.read(part.slot, part.end)
+            for slot in part.samples:
+                sampled[slot] = next_token(context, self.setups[slot].sample_index)
+                result.tokens.append(sampled[slot])
+        self.last_token |= sampled
+        if any(self.setups[slot].logprobs is not None for part in plan.parts for slot in part.samples):
+            result.logprobs = [
+                block(slot, part.end, [sampled[slot]]) if self.setups[slot].logprobs is not None else None
+                for part in plan.parts
+                for slot in part.samples
+            ]
+        for row in plan.decode:
+            if row.target is not None:
+                result.prompt_logprobs.append(block(row.slot, row.position + 1, [row.target]))
+        for chunk in plan.prefill:
+            if chunk.targets:
+                result.prompt_logprobs.append(block(chunk.slot, chunk.start + 1, chunk.targets))
+        return result
+
+    def read(self, slot: int, length: int) -> list[int | None]:
+        """The first `length` tokens of a slot, as they lie in its pages."""
+        table = self.tables[slot]
+        assert length <= len(table) * self.page_size, f"slot {slot} has {len(table)} pages for {length} tokens"
+        tokens = [token for page in table for token in self.pages[page]]
+        return tokens[:length]
+
+    def _write(self, slot: int, position: int, token: int) -> None:
+        page, offset = divmod(position, self.page_size)
+        if offset == 0:  # a recycled page begins anew, as page metadata does
+            self.pages[self.tables[slot][page]] = [None] * self.page_size
+        self.pages[self.tables[slot][page]][offset] = token
+
+
+def block(slot: int, position: int, tokens: list[int]) -> LogprobBlock:
+    """A block of width 1 whose log-probability names its token: minus the token."""
+    ids = np.array(tokens, dtype=np.int32)
+    ranks = np.ones(len(tokens), dtype=np.int32)
+    return LogprobBlock(slot, position, len(tokens), 1, ids.tobytes(), (-ids).astype(np.float32).tobytes(), ranks.tobytes())
+
+
+class ScriptedGroup(ShardGroup):
+    """One rank that answers with a `CacheModel`.
+
+    Args:
+        num_pages: of the cache, the null page included.
+        before_step: called with each plan before it is answered; may wait, or raise a ShardFailure.
+    """
+
+    def __init__(self, num_pages: int = 64, page_size: int = 16, before_step: Callable[[StepPlan], None] | None = None) -> None:
+        super().__init__(world_size=1)
+        self.cache = CacheModel(num_pages, page_size)
+        self.before_step = before_step
+        self.plans: list[StepPlan] = []
+        self.timeouts: list[float] = []
+        self.stopped = threading.Event()
+        self._failure: ShardFailure | None = None
+
+    def start(self) -> list[RankInfo]:
+        self.ranks = [
+            RankInfo(
+                rank=0, node_id="n", hostname="h", pid=1, device="cpu", kv_heads=(0, 1), weight_bytes=0, page_bytes=64,
+                max_pages=len(self.cache.pages), cache_bytes=0, metadata_bytes=0,
+            )
+        ]  # fmt: skip
+        return self.ranks
+
+    def send(self, plan: StepPlan) -> None:
+        self.check()
+        self.plans.append(plan)
+
+    def collect(self, timeout: float = float("inf")) -> list[StepResult]:
+        self.check()
+        self.timeouts.append(timeout)
+        try:
+            if self.before_step is not None:
+                self.before_step(self.plans[-1])
+        except ShardFailure as failure:
+            self._failure = failure
+            raise
+        return [self.cache.step(self.plans[-1])]
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        self.stopped.set()
