@@ -101,7 +101,7 @@ class SamplingParams:
             raise ValueError(f"temperature={self.temperature} is too small to divide logits by; {remedy}")
         remedy = "use 1.0 to keep all tokens"
         put("top_p", check_float("top_p", self.top_p, 0.0, 1.0, low_excluded=True, remedy=remedy))
-        put_int("top_k", -1, "use 0 to keep all tokens")
+        put_int("top_k", -1, "use 0 to keep all tokens", (1 << 31) - 1)
         put("top_k", max(self.top_k, 0))
         put("min_p", check_float("min_p", self.min_p, 0.0, 1.0, remedy="use 0.0 to keep all tokens"))
         if self.max_tokens is not None:

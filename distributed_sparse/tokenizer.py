@@ -54,7 +54,10 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
     """Token ids of a prompt, with the special tokens (BOS) that the tokenizer adds by itself; never truncated."""
     if not isinstance(text, str):
         raise ValueError(f"prompt={shown(text)} must be a str or a list of token ids")
-    return list(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+    try:
+        return list(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+    except TypeError as error:  # what the tokenizers library says of a lone surrogate
+        raise ValueError(f"prompt={shown(text)} cannot be encoded; is it valid Unicode? ({error})") from error
 
 
 def apply_chat(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from distributed_sparse.kernels.attend import CHUNK_TOKENS
 
-SCRATCH_BYTES = 4 << 20
-"""Keys and values gathered at a time, in bytes: about what the cores' second-level caches hold."""
+SCRATCH_BYTES = 8 << 20
+"""Float32 keys and values gathered at a time: large enough to hide the cost of a call, small enough to stay in the cache."""
 
 CHUNK_WIDTHS = (64, 128, 256, CHUNK_TOKENS)
 """Tokens that a row's last chunk is padded to: the smallest that holds it. No page is larger than the first."""
@@ -91,13 +91,12 @@ def combine_torch(
     weights = (lses - highest[:, None]).exp()
     live = (lses > float("-inf"))[..., None]
     out, total = torch.zeros(num_rows, group, head_dim), torch.zeros(num_rows, group)
-    num_columns = min(capacity, int(num_partials.max())) if capacity else 0
-    # One by one in index order: the order of torch.sum would change with the capacity.
-    for i in [*range(num_columns), capacity]:
-        if i < capacity or partial is not None:
-            part = outs[:, i] if i < capacity else partial[0]
-            out += (weights[:, i, :, None] * part).where(live[:, i], 0.0)  # an empty partial's output may be NaN
-            total += weights[:, i]
+    parts = list(enumerate(outs.unbind(dim=1)[: int(num_partials.max())]))
+    if partial is not None:
+        parts.append((capacity, partial[0]))
+    for i, part in parts:  # one by one in index order: the order of torch.sum would change with the capacity
+        out += (weights[:, i, :, None] * part).where(live[:, i], 0.0)  # an empty partial's output may be NaN
+        total += weights[:, i]
     return out / total.where(total > 0, 1.0)[..., None], highest + total.log()
 
 
@@ -131,30 +130,36 @@ def _attend_chunks(
 ) -> None:
     """Attend q_rows [R, 1, G, d] over every chunk; item i goes to outs[places[i]] [G, d] and lses[places[i]] [G].
 
-    An item's shape depends on its own length alone, never on its neighbours, and so do its bits.
+    An item's shape depends on its own length alone, never on its neighbours, and so do its bits. All is computed in
+    float32: torch's kernel is several times slower on float16, and on bfloat16 with one query.
     """
     head_dim = q_rows.shape[-1]
     block_elements = chunks.block_tokens * head_dim
     k_blocks, v_blocks = k_pages.view(-1, block_elements), v_pages.view(-1, block_elements)
-    token_bytes = 2 * head_dim * q_rows.element_size()
+    is_wide = q_rows.dtype == torch.float32
+    # A whole number of chunks for each thread.
     threads = torch.get_num_threads()
+    chunks_at_once = max(SCRATCH_BYTES // (2 * CHUNK_TOKENS * head_dim * 4) // threads, 1) * threads
+    # Allocated once a call: were there a second one, malloc would return both to the system, to be faulted in anew each time.
+    scratch = k_pages.new_empty(2, chunks_at_once * CHUNK_TOKENS * head_dim)
+    wide_scratch = scratch if is_wide else scratch.new_empty(scratch.shape, dtype=torch.float32)
     width_class = torch.bucketize(chunks.length, torch.tensor(CHUNK_WIDTHS))
     for i, width in enumerate(CHUNK_WIDTHS):
-        in_class = width_class == i
-        at_once = max(SCRATCH_BYTES // (width * token_bytes) // threads, 1) * threads
         for is_full in (True, False):
-            items = (in_class & ((chunks.length == width) == is_full)).nonzero().flatten()
-            scratch = q_rows.new_empty(2, min(at_once, len(items)), width, head_dim)
-            for some in items.split(at_once):
+            items = ((width_class == i) & ((chunks.length == width) == is_full)).nonzero().flatten()
+            for some in items.split(chunks_at_once * (CHUNK_TOKENS // width)):
                 blocks = chunks.blocks[some, : width // chunks.block_tokens].flatten()
-                keys, values = scratch[0, : len(some)], scratch[1, : len(some)]
-                torch.index_select(k_blocks, 0, blocks, out=keys.view(-1, block_elements))
-                torch.index_select(v_blocks, 0, blocks, out=values.view(-1, block_elements))
+                used = len(some) * width * head_dim
+                torch.index_select(k_blocks, 0, blocks, out=scratch[0, :used].view(-1, block_elements))
+                torch.index_select(v_blocks, 0, blocks, out=scratch[1, :used].view(-1, block_elements))
+                if not is_wide:
+                    wide_scratch[:, :used].copy_(scratch[:, :used])
+                keys, values = wide_scratch[:, :used].view(2, len(some), width, head_dim)
                 mask = None if is_full else _mask_past(chunks.length[some], keys, values)
                 out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q_rows[chunks.row[some]], keys[:, None], values[:, None], 0.0, False, attn_mask=mask, scale=scale
+                    q_rows[chunks.row[some]].float(), keys[:, None], values[:, None], 0.0, False, attn_mask=mask, scale=scale
                 )
-                outs.index_copy_(0, places[some], out[:, 0].float())
+                outs.index_copy_(0, places[some], out[:, 0])
                 lses.index_copy_(0, places[some], lse[:, 0])
 
 

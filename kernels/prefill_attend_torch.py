@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from distributed_sparse.kernels.attend_torch import combine_torch
 
-HISTORY_BLOCK_TOKENS = 8192
+HISTORY_BLOCK_TOKENS = 4096
 """Tokens of a chunk's history gathered and attended at a time: bounds the scratch, whatever the context."""
 
 
@@ -23,8 +25,7 @@ def prefill_attend_torch(
 ) -> Tensor:
     """`prefill_attend` for CPU tensors: the same arguments and results."""
     out = torch.empty_like(q)
-    starts = query_start.tolist()
-    for start, end, context_len, pages in zip(starts, starts[1:], context_lens.tolist(), page_table.long()):
+    for (start, end), context_len, pages in zip(pairwise(query_start.tolist()), context_lens.tolist(), page_table.long()):
         if start < end:
             _attend_chunk(q[start:end], k_pages, v_pages, pages, context_len, scale, out[start:end])
     return out
@@ -37,25 +38,27 @@ def _attend_chunk(
     length, num_q_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[1]
     group = num_q_heads // num_kv_heads
-    # The KV heads are the batch and the group's query heads the heads: one K serves all of a group with stride 0.
     queries = q.view(length, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     history = context_len - length
 
-    def attend(begin: int, end: int, is_causal: bool) -> tuple[Tensor, Tensor]:
-        keys, values = (_gather(cache, pages, begin, end)[:, None].expand(-1, group, -1, -1) for cache in (k_pages, v_pages))
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, 0.0, is_causal, scale=scale)
+    def attend(queries: Tensor, begin: int, end: int, is_causal: bool) -> tuple[Tensor, Tensor]:
+        """Results [H_q, L, d] and [H_q, L]. The KV heads are the batch; one K serves all rows of a group, with stride 0."""
+        keys, values = (
+            _gather(cache, pages, begin, end)[:, None].expand(-1, queries.shape[1], -1, -1) for cache in (k_pages, v_pages)
+        )
+        part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, 0.0, is_causal, scale=scale
+        )
+        return part.float().reshape(num_q_heads, length, head_dim), lse.reshape(num_q_heads, length)
 
-    part, lse = attend(history, context_len, True)
+    merged = attend(queries, history, context_len, True)
     if history:
-        one = torch.ones(num_kv_heads * group, dtype=torch.int32)
-        merged = (part.float().reshape(-1, length, head_dim), lse.reshape(-1, length))
+        one = torch.ones(num_q_heads, dtype=torch.int32)
+        folded = queries.reshape(num_kv_heads, 1, group * length, head_dim)  # unmasked: a group's heads are more queries
         for begin in range(0, history, HISTORY_BLOCK_TOKENS):
-            part, lse = attend(begin, min(begin + HISTORY_BLOCK_TOKENS, history), False)
-            merged = combine_torch(
-                part.float().reshape(-1, 1, length, head_dim), lse.reshape(-1, 1, length), one, partial=merged
-            )
-        part = merged[0].view(num_kv_heads, group, length, head_dim)
-    out.view(length, num_kv_heads, group, head_dim).copy_(part.permute(2, 0, 1, 3))
+            part, lse = attend(folded, begin, min(begin + HISTORY_BLOCK_TOKENS, history), False)
+            merged = combine_torch(part[:, None], lse[:, None], one, partial=merged)
+    out.copy_(merged[0].transpose(0, 1))
 
 
 def _gather(cache: Tensor, pages: Tensor, begin: int, end: int) -> Tensor:

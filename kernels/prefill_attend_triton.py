@@ -55,10 +55,12 @@ def prefill_attend_triton(
 
 
 def launch_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps, num_stages): the largest tiles of this head_dim and dtype that spill no register."""
-    if dtype == torch.float32:
-        return 32, 16, 8, 2
-    return (128, 64, 8, 2) if head_dim <= 128 else (64, 32, 8, 2)
+    """(BLOCK_M, BLOCK_N, num_warps, num_stages): large tiles that spill no register on sm_80 and sm_90."""
+    if head_dim <= 64:
+        return (32, 16, 4, 2) if dtype == torch.float32 else (128, 64, 8, 2)
+    if head_dim <= 128:
+        return (32, 16, 8, 2) if dtype == torch.float32 else (128, 32, 8, 3)
+    return (16, 16, 4, 2) if dtype == torch.float32 else (64, 32, 8, 2)
 
 
 @triton.jit(do_not_specialize=["stride_table", "num_kv_heads"])

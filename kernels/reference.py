@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -145,7 +147,7 @@ def prefill_attend_reference(
     group = q.shape[1] // heads
     starts = query_start.tolist()
     out = torch.zeros(starts[-1], q.shape[1], dim, dtype=torch.float64)
-    for r, (start, end) in enumerate(zip(starts, starts[1:])):
+    for r, (start, end) in enumerate(pairwise(starts)):
         context_len = int(context_lens[r])
         position = torch.arange(context_len)
         page = page_table[r].long()[position // page_size]

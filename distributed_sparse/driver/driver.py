@@ -298,12 +298,13 @@ class Driver:
         if self.failure is None:
             self._execute(StepPlan(step=self._steps, generation=self._generation, report=True))
         reports = [report for report in self._reports if report is not None]
-        running = len(self.scheduler.running)
+        waiting = sum(request.sequences[0].slot < 0 for request in self._requests.values())  # none is left after a failure
+        running = len(self._requests) - waiting
         return {
             "steps": self._steps,
             "generation": self._generation,
             "recoveries": 0,
-            "requests": {"running": running, "waiting": len(self.scheduler.waiting), **self._counts},
+            "requests": {"running": running, "waiting": waiting, **self._counts},
             "pages": {"total": self.allocator.total, "used": self.allocator.used, "reserved": self.allocator.reserved},
             "ranks": [rank.as_dict() for rank in self.group.ranks],
             "attention": attention_stats(reports),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from distributed_sparse.evaluation.recall_vocabulary import ASK, ASK_TWICE, BOS, FIRST_SYMBOL, MAX_LENGTH, NUM_SYMBOLS
 
@@ -16,11 +16,35 @@ west while wind winter wood
 """.split()  # noqa: SIM905 (as a list it would be five times as long)
 
 
+QUESTION_LENGTH = 2
+"""Tokens of a question: ``<ask>`` or ``<ask-twice>``, and the symbol that is asked about."""
+
+
 class RecallPrompt(NamedTuple):
     """A question at the end of a document: its last token is the symbol that is asked about."""
 
     token_ids: list[int]
     answer_ids: list[int]
+
+
+class RecallQuiz(NamedTuple):
+    """A document, and after it many questions without their answers.
+
+    Decoded with ``decode_last_prompt_tokens=num_quiz_tokens``, every question is read sparsely, but the document is
+    prefilled once: `score_quiz` looks at what the model held most likely right after each question.
+    """
+
+    token_ids: list[int]
+    num_quiz_tokens: int
+    answer_positions: list[int]
+    answer_ids: list[int]
+
+
+class TokenRank(Protocol):
+    """What is read of an output's `Logprob`: 1 for the most likely token."""
+
+    @property
+    def rank(self) -> int | None: ...
 
 
 class RecallScore(NamedTuple):
@@ -65,12 +89,27 @@ def make_prompts(
     rng = random.Random(seed)
     ring = rng.sample(range(FIRST_SYMBOL, FIRST_SYMBOL + NUM_SYMBOLS), num_facts)
     facts = [(ring[i], ring[(i + 1) % num_facts]) for i in range(num_facts)]
-    document = _document(facts, context_length - 2, rng)
+    document = _document(facts, context_length - QUESTION_LENGTH, rng)
     prompts = []
     for asked in rng.sample(range(num_facts), num_queries):
         answer = [ring[(asked + hops + i) % num_facts] for i in range(answer_length)]
         prompts.append(RecallPrompt([*document, ASK_TWICE if hops == 2 else ASK, ring[asked]], answer))
     return prompts
+
+
+def make_quiz(num_facts: int, context_length: int, num_queries: int, hops: int = 1, seed: int = 0) -> RecallQuiz:
+    """The questions of `make_prompts` one after the other in one prompt of ``context_length`` tokens.
+
+    Arguments and errors as in `make_prompts`.
+    """
+    num_quiz_tokens = num_queries * (QUESTION_LENGTH + 1)  # a space where the answer would stand
+    prompts = make_prompts(num_facts, context_length - num_quiz_tokens + QUESTION_LENGTH, num_queries, hops, seed)
+    token_ids, answer_positions = prompts[0].token_ids[:-QUESTION_LENGTH], []
+    for prompt in prompts:
+        token_ids += prompt.token_ids[-QUESTION_LENGTH:]
+        answer_positions.append(len(token_ids))
+        token_ids.append(ord(" "))
+    return RecallQuiz(token_ids, num_quiz_tokens, answer_positions, [prompt.answer_ids[0] for prompt in prompts])
 
 
 def make_majority_prompts(
@@ -91,7 +130,7 @@ def make_majority_prompts(
         key, answer, *others = rng.sample(range(FIRST_SYMBOL, FIRST_SYMBOL + NUM_SYMBOLS), 6)
         leading = round(share * num_mentions)
         values = [answer] * leading + [others[i % len(others)] for i in range(num_mentions - leading)]
-        document = _document([(key, value) for value in values], context_length - 2, rng)
+        document = _document([(key, value) for value in values], context_length - QUESTION_LENGTH, rng)
         prompts.append(RecallPrompt([*document, ASK, key], [answer]))
     return prompts
 
@@ -112,10 +151,32 @@ def score(prompts: Sequence[RecallPrompt], outputs: Sequence[Sequence[int]]) -> 
     return RecallScore(right, sum(len(prompt.answer_ids) for prompt in prompts))
 
 
+def score_quiz(quiz: RecallQuiz, prompt_logprobs: Sequence[Mapping[int, TokenRank] | None]) -> RecallScore:
+    """Count the answers that were the most likely token after their question.
+
+    Args:
+        quiz: the prompt.
+        prompt_logprobs: the output's, of a request with ``prompt_logprobs=1``.
+
+    Raises:
+        ValueError: there is not one entry for each token of the quiz.
+    """
+    if len(prompt_logprobs) != len(quiz.token_ids):
+        raise ValueError(
+            f"{len(prompt_logprobs)} prompt_logprobs for a quiz of {len(quiz.token_ids)} tokens; pass those of its own output"
+        )
+    right = 0
+    for position, answer in zip(quiz.answer_positions, quiz.answer_ids, strict=True):
+        ranks = prompt_logprobs[position] or {}
+        right += answer in ranks and ranks[answer].rank == 1
+    return RecallScore(right, len(quiz.answer_ids))
+
+
 def _document(facts: Sequence[tuple[int, int]], length: int, rng: random.Random) -> list[int]:
     """BOS, and plain words in bytes with the facts between them in random order, ``length`` tokens in all."""
-    if length + 2 > MAX_LENGTH:
-        raise ValueError(f"context_length={length + 2} is more than the model's {MAX_LENGTH} positions")
+    context_length = length + QUESTION_LENGTH
+    if context_length > MAX_LENGTH:
+        raise ValueError(f"context_length={context_length} is more than the model's {MAX_LENGTH} positions")
     # a space follows each fact: two facts side by side would read as a third one
     filler_length = length - 1 - 3 * len(facts)
     filler = b""
@@ -126,7 +187,8 @@ def _document(facts: Sequence[tuple[int, int]], length: int, rng: random.Random)
     runs = _runs(facts, rng)
     if len(gaps) < len(runs):
         raise ValueError(
-            f"context_length={length + 2} has no room for {len(facts)} facts; use {12 * len(facts) + 16} tokens, or fewer facts"
+            f"context_length={context_length} has no room for {len(facts)} facts; "
+            f"use {12 * len(facts) + 16} tokens, or fewer facts"
         )
     planted = dict(zip(rng.sample(gaps, len(runs)), runs, strict=True))
     document = [BOS]
@@ -138,7 +200,7 @@ def _document(facts: Sequence[tuple[int, int]], length: int, rng: random.Random)
 
 
 def _runs(facts: Sequence[tuple[int, int]], rng: random.Random) -> list[list[tuple[int, int]]]:
-    """The facts in random order, cut into runs of one to three.
+    """The facts in random order, cut into runs of one or two.
 
     Some pages then hold four or five facts, whose codewords together bound any query as tightly as a match would: without
     them a handful of pages would do for any page selection, and a weak one would look perfect.
@@ -146,7 +208,7 @@ def _runs(facts: Sequence[tuple[int, int]], rng: random.Random) -> list[list[tup
     shuffled = rng.sample(facts, len(facts))
     runs = []
     while shuffled:
-        length = rng.randint(1, 3)
+        length = rng.randint(1, 2)
         runs.append(shuffled[:length])
         shuffled = shuffled[length:]
     return runs

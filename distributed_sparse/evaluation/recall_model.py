@@ -11,8 +11,9 @@ It recalls, from anywhere in its context, the symbol that followed an earlier me
 - The output matrix compares the answer with every symbol's codeword; an empty answer gives EOS.
 
 Position: layer 0 uses the fast rotary pairs, layers 2 and 3 the slow ones, which barely turn within 32K tokens.
-So that a wrong head mapping or swapped shards cannot pass: each KV head serves two classes of symbols, one for each of its
-query heads; the two halves of an answer come from different KV heads; keys and values lie differently in every head.
+So that a wrong head mapping, a missing head or swapped shards cannot pass: each KV head serves two classes of symbols, one
+for each of its query heads; the two halves of an answer, of which neither tells the symbol, come from different KV heads;
+keys and values lie differently in every head.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from distributed_sparse.evaluation.recall_vocabulary import (
     CODE_LENGTH,
     EOS,
     FIRST_SYMBOL,
+    LOWER_HALF,
     MAX_LENGTH,
     NUM_BYTES,
     NUM_SYMBOLS,
+    UPPER_HALF,
     VOCAB_SIZE,
     codewords,
     save_tokenizer,
@@ -50,15 +53,15 @@ ROPE_THETA = 1e8
 CONSTANT, IS_BOS, IS_SYMBOL, IS_TWICE, ASKED_TWICE = range(5)
 OWN, PREVIOUS, FACT, FOUND, ANSWER = (slice(5 + i * CODE_LENGTH, 5 + (i + 1) * CODE_LENGTH) for i in range(5))
 
-CONSTANT_VALUE = 64.0  # far above the rest of the stream, so that RMSNorm's scale hardly moves
+CONSTANT_VALUE = 128.0  # far above the rest of the stream, so that RMSNorm's scale hardly moves
 NEIGHBOUR_PAIRS = 12
 NEIGHBOUR_LOGIT = 24.0  # per rotary pair; one position off loses 0.68 of it, any other position more
-MATCH_LOGIT = 30.0  # a codeword against itself; another codeword gets at most a third
-BOS_LOGIT_IN_CLASS = 20.0  # above every codeword but the symbol's own
-BOS_LOGIT_OFF_CLASS = 45.0  # above every codeword
+MATCH_LOGIT = 48.0  # a codeword against itself; another codeword gets at most a third
+BOS_LOGIT = 45.0  # above every codeword but the symbol's own, and above that one where a head's three places are missing
+BOS_LOGIT_SECOND = 30.0  # for the second hop, whose query is what the first left: 0.95 of a codeword
+BOS_LOGIT_OFF_CLASS = 65.0  # above every codeword
 TWICE_LOGIT = 30.0  # keeps layer 3 at BOS unless the question was <ask-twice>
-EOS_LOGIT = 4.0
-LOWER_HALF, UPPER_HALF = slice(0, CODE_LENGTH // 2), slice(CODE_LENGTH // 2, CODE_LENGTH)
+EOS_LOGIT, SYMBOL_LOGIT, OTHER_LOGIT = 2.0, -1.0, -4.0  # where no answer was found
 
 
 def save_recall_checkpoint(directory: str | Path, seed: int = 0) -> None:
@@ -125,9 +128,9 @@ def recall_weights(seed: int = 0) -> dict[str, np.ndarray]:
         elif layer == 1:
             _copy_when(mlp, PREVIOUS, FACT, flag=IS_SYMBOL, wanted=True)
         elif layer == 2:
-            _look_up(attention, OWN, FOUND, class_offset=3, only_twice=False, rng=rng)
+            _look_up(attention, OWN, FOUND, class_offset=3, bos_logit=BOS_LOGIT, only_twice=False, rng=rng)
         else:
-            _look_up(attention, FOUND, ANSWER, class_offset=5, only_twice=True, rng=rng)
+            _look_up(attention, FOUND, ANSWER, class_offset=5, bos_logit=BOS_LOGIT_SECOND, only_twice=True, rng=rng)
             _copy_when(mlp, FOUND, ANSWER, flag=ASKED_TWICE, wanted=False)
         for part, weight in attention.items():
             flat = weight.reshape(HIDDEN_SIZE, -1) if part == "o_proj" else weight.reshape(-1, HIDDEN_SIZE)
@@ -163,8 +166,9 @@ def _output_matrix(rng: np.random.Generator) -> np.ndarray:
     weight = np.zeros((VOCAB_SIZE, HIDDEN_SIZE), np.float32)
     symbols = slice(FIRST_SYMBOL, FIRST_SYMBOL + NUM_SYMBOLS)
     weight[symbols, ANSWER] = codewords()
-    # what the model says when it found nothing: EOS, and after it every token at its own distance, so that none tie
-    prior = -4.0 + rng.permutation(np.linspace(-2.0, 2.0, VOCAB_SIZE))
+    prior = np.full(VOCAB_SIZE, OTHER_LOGIT)
+    prior[symbols] = SYMBOL_LOGIT
+    prior += rng.permutation(np.linspace(-0.5, 0.5, VOCAB_SIZE))  # so that no two tokens tie
     prior[EOS] = EOS_LOGIT
     weight[:, CONSTANT] = prior / CONSTANT_VALUE
     return weight
@@ -205,6 +209,7 @@ def _look_up(
     target: slice,
     *,
     class_offset: int,
+    bos_logit: float,
     only_twice: bool,
     rng: np.random.Generator,
 ) -> None:
@@ -220,8 +225,8 @@ def _look_up(
     bos_scale = 8.0
     logit = HEAD_DIM**0.5 / bos_scale  # one logit of BOS, in units of q
     # the sum of the class bits' agreements is 3 within the class and at most 1 outside
-    step = (BOS_LOGIT_OFF_CLASS - BOS_LOGIT_IN_CLASS) / 2.0
-    base = BOS_LOGIT_IN_CLASS + step * CLASS_BITS + (TWICE_LOGIT if only_twice else 0.0)
+    step = (BOS_LOGIT_OFF_CLASS - bos_logit) / 2.0
+    base = bos_logit + step * CLASS_BITS + (TWICE_LOGIT if only_twice else 0.0)
     code = np.arange(CODE_LENGTH)
     for kv_head in range(NUM_KV_HEADS):
         k_layout = rng.permutation(slow_dims)

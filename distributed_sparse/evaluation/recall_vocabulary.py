@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ BOS, EOS, ASK, ASK_TWICE = range(FIRST_SYMBOL + NUM_SYMBOLS, FIRST_SYMBOL + NUM_
 VOCAB_SIZE = ASK_TWICE + 1
 
 CODE_LENGTH = 24
+LOWER_HALF, UPPER_HALF = slice(0, CODE_LENGTH // 2), slice(CODE_LENGTH // 2, CODE_LENGTH)
 CLASS_BITS = 3
 """The first bits of a codeword spell the symbol's class: which KV heads answer for it."""
 
@@ -30,21 +32,56 @@ def symbol_name(symbol: int) -> str:
     return f"<{first[symbol % 32]}{second[symbol // 32]}>"
 
 
+def is_symbol(token: int) -> bool:
+    return FIRST_SYMBOL <= token < FIRST_SYMBOL + NUM_SYMBOLS
+
+
+def detokenize(token_ids: Iterable[int]) -> str:
+    """The text of token ids as the tokenizer has it, the markers included; needs no tokenizer."""
+    pieces = []
+    for token in token_ids:
+        if token < FIRST_SYMBOL:
+            pieces.append(bytes([token]))
+        elif token < BOS:
+            pieces.append(symbol_name(token - FIRST_SYMBOL).encode())
+        else:
+            pieces.append(MARKERS[token].encode())
+    return b"".join(pieces).decode(errors="replace")
+
+
 def codewords() -> np.ndarray:
     """The symbols' codewords, float32 [512, 24] of -1 and +1: a linear part of the extended binary Golay code.
 
-    Two codewords differ in at least 8 places, so that a symbol scores 24 against itself and at most 8 against another.
+    Two codewords differ in at least 8 places, so that a symbol scores 24 against itself and at most 8 against another. But
+    always four symbols have the same lower 12 places, and four the same upper ones: half an answer tells none of them.
     """
-    words = np.empty((NUM_SYMBOLS, CODE_LENGTH), dtype=np.float32)
-    for symbol in range(NUM_SYMBOLS):
-        # nine bits of the symbol and three sums of them: no place of the codeword is the same for all symbols
-        message = symbol | ((symbol ^ symbol >> 3 ^ symbol >> 6) & 7) << 9
+    golay = _golay_words()
+    # The code's octads through four places part the 24 places into six tetrads, of which any two make up an octad: with three
+    # tetrads as the lower half, some differences lie in one half only.
+    octads = golay[(golay.sum(1) == 8) & (golay[:, :4].sum(1) == 4)]
+    places = [0, 1, 2, 3, *(int(place) for octad in octads for place in np.flatnonzero(octad) if place >= 4)]
+    golay = golay[:, places]
+    within_lower = golay[golay[:, UPPER_HALF].sum(1) == 0]
+    within_upper = golay[golay[:, LOWER_HALF].sum(1) == 0]
+    words = np.zeros((1, CODE_LENGTH), dtype=np.int8)
+    for word in np.concatenate([within_lower, within_upper, golay]):
+        if len(words) == NUM_SYMBOLS:
+            break
+        if not (words == word).all(1).any():  # independent of those before
+            words = np.concatenate([words, words ^ word])
+    return 2.0 * words.astype(np.float32) - 1.0
+
+
+def _golay_words() -> np.ndarray:
+    """All words of the extended Golay code, int8 [4096, 24] of 0 and 1: cyclic, then a parity bit."""
+    words = np.empty((4096, CODE_LENGTH), dtype=np.int8)
+    for message in range(len(words)):
         remainder = message << 11
         for shift in range(11, -1, -1):
             if remainder >> (11 + shift) & 1:
                 remainder ^= _GOLAY_POLYNOMIAL << shift
-        word = [message >> i & 1 for i in range(12)] + [remainder >> i & 1 for i in range(11)]
-        words[symbol] = 2.0 * np.array([*word, sum(word) % 2]) - 1.0
+        word = message << 11 | remainder
+        words[message] = [word.bit_count() % 2, *(word >> place & 1 for place in range(23))]
     return words
 
 

@@ -7,18 +7,31 @@ import torch
 from distributed_sparse.model.config import ModelConfig
 
 
+def longest_context(model: ModelConfig) -> int:
+    """Tokens that the checkpoint's positions reach.
+
+    Under linear, yarn and llama3 scaling a config may still give the length before it was stretched: Qwen2.5's
+    `rope_scaling` says so beside an unchanged max_position_embeddings, and linear has no other place for it.
+    """
+    stated, rope = model.max_position_embeddings, model.rope
+    if rope.rope_type not in ("linear", "yarn", "llama3") or rope.factor is None:
+        return stated
+    return max(stated, int(rope.factor * (rope.original_max_position_embeddings or stated)))
+
+
 def resolve_max_model_len(max_model_len: int | None, model: ModelConfig) -> int:
     """Tokens of prompt and output together; None takes the checkpoint's limit.
 
     Raises:
         ValueError: it exceeds what the checkpoint's positions allow, or a sliding window would hide tokens.
     """
-    limit = model.max_position_embeddings
+    limit = longest_context(model)
     if max_model_len is None:
         max_model_len = limit
     elif max_model_len > limit and model.rope.rope_type != "dynamic":
         raise ValueError(
-            f"max_model_len={max_model_len} is over the checkpoint's max_position_embeddings={limit}; use at most {limit}"
+            f"max_model_len={max_model_len} is over the {limit} positions of the checkpoint "
+            f"(max_position_embeddings={model.max_position_embeddings}, rope_type={model.rope.rope_type}); use at most {limit}"
         )
     model.check_context(max_model_len)
     return max_model_len

@@ -23,7 +23,7 @@ def policy_class(method: str) -> type[Policy]:
     Raises:
         ValueError: no such method, or it is not importable here.
     """
-    if ":" not in method:
+    if not isinstance(method, str) or ":" not in method:
         check_choice("sparse.method", method, list(POLICIES))
         return POLICIES[method]
     module_name, _, name = method.partition(":")
@@ -66,7 +66,7 @@ def layer_configs(config: SparseConfig, num_layers: int, page_size: int) -> list
             raise ValueError(
                 f"sparse.layers range {override['range']!r} goes beyond the model's last layer, {num_layers - 1}; shorten it"
             )
-        configs[first : last + 1] = [_override(config, override)] * (last + 1 - first)
+        configs[first : last + 1] = [_override(own, override) for own in configs[first : last + 1]]
     configs = [DenseConfig() if layer < own.dense_layers else own for layer, own in enumerate(configs)]
     for own in configs:
         own.check(page_size)
@@ -98,6 +98,8 @@ def layer_range(override: dict[str, Any]) -> tuple[int, int]:
 
 def _override(config: SparseConfig, override: dict[str, Any]) -> SparseConfig:
     layer_range(override)
+    if "layers" in override:
+        raise ValueError("sparse.layers: an override cannot have layers of its own; write another entry with its range")
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "layers"}
     return _typed(type(config), settings | {k: v for k, v in override.items() if k != "range"}, "sparse.layers")
 

@@ -67,8 +67,11 @@ class Engine:
             self._take(updates)
 
     def finish(self) -> None:
-        while self.driver.has_work:
+        for _ in range(1000):
+            if not self.driver.has_work:
+                return
             self.step()
+        raise AssertionError("work is left that never ends")
 
     def abort(self, *request_ids: str) -> None:
         self._take(self.driver.abort(list(request_ids)))

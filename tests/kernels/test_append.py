@@ -36,12 +36,10 @@ class Cache:
         pages, starts, offsets, counts = self.runs(work)
         expected_k, expected_v, _ = append_reference(k, v, pages, starts, offsets, counts, self.k_pages, self.v_pages)
         device = self.implementation.device
-        cache = [self.k_pages.to(device), self.v_pages.to(device), self.page_min_max.to(device) if with_metadata else None]
+        k_pages, v_pages, page_min_max = (x.to(device) for x in (self.k_pages, self.v_pages, self.page_min_max))
         batch = [x.to(device) for x in (k, v, pages, starts, offsets, counts)]
-        self.implementation.function("append")(*batch, *cache)
-        self.k_pages, self.v_pages = cache[0].cpu(), cache[1].cpu()
-        if with_metadata:
-            self.page_min_max = cache[2].cpu()
+        self.implementation.function("append")(*batch, k_pages, v_pages, page_min_max if with_metadata else None)
+        self.k_pages, self.v_pages, self.page_min_max = k_pages.cpu(), v_pages.cpu(), page_min_max.cpu()
         assert torch.equal(bits(self.k_pages[1:]), bits(expected_k[1:]))  # what the null page holds is nobody's business
         assert torch.equal(bits(self.v_pages[1:]), bits(expected_v[1:]))
 

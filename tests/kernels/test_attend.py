@@ -18,7 +18,7 @@ from tests.support.kernels import ARCHITECTURES, TOLERANCE, Implementation, asse
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CONTEXTS = [1, 15, 16, 17, 511, 512, 513, 700]  # around a page and around a chunk
-LSE_TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-5, torch.bfloat16: 2e-5}  # torch's exp for half types has 20 bits
+LSE_TOLERANCE = 2e-6  # logits are float32 sums of exact products of the inputs, whatever the dtype
 
 
 @dataclass
@@ -41,37 +41,39 @@ class Case:
         return self.q.shape[-1] ** -0.5
 
     def run(self, implementation: Implementation, **options: Any) -> Any:
-        device = implementation.device
-        lists = {"tokens": self.tokens, "num_tokens": self.num_tokens, "log_weight": self.log_weight}
-        lists = {name: x.to(device) if x is not None else None for name, x in lists.items()}
-        partial = (self.partial[0].to(device), self.partial[1].to(device)) if self.partial is not None else None
-        head = (self.q, self.k_pages, self.v_pages, self.pages, self.num_pages, self.last_page_len)
+        def there(x: Any) -> Any:
+            return tuple(map(there, x)) if isinstance(x, tuple) else x if x is None else x.to(implementation.device)
+
         function = implementation.function("attend")
-        result = function(*(x.to(device) for x in head), self.scale, **lists, partial=partial, **options)
+        result = function(*map(there, self.head), self.scale, **{name: there(x) for name, x in self.more.items()}, **options)
         return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
 
+    @property
+    def head(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.q, self.k_pages, self.v_pages, self.pages, self.num_pages, self.last_page_len
+
+    @property
+    def more(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("tokens", "num_tokens", "log_weight", "partial")}
+
     def reference(self) -> tuple[Tensor, Tensor]:
-        head = (self.q, self.k_pages, self.v_pages, self.pages, self.num_pages, self.last_page_len, self.scale)
-        lists = {"tokens": self.tokens, "num_tokens": self.num_tokens, "log_weight": self.log_weight}
-        return attend_reference(*head, **lists, partial=self.partial)
+        return attend_reference(*self.head, self.scale, **self.more)
 
     def rows(self, sequences: list[int], heads: list[int], padding: int = 0) -> Case:
         """Some sequences and KV heads of a case, as a shard holding those heads alone sees them, in lists of another width."""
         group = self.q.shape[1] // self.k_pages.shape[1]
         q_heads = [h * group + g for h in heads for g in range(group)]
 
-        def wider(entries: Tensor | None) -> Tensor | None:
+        def of_rows(x: Any, columns: list[int] = heads) -> Any:
+            return x[sequences][:, columns] if x is not None else None
+
+        def wider(entries: Any) -> Any:
             if entries is None:
                 return None
-            entries = entries[sequences][:, heads]
-            return torch.cat([entries, poison_(entries.new_empty(*entries.shape[:2], padding))], dim=2)
+            return torch.cat([of_rows(entries), poison_(entries.new_empty(len(sequences), len(heads), padding))], dim=2)
 
-        def of_rows(x: Tensor | None) -> Tensor | None:
-            return x[sequences][:, heads] if x is not None else None
-
-        partial = tuple(x[sequences][:, q_heads] for x in self.partial) if self.partial is not None else None
         return Case(
-            self.q[sequences][:, q_heads],
+            of_rows(self.q, q_heads),
             self.k_pages[:, heads].contiguous(),
             self.v_pages[:, heads].contiguous(),
             wider(self.pages),
@@ -80,7 +82,7 @@ class Case:
             wider(self.tokens),
             of_rows(self.num_tokens),
             of_rows(self.log_weight),
-            partial,  # type: ignore[arg-type]
+            (of_rows(self.partial[0], q_heads), of_rows(self.partial[1], q_heads)) if self.partial is not None else None,
         )
 
 
@@ -121,7 +123,7 @@ def make_case(
                 tokens[b, h, :n] = slots
                 for cache in (k_pages, v_pages):
                     cache[slots // page_size, h, slots % page_size] = torch.randn(n, dim).to(dtype)
-    case = Case(
+    return Case(
         (1.5 * torch.randn(batch, heads * group, dim)).to(dtype),
         k_pages,
         v_pages,
@@ -131,7 +133,6 @@ def make_case(
         tokens,
         torch.tensor(num_tokens, dtype=torch.int32) if num_tokens else None,
     )
-    return case
 
 
 def of_contexts(contexts: list[int], heads: int, page_size: int, **shape: Any) -> Case:
@@ -175,7 +176,14 @@ def fixed_seed() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("dim", "group", "page_size"),
-    [(64, 1, 16), (64, 16, 64), (96, 3, 32), (128, 4, 16), (128, 8, 32), (256, 8, 64)],
+    [
+        (64, 1, 16),
+        (96, 3, 32),
+        (128, 4, 16),
+        (256, 8, 64),
+        pytest.param(64, 16, 64, marks=pytest.mark.not_interpreted),
+        pytest.param(128, 8, 32, marks=pytest.mark.not_interpreted),
+    ],
 )
 def test_dense_decode_equals_the_reference_at_every_context_length(implementation, dim, group, page_size, dtype):
     case = of_contexts(CONTEXTS, heads=1, page_size=page_size, dim=dim, group=group, dtype=dtype)
@@ -186,7 +194,7 @@ def test_dense_decode_equals_the_reference_at_every_context_length(implementatio
     wide, lse = case.run(implementation, return_lse=True)
     assert wide.dtype == lse.dtype == torch.float32
     assert_near(wide, expected, TOLERANCE[dtype])
-    assert_near(lse, expected_lse, LSE_TOLERANCE[dtype])
+    assert_near(lse, expected_lse, LSE_TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -195,17 +203,17 @@ def test_heads_of_one_sequence_may_list_different_pages(implementation, dtype):
     expected, expected_lse = case.reference()
     out, lse = case.run(implementation, return_lse=True)
     assert_near(out, expected, TOLERANCE[dtype])
-    assert_near(lse, expected_lse, LSE_TOLERANCE[dtype])
+    assert_near(lse, expected_lse, LSE_TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, *(pytest.param(dim, marks=pytest.mark.not_interpreted) for dim in (128, 256))])
 def test_pages_tokens_log_weights_and_a_partial_result_make_one_softmax(implementation, dim, dtype):
     case = mixed_case(dtype, dim)
     expected, expected_lse = case.reference()
     out, lse = case.run(implementation, return_lse=True)
     assert_near(out, expected, TOLERANCE[dtype])
-    assert_near(lse, expected_lse, LSE_TOLERANCE[dtype])
+    assert_near(lse, expected_lse, LSE_TOLERANCE)
     assert_near(case.run(implementation), expected, TOLERANCE[dtype])
 
 
@@ -240,7 +248,7 @@ def test_a_log_weight_counts_a_token_that_often(implementation):
     expected, expected_lse = thrice.run(implementation, return_lse=True)
     weighted, weighted_lse = case.run(implementation, return_lse=True)
     assert_near(weighted, expected, TOLERANCE[torch.float32])
-    assert_near(weighted_lse, expected_lse, LSE_TOLERANCE[torch.float32])
+    assert_near(weighted_lse, expected_lse, LSE_TOLERANCE)
 
 
 def test_a_row_that_lists_nothing_is_zero_or_its_partial_result(implementation):
@@ -278,7 +286,7 @@ def test_logits_of_hundreds_neither_overflow_nor_vanish(implementation):
     out, lse = case.run(implementation, return_lse=True)
     # A float32 logit of 300 is known to 3e-5, and its exponential as well.
     assert_near(out, expected, 1e-4)
-    assert_near(lse, expected_lse, LSE_TOLERANCE[torch.float32])
+    assert_near(lse, expected_lse, LSE_TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -334,11 +342,10 @@ def test_a_table_expanded_over_heads_has_the_bits_of_a_list_per_head(implementat
 def test_how_many_programs_share_a_row_changes_no_bit(implementation, monkeypatch):
     case = mixed_case()
     results = []
-    for programs in (1, 2, 5):
+    for programs in (1, 3):
         monkeypatch.setattr(attend_triton, "programs_per_row", lambda *_, n=programs: n)
         results.append(torch.cat([x.flatten() for x in case.run(implementation, return_lse=True)]))
     assert torch.equal(bits(results[0]), bits(results[1]))
-    assert torch.equal(bits(results[0]), bits(results[2]))
 
 
 def combine_case(dim: int = 96) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -351,7 +358,12 @@ def combine_case(dim: int = 96) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, T
     poison_(outs[4, 3])
     partial_lse = 20 * torch.randn(5, 3)
     partial_lse[0] = partial_lse[2, 1] = float("-inf")
-    return outs, lses, num_partials, (torch.where(partial_lse.isinf()[..., None], float("nan"), torch.randn(5, 3, dim)), partial_lse)
+    return (
+        outs,
+        lses,
+        num_partials,
+        (torch.where(partial_lse.isinf()[..., None], float("nan"), torch.randn(5, 3, dim)), partial_lse),
+    )
 
 
 @pytest.mark.parametrize("with_partial", [False, True])
@@ -367,14 +379,14 @@ def test_combine_equals_the_reference_and_ignores_empty_partials(implementation,
         (partial[0].to(device), partial[1].to(device)) if with_partial else None,
     )
     assert_near(out.cpu(), expected, 5e-6)  # an lse of 40 is known to 4e-6
-    assert_near(lse.cpu(), expected_lse, LSE_TOLERANCE[torch.float32])
+    assert_near(lse.cpu(), expected_lse, LSE_TOLERANCE)
 
 
 def test_combine_gives_the_same_bits_at_any_capacity(implementation):
-    outs, lses, num_partials, partial = (
-        tuple(y.to(implementation.device) for y in x) if isinstance(x, tuple) else x.to(implementation.device)
-        for x in combine_case()
-    )
+    outs, lses, num_partials, (partial_out, partial_lse) = combine_case()
+    device = implementation.device
+    outs, lses, num_partials = outs.to(device), lses.to(device), num_partials.to(device)
+    partial = partial_out.to(device), partial_lse.to(device)
     function = implementation.function("combine", file="attend")
     out, lse = function(outs, lses, num_partials, partial)
     wider = poison_(outs.new_empty(5, 80, 3, 96)), poison_(lses.new_empty(5, 80, 3))
@@ -385,8 +397,7 @@ def test_combine_gives_the_same_bits_at_any_capacity(implementation):
 
 def test_the_dispatchers_choose_the_implementation_of_the_tensors_device():
     case = of_contexts([5], heads=1, page_size=16)
-    head = (case.q, case.k_pages, case.v_pages, case.pages, case.num_pages, case.last_page_len, case.scale)
-    out, lse = attend(*head, return_lse=True)
+    out, lse = attend(*case.head, case.scale, return_lse=True)
     assert_near(out, case.reference()[0], TOLERANCE[torch.float32])
     group = out.view(1, 1, 4, 64), lse.view(1, 1, 4)
     merged, merged_lse = combine(*group, torch.ones(1, dtype=torch.int32))
@@ -399,7 +410,9 @@ def test_offsets_beyond_two_to_the_31_reach_their_page(implementation):
     cache = torch.zeros(num_pages, 1, 64, 256, dtype=torch.bfloat16, device="cuda")
     cache[-1] = torch.randn(64, 256)
     pages = torch.tensor([[[num_pages - 1]]], dtype=torch.int32)
-    small = Case(torch.randn(1, 4, 256).bfloat16(), cache[-1:].cpu(), cache[-1:].cpu(), pages, torch.ones_like(pages[0]), pages[0, 0])
+    small = Case(
+        torch.randn(1, 4, 256).bfloat16(), cache[-1:].cpu(), cache[-1:].cpu(), pages, torch.ones_like(pages[0]), pages[0, 0]
+    )
     small.last_page_len = torch.tensor([64], dtype=torch.int32)
     large = replace(small, k_pages=cache, v_pages=cache)
     small = replace(small, pages=torch.zeros_like(pages))
@@ -414,21 +427,24 @@ def test_offsets_beyond_two_to_the_31_reach_their_page(implementation):
     + [
         pytest.param(dim, group, page_size, marks=pytest.mark.slow)
         for dim in (64, 96, 128, 256)
-        for group in (1, 4, 16)
+        for group in (1, 16)
         for page_size in (16, 64)
     ],
 )
 def test_the_kernels_compile_without_a_gpu_and_spill_nothing(dim, group, page_size, dtype, architecture):
-    case = make_case([[2, 1], [1, 0]], [3, 1], dim=dim, group=group, page_size=page_size, dtype=dtype, num_tokens=[[1, 2], [0, 1]])
-    head = (case.q, case.k_pages, case.v_pages, case.pages, case.num_pages, case.last_page_len, case.scale)
-    assert_compiles(attend_triton.attend_triton, *head, architecture=architecture)
+    case = make_case(
+        [[2, 1], [1, 0]], [3, 1], dim=dim, group=group, page_size=page_size, dtype=dtype, num_tokens=[[1, 2], [0, 1]]
+    )
+    assert_compiles(attend_triton.attend_triton, *case.head, case.scale, architecture=architecture)
     everything = {
         "tokens": case.tokens,
         "num_tokens": case.num_tokens,
         "log_weight": torch.zeros(2, 2),
         "partial": (case.q.float(), case.q[..., 0].float()),
     }
-    assert_compiles(attend_triton.attend_triton, *head, **everything, return_lse=True, architecture=architecture)
+    assert_compiles(
+        attend_triton.attend_triton, *case.head, case.scale, **everything, return_lse=True, architecture=architecture
+    )
 
 
 def test_a_chunk_holds_whole_pages_of_every_page_size():

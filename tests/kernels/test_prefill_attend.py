@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ class Case:
         return self.q.shape[-1] ** -0.5
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.q, self.k_pages, self.v_pages, self.page_table, self.query_start, self.context_lens
 
     @property
@@ -138,7 +139,7 @@ def test_a_prompt_cut_into_odd_chunks_gives_what_the_whole_gives(implementation,
     whole = make_case([(150, 150)], dtype=dtype, padding=0)
     cuts = [0, 7, 24, 25, 130, 150]
     pieces = []
-    for begin, end in zip(cuts, cuts[1:]):
+    for begin, end in pairwise(cuts):
         chunk = Case(
             whole.q[begin:end],
             poison_(whole.k_pages.clone()),
@@ -188,7 +189,7 @@ def test_the_dispatcher_chooses_the_implementation_of_the_tensors_device():
     + [
         pytest.param(dim, group, page_size, marks=pytest.mark.slow)
         for dim in (64, 96, 128, 256)
-        for group in (1, 4, 16)
+        for group in (1, 16)
         for page_size in (16, 64)
     ],
 )

@@ -33,6 +33,7 @@ def test_the_residual_is_added_and_returned_before_the_norm(implementation, shap
     add_rms_norm = implementation.function("add_rms_norm", file="rms_norm")
     y, total = add_rms_norm(x.to(device), residual.to(device), weight.to(device), 1e-6)
     assert torch.equal(total.cpu(), x + residual)  # rounded to the dtype, as a plain addition rounds
+    assert torch.equal(y, implementation.function("rms_norm")(total, weight.to(device), 1e-6))  # and only then normed
     assert_near(y, rms_norm_reference(x + residual, weight, 1e-6), TOLERANCE[dtype])
 
 

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Set up .venv, make the demo checkpoint, and decode it with two Ray actors on this machine. Options go to launch.demo.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/setup.sh
+set_up
+exec .venv/bin/python -m launch.demo "$@"

@@ -1,0 +1,243 @@
+"""One, two and four ranks give the same tokens, and each holds its part of the weights and of the cache, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed_sparse import EngineConfig, SamplingParams
+from distributed_sparse.llm import LLM
+from distributed_sparse.outputs import RequestOutput
+from tests.support.checkpoints import tiny_checkpoint, transformers_model
+from tests.support.engine import make_llm
+from tests.support.promise_b import count_ties
+from tests.support.prompts import random_tokens
+from tests.support.stepped_engine import ThreadShardGroup
+from tests.support.transformers_reference import assert_close_to, reference_logits
+
+VOCAB_SIZE, HIDDEN, LAYERS, KV_HEADS, HEAD_DIM, PAGE = 331, 64, 3, 4, 16, 16
+METHODS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "quest": {"method": "quest", "token_budget": 48, "dense_layers": 1},
+    "window": {"method": "window", "token_budget": 48, "dense_layers": 1},
+    "outside": {"method": "tests.support.outside_policy:EveryOtherPolicy", "stride": 3, "dense_layers": 1},
+}
+PROMPTS = [random_tokens(length, seed=length) for length in (150, 1, 16, 97, 33, 64, 120, 49)]
+GREEDY = [SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)] * len(PROMPTS)
+SEEDED = [
+    SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, n=n, seed=seed, max_tokens=30)
+    for seed, (temperature, top_p, top_k, min_p, n) in enumerate(
+        [
+            (1.0, 1.0, 0, 0.0, 1),
+            (0.7, 0.9, 0, 0.0, 2),
+            (1.5, 1.0, 20, 0.0, 1),
+            (1.0, 1.0, 0, 0.1, 1),
+            (0.5, 0.95, 50, 0.05, 1),
+            (2.0, 1.0, 0, 0.0, 3),
+            (1.0, 0.5, 0, 0.0, 1),
+            (0.9, 1.0, 0, 0.0, 1),
+        ]
+    )
+]
+
+Engines = Callable[[str, int], LLM]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Biases on q, k and v; a vocabulary (331) and an intermediate size (61) that no number of ranks divides."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("qwen2"), "qwen2", intermediate_size=61)
+
+
+@pytest.fixture(scope="module")
+def engines(path: Path) -> Iterator[Engines]:
+    """engines(method, tensor_parallel_size): made when first asked for, and shared by the module's tests."""
+    made: dict[tuple[str, int], LLM] = {}
+
+    def engine(method: str, tensor_parallel_size: int) -> LLM:
+        key = (method, tensor_parallel_size)
+        if key not in made:
+            limits = {"max_num_seqs": 12, "max_num_batched_tokens": 100, "max_model_len": 256}
+            made[key] = make_llm(path, tensor_parallel_size, sparse=METHODS[method], **limits)
+        return made[key]
+
+    yield engine
+    for llm in made.values():
+        llm.shutdown()
+
+
+def generate(llm: LLM, params: list[SamplingParams], whole_vocabulary: bool = False) -> list[RequestOutput]:
+    asked = [replace(own, logprobs=VOCAB_SIZE) for own in params] if whole_vocabulary else params
+    return llm.generate(PROMPTS, asked, use_tqdm=False)
+
+
+@pytest.fixture(scope="module")
+def references(engines: Engines) -> Callable[[str, str], list[RequestOutput]]:
+    """references(method, "greedy" | "seeded"): what one rank answers, with the log-probabilities of the whole vocabulary."""
+    made: dict[tuple[str, str], list[RequestOutput]] = {}
+
+    def reference(method: str, kind: str) -> list[RequestOutput]:
+        if (method, kind) not in made:
+            params = GREEDY if kind == "greedy" else SEEDED
+            made[method, kind] = generate(engines(method, 1), params, whole_vocabulary=True)
+        return made[method, kind]
+
+    return reference
+
+
+# ---- promise B
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+@pytest.mark.parametrize("tensor_parallel_size", [2, 4])
+@pytest.mark.parametrize("method", ["dense", "quest"])
+def test_ranks_together_draw_the_tokens_of_one_rank(
+    engines: Engines, references: Callable, method: str, tensor_parallel_size: int, kind: str
+) -> None:
+    params = GREEDY if kind == "greedy" else SEEDED
+    found = generate(engines(method, tensor_parallel_size), params)
+    ties = count_ties(references(method, kind), found, params)
+    assert ties <= 0.01 * len(PROMPTS), f"{ties} of {len(PROMPTS)} requests met a tie"
+
+
+@pytest.mark.parametrize("method", ["window", "outside"])
+def test_two_ranks_draw_the_tokens_of_one_rank_with_other_methods(engines: Engines, references: Callable, method: str) -> None:
+    found = generate(engines(method, 2), GREEDY)
+    assert count_ties(references(method, "greedy"), found, GREEDY) == 0
+
+
+@pytest.mark.parametrize("method", ["dense", "quest"])
+def test_a_request_alone_draws_the_tokens_that_it_draws_in_a_batch(engines: Engines, references: Callable, method: str) -> None:
+    llm = engines(method, 1)
+    found = [llm.generate([prompt], own, use_tqdm=False)[0] for prompt, own in zip(PROMPTS, SEEDED)]
+    assert count_ties(references(method, "seeded"), found, SEEDED) == 0
+
+
+def test_every_method_reads_something_else(references: Callable) -> None:
+    """Else the tests above would compare dense with dense."""
+    answers = {method: [output.outputs[0].token_ids for output in references(method, "greedy")] for method in METHODS}
+    assert len({str(tokens) for tokens in answers.values()}) == len(METHODS)
+
+
+def test_a_real_difference_is_not_taken_for_a_tie(references: Callable) -> None:
+    greedy, seeded = references("dense", "greedy"), references("dense", "seeded")
+    with pytest.raises(AssertionError, match="differs"):
+        count_ties(greedy, references("quest", "greedy"), GREEDY)
+    with pytest.raises(AssertionError, match="differs"):
+        count_ties(seeded, references("quest", "seeded"), SEEDED)
+
+
+@pytest.mark.parametrize("method", ["dense", "quest"])
+@pytest.mark.parametrize("tensor_parallel_size", [2, 4])
+def test_log_probabilities_of_the_whole_vocabulary_are_close_to_those_of_one_rank(
+    engines: Engines, method: str, tensor_parallel_size: int
+) -> None:
+    prompts = [random_tokens(length, seed=length) for length in (140, 60, 90)]
+    scores = {
+        ranks: engines(method, ranks).score(prompts, whole_vocabulary=True, decode_last_prompt_tokens=30)
+        for ranks in (1, tensor_parallel_size)
+    }
+    for expected, found in zip(scores[1], scores[tensor_parallel_size]):
+        assert expected.logprobs is not None and found.logprobs is not None
+        assert found.logprobs.shape == (len(expected.token_ids) - 1, VOCAB_SIZE)
+        assert abs(found.logprobs - expected.logprobs).max() <= 1e-4 * expected.logprobs.std()
+
+
+def test_four_ranks_equal_transformers(engines: Engines, path: Path) -> None:
+    prompt = random_tokens(120, seed=9)
+    (score,) = engines("dense", 4).score(prompt, whole_vocabulary=True, decode_last_prompt_tokens=40)
+    assert_close_to(score.logprobs, reference_logits(transformers_model(path), prompt, decoded=40))
+
+
+def test_ranks_choose_as_many_pages_as_one_rank_chooses(engines: Engines) -> None:
+    prompt, counts = random_tokens(150, seed=3), {}
+    for ranks in (1, 2, 4):
+        llm = engines("quest", ranks)
+        before = llm.stats()["attention"]
+        llm.score(prompt, decode_last_prompt_tokens=20)
+        after = llm.stats()["attention"]
+        counts[ranks] = [after[key] - before[key] for key in ("rows_dense", "rows_sparse", "bytes_read")]
+    assert counts[1] == counts[2] == counts[4]
+    assert counts[1][:2] == [20 * KV_HEADS, 2 * 20 * KV_HEADS]  # one dense layer of three
+
+
+# ---- what each rank holds
+
+
+def split_bytes(path: Path, ranks: int) -> int:
+    """Bytes of a rank's weights, from transformers' own parameters: padded parts of what is split, all of what is not."""
+    total = 0
+    for name, parameter in transformers_model(path).named_parameters():
+        module, kind = name.split(".")[-2:]
+        size = list(parameter.shape)
+        if module in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"):
+            size[0] = -(-size[0] // ranks)
+        elif module in ("o_proj", "down_proj") and kind == "weight":
+            size[1] = -(-size[1] // ranks)
+        total += 4 * torch.Size(size).numel()
+    return total
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        ("qwen2", {"intermediate_size": 61}),
+        ("qwen3", {"num_key_value_heads": 8, "head_dim": 32}),
+    ],
+)
+def test_weights_and_cache_are_split_evenly(tmp_path: Path, family: str, overrides: dict[str, Any]) -> None:
+    path = tiny_checkpoint(tmp_path, family, **overrides)
+    held: dict[int, list[dict[str, Any]]] = {}
+    for ranks in (1, 2, 4):
+        sparse = {"method": "quest", "token_budget": 64}
+        config = EngineConfig(model=str(path), tensor_parallel_size=ranks, sparse=sparse, max_num_seqs=4, max_model_len=128)
+        group = ThreadShardGroup(config)
+        held[ranks] = [info.as_dict() for info in group.start()]
+        for info, shard in zip(held[ranks], group.shards):
+            kept = [(cache.k_pages, cache.v_pages, cache.page_min_max) for cache in shard.cache.layers]
+            assert info["cache_bytes"] == sum(k.nbytes + v.nbytes for k, v, _ in kept)
+            assert info["metadata_bytes"] == sum(bounds.nbytes for _, _, bounds in kept if bounds is not None) > 0
+        group.stop()
+    (whole,) = held[1]
+    for ranks in (1, 2, 4):
+        assert [info["weight_bytes"] for info in held[ranks]] == [split_bytes(path, ranks)] * ranks
+        for name in ("cache_bytes", "metadata_bytes", "page_bytes"):
+            assert [info[name] * ranks for info in held[ranks]] == [whole[name]] * ranks
+        heads = overrides.get("num_key_value_heads", KV_HEADS) // ranks
+        assert [info["kv_heads"] for info in held[ranks]] == [(rank * heads, (rank + 1) * heads) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2, 4])
+def test_stats_name_every_rank_with_its_part(engines: Engines, path: Path, tensor_parallel_size: int) -> None:
+    ranks = engines("quest", tensor_parallel_size).stats()["ranks"]
+    pages = 12 * 256 // PAGE + 1
+    heads = KV_HEADS // tensor_parallel_size
+    assert [info["rank"] for info in ranks] == list(range(tensor_parallel_size))
+    assert len({info["pid"] for info in ranks}) == tensor_parallel_size
+    for info in ranks:
+        assert info["weight_bytes"] == split_bytes(path, tensor_parallel_size)
+        assert info["cache_bytes"] == 4 * pages * LAYERS * 2 * heads * PAGE * HEAD_DIM
+        assert info["metadata_bytes"] == 4 * pages * (LAYERS - 1) * heads * 2 * HEAD_DIM  # the dense layer has none
+
+
+# ---- what the ranks say to each other
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2, 4])
+def test_ranks_sum_twice_per_layer_and_once_for_the_embedding(engines: Engines, tensor_parallel_size: int) -> None:
+    llm = engines("dense", tensor_parallel_size)
+    before = llm.stats()
+    llm.score(random_tokens(130, seed=5), decode_last_prompt_tokens=10)  # chunks of 100 and 20 tokens, then ten of one
+    after = llm.stats()
+    calls, nbytes = (after["all_reduce"][key] - before["all_reduce"][key] for key in ("calls", "bytes"))
+    assert after["steps"] - before["steps"] == 12 + 1
+    per_token = (2 * LAYERS + 1) if tensor_parallel_size > 1 else 0
+    assert calls == 12 * per_token
+    assert nbytes == 130 * per_token * HIDDEN * 4
