@@ -24,7 +24,7 @@ from distributed_sparse.evaluation.recall import (
     make_quiz,
     score_quiz,
 )
-from distributed_sparse.evaluation.recall_model import save_recall_checkpoint
+from distributed_sparse.evaluation.recall_model import ensure_recall_checkpoint
 from distributed_sparse.evaluation.recall_vocabulary import detokenize, is_symbol
 from distributed_sparse.sampling_params import SamplingParams
 
@@ -47,10 +47,17 @@ class Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo and print it; 0, or 2 where the arguments or the machine do not allow it."""
+    """Run the demo and print it; 0, 2 where the arguments or the machine do not allow it, or 130 when interrupted."""
     args = _parser().parse_args(argv)
     try:
         config = EngineConfig.from_yaml(args.config, args.set)
+        room = config.max_model_len
+        if room is not None and args.context + TIMED_TOKENS > room:
+            raise ValueError(
+                f"--context {args.context} and {TIMED_TOKENS} tokens of answer exceed max_model_len={room}; "
+                f"add --set max_model_len={args.context + TIMED_TOKENS}"
+            )
+        config.resolve_sparse()
         prompt = make_prompts(args.facts, args.context, 1, seed=args.seed, answer_length=SHOWN_SYMBOLS)[0]
         quiz = make_quiz(args.facts, args.context, args.questions, seed=args.seed + 1)
         config = _with_checkpoint(config)
@@ -58,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print()
     print(table(results))
     print(
@@ -81,9 +91,8 @@ def _parser() -> argparse.ArgumentParser:
 def _with_checkpoint(config: EngineConfig) -> EngineConfig:
     """The config with its model below the repository's root, whatever folder the demo is called from; made if absent."""
     model = ROOT / config.model
-    if not (model / "model.safetensors").is_file():
-        print(f"Making the demo checkpoint in {model}: a small Llama whose weights are written down, not trained")
-        save_recall_checkpoint(model)
+    if ensure_recall_checkpoint(model):
+        print(f"Made the demo checkpoint in {model}: a small Llama whose weights are written down, not trained.")
     return replace(config, model=str(model))
 
 
@@ -91,7 +100,7 @@ def _compare(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> li
     """Each method's result, on one Ray for all."""
     from distributed_sparse.driver.actor import ensure_ray
 
-    budget = (config.sparse or {}).get("token_budget", 128)
+    budget = getattr(config.resolve_sparse(), "token_budget", 128)
     methods: list[dict[str, Any]] = [
         {"method": "dense"},
         config.sparse or {"method": "quest", "token_budget": budget},

@@ -16,7 +16,6 @@ find_python() {
 
 set_up() {
   local extra=${1:-} python stamp hash
-  local -a index=()
   if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     python=$(find_python)
     echo "Making .venv with $("$python" --version)" >&2
@@ -40,19 +39,8 @@ PY
   )
   if [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ]; then return; fi
 
-  # On Linux, PyPI's torch brings several GB of CUDA libraries; a machine without an NVIDIA GPU takes PyTorch's CPU builds.
-  if [ "$(uname -s)" = Linux ] && [ ! -e /dev/nvidiactl ] && reachable https://download.pytorch.org/whl/cpu/torch/; then
-    index=(--extra-index-url https://download.pytorch.org/whl/cpu)
-  fi
   echo "Installing into .venv (the first time takes some minutes)" >&2
-  .venv/bin/python -m pip install --quiet -c constraints.txt ${index[@]+"${index[@]}"} -e ".${extra:+[$extra]}"
+  .venv/bin/python -m pip install --quiet -c constraints.txt -e ".${extra:+[$extra]}"
   echo "$hash" > "$stamp"
   echo "$hash" > .venv/.set-up  # what an extra adds comes on top of the rest
-}
-
-reachable() {
-  .venv/bin/python - "$1" 2>/dev/null <<'PY'
-import sys, urllib.request
-urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="HEAD"), timeout=5)
-PY
 }

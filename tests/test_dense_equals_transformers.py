@@ -164,16 +164,18 @@ def test_requests_that_arrive_and_end_at_different_steps(llama: tuple[Path, PreT
 
 def test_streams_that_start_while_others_run(llama: tuple[Path, PreTrainedModel]) -> None:
     path, model = llama
-    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, logprobs=VOCAB_SIZE)
+    long, short = (
+        SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, logprobs=VOCAB_SIZE) for count in (300, 60)
+    )
     prompts = [random_tokens(length, seed=length) for length in (40, 11, 77)]
     late: list[RequestOutput] = []
     with make_llm(path, max_num_batched_tokens=19, max_num_seqs=8) as llm:
         threads = [
-            threading.Thread(target=lambda prompt=prompt: late.extend(llm.generate([prompt], params, use_tqdm=False)))
+            threading.Thread(target=lambda prompt=prompt: late.extend(llm.generate([prompt], short, use_tqdm=False)))
             for prompt in prompts[1:]
         ]
         lengths = []
-        for output in llm.stream(prompts[0], params):
+        for output in llm.stream(prompts[0], long):
             lengths.append(len(output.outputs[0].token_ids))
             if len(lengths) == 5:
                 for thread in threads:
@@ -181,8 +183,8 @@ def test_streams_that_start_while_others_run(llama: tuple[Path, PreTrainedModel]
         for thread in threads:
             thread.join()
         steps = steps_taken(llm)
-    assert lengths == list(range(1, 61))
-    alone = 3 * 60 + sum(-(-len(prompt) // 19) for prompt in prompts)
+    assert lengths == list(range(1, 301))
+    alone = 300 + 2 * 60 + sum(-(-len(prompt) // 19) for prompt in prompts)
     assert steps < alone - 30, "the requests did not run beside each other"
     for found in (output, *late):
         assert_equals_transformers(model, found)

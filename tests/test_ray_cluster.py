@@ -39,8 +39,12 @@ CLUSTER = """
     from distributed_sparse import LLM, SamplingParams
 
     path, settings, prompts, params = json.load(sys.stdin)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[:1])  # each node, and what it starts, sees one core, as on a machine of its own
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    os.sched_setaffinity(0, cores[-1:])
     cluster.add_node(num_cpus=1)
+    os.sched_setaffinity(0, cores)
     os.environ["RAY_ADDRESS"] = cluster.address
     with LLM(path, tensor_parallel_size=2, **settings) as llm:
         batches = [llm.generate(prompts, SamplingParams(**own), use_tqdm=False) for own in params]

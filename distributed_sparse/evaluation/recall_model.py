@@ -41,6 +41,9 @@ from distributed_sparse.evaluation.recall_vocabulary import (
     save_tokenizer,
 )
 
+RECALL_VERSION = 1
+"""Counts up whenever the weights, or the vocabulary, change."""
+
 NUM_LAYERS = 4
 HIDDEN_SIZE = 128
 INTERMEDIATE_SIZE = 32
@@ -74,10 +77,28 @@ def save_recall_checkpoint(directory: str | Path, seed: int = 0) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_tokenizer(directory)
-    (directory / "config.json").write_text(json.dumps(recall_config(), indent=2) + "\n")
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "do_sample": False}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     save_file(recall_weights(seed), directory / "model.safetensors", metadata={"format": "pt"})
+    # last: where it stands, the rest is complete
+    (directory / "config.json").write_text(json.dumps(recall_config(), indent=2) + "\n")
+
+
+def ensure_recall_checkpoint(directory: str | Path) -> bool:
+    """Write the recall model where there is none, or one of another version; whether it was written.
+
+    Raises:
+        ValueError: the directory holds another model.
+    """
+    path = Path(directory) / "config.json"
+    if path.exists():
+        config = json.loads(path.read_text())
+        if config == recall_config():
+            return False
+        if "recall_version" not in config:
+            raise ValueError(f"{directory} is not a recall checkpoint; give another folder, which will be made")
+    save_recall_checkpoint(directory)
+    return True
 
 
 def recall_config() -> dict:
@@ -103,6 +124,7 @@ def recall_config() -> dict:
         "bos_token_id": BOS,
         "eos_token_id": EOS,
         "torch_dtype": "float32",
+        "recall_version": RECALL_VERSION,
     }
 
 

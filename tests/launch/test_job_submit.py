@@ -48,6 +48,8 @@ def head(ray_environment: Path) -> Iterator[dict[str, str]]:
         # a job's `python` is the first on the PATH that the head was started with
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         environment["RAY_API_SERVER_ADDRESS"] = address
+        for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"):
+            environment.pop(name, None)
         command = [RAY, "start", "--head", f"--port={port}", "--num-cpus=2", "--num-gpus=0", "--disable-usage-stats"]
         command += ["--include-dashboard=true", f"--dashboard-port={dashboard_port}", "--dashboard-agent-listen-port=0"]
         command += ["--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
