@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import queue
+import uuid
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from numbers import Integral
@@ -83,7 +84,7 @@ class LLM:
             self._client = Client(self._start_service(info, text))
         except ShardFailure as failure:
             raise EngineError(str(failure)) from failure
-        self._request_numbers = itertools.count()
+        self._request_prefix, self._request_numbers = uuid.uuid4().hex[:8], itertools.count()
         self._finalizer = weakref.finalize(self, self._client.close)
 
     # ---- generation
@@ -189,7 +190,7 @@ class LLM:
             decode_last_prompt_tokens=decode_last_prompt_tokens,
         )
         requests = [
-            NewRequest(f"score-{next(self._request_numbers)}", list(sequence), params, score=True) for sequence in sequences
+            NewRequest(self._new_request_id(), list(sequence), params, score=True) for sequence in sequences
         ]
         for request in requests:
             self._validate(request)
@@ -255,7 +256,7 @@ class LLM:
                 self._validate(request)
                 requests.append(request)
             except ValueError as error:
-                builder = _refused(f"refused-{next(self._request_numbers)}", prompt, str(error))
+                builder = _refused(self._new_request_id(), prompt, str(error))
             builders[builder.output.request_id] = builder
         with tqdm(total=len(prompts), initial=len(prompts) - len(requests), disable=not use_tqdm, desc="Prompts") as bar:
             tokens = 0
@@ -283,6 +284,10 @@ class LLM:
             if running:
                 self.abort(list(running))
 
+    def _new_request_id(self) -> str:
+        """One that no caller's own request_id will equal."""
+        return f"{self._request_prefix}-{next(self._request_numbers)}"
+
     def _prepare(self, prompt: Any, params: SamplingParams, request_id: str | None) -> tuple[NewRequest, OutputBuilder]:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params={shown(params)} must be a SamplingParams; write SamplingParams(max_tokens=16)")
@@ -293,7 +298,7 @@ class LLM:
             token_ids = list(prompt)
         else:
             raise ValueError(f"prompt={shown(prompt)} must be a str or a list of token ids")
-        request_id = request_id or str(next(self._request_numbers))
+        request_id = request_id or self._new_request_id()
         decode_token = self._detokenizer.decode_token if self._detokenizer is not None else None
         return NewRequest(request_id, token_ids, params), OutputBuilder(request_id, text, token_ids, params, decode_token)
 

@@ -101,7 +101,7 @@ def programs_per_row(num_rows: int, capacity: int, device: torch.device) -> int:
 def launch_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(BLOCK_N, num_warps, num_stages): large tiles that spill no register on sm_80 and sm_90."""
     if dtype == torch.float32:
-        return (16, 4, 3) if head_dim <= 128 else (16, 8, 3)
+        return (16, 4, 3) if head_dim <= 64 else (16, 8, 3)
     return (64, 4, 3) if head_dim <= 128 else (32, 4, 3)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import signal
@@ -88,7 +89,7 @@ def test_text_streams_from_actors_as_it_is_generated(engines: Engines) -> None:
     (expected,) = engines("dense", 1).generate("the quick brown fox", GREEDY)
     *_, last = texts = [output.outputs[0].text for output in engines("dense", 2).stream("the quick brown fox", GREEDY)]
     assert last == expected.outputs[0].text
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:])) and len(set(texts)) > 2
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts)) and len(set(texts)) > 2
 
 
 def test_quest_over_ray_reads_as_much_of_every_head_as_in_one_process(engines: Engines) -> None:

@@ -24,6 +24,9 @@ EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _IN_A_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _DUMMY_STD = 0.02
 
+BAR_DELAY_S = 1.0
+"""A load that takes no longer shows no progress bar."""
+
 
 @dataclass(frozen=True)
 class LayerWeights:
@@ -115,7 +118,7 @@ def load_weights(
         unit="B",
         unit_scale=True,
         disable=not progress,
-        delay=1.0,  # a load that takes no time shows none
+        delay=BAR_DELAY_S,
     ) as bar:
         if load_format == "dummy":
             return _Assembler(config, parts, _Dummy(), dtype, device, bar).weights(shard)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distributed_sparse.model import checkpoint
+from distributed_sparse.model import checkpoint, weights
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.sharding import ShardSpec
 from distributed_sparse.model.weights import Weights, load_weights
@@ -199,7 +199,10 @@ def test_an_unknown_load_format_is_refused(tmp_path: Path) -> None:
         load(tiny_checkpoint(tmp_path), load_format="pickle")
 
 
-def test_the_progress_bar_ends_at_the_bytes_of_this_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar_ends_at_the_bytes_of_this_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "BAR_DELAY_S", 0.0)
     path = tiny_checkpoint(tmp_path)
     capsys.readouterr()
     config = ModelConfig.from_pretrained(path)
