@@ -168,6 +168,8 @@ def test_more_ranks_than_the_cluster_has_cpus_are_refused_at_once(local_ray: Non
 
 # ---- whole processes, each with a Ray that LLM starts itself
 
+FEW_PROMPTS = [[1, 5, 6, 7], [1, 200]]
+FEW: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
 LEFT = """
     import atexit, json, sys
     import ray
@@ -198,9 +200,9 @@ def leave(environment: dict[str, str], path: Path, *sizes: int, stay: bool) -> t
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    process.stdin.write(f"{few_steps()}\n")
+    process.stdin.write(json.dumps([FEW_PROMPTS, SETTINGS, FEW]) + "\n")
     process.stdin.flush()
-    lines = []
+    lines: list[str] = []
     for line in process.stdout:
         if line == "left\n":
             return process, [ast.literal_eval(line) for line in lines]
@@ -208,16 +210,12 @@ def leave(environment: dict[str, str], path: Path, *sizes: int, stay: bool) -> t
     raise AssertionError("the engine did not start: " + process.stderr.read())
 
 
-def few_steps() -> str:
-    return json.dumps(([[1, 5, 6, 7], [1, 200]], SETTINGS, {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}))
-
-
 def test_more_ranks_than_cores_run_twice_in_a_process_that_leaves_nothing_behind(
     ray_environment: Path, path: Path, engines: Engines
 ) -> None:
     """Made, shut down and made again, then left without shutdown: no shard and no process of the Ray that was started stays."""
-    few = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
-    expected = [output.outputs[0].token_ids for output in engines("dense", 1).generate([[1, 5, 6, 7], [1, 200]], few)]
+    outputs = engines("dense", 1).generate(FEW_PROMPTS, SamplingParams(**FEW), use_tqdm=False)
+    expected = [output.outputs[0].token_ids for output in outputs]
     with own_ray(ray_environment) as environment:
         process, found = leave(environment, path, 2, 4, stay=False)
         _, errors = process.communicate(timeout=120)

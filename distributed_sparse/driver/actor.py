@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -207,6 +208,9 @@ class RemoteDriver:
         self._idle = threading.Condition()
         self._calls = 0
         self._closed = False
+        # before Ray's own end, since it is registered after it: a call that comes later, from a thread that still waits for
+        # outputs, would start a new Ray
+        atexit.register(self.shutdown)
 
     def start(self, timeout: float) -> dict[str, Any]:
         """Bring the shards up.
@@ -259,7 +263,8 @@ class RemoteDriver:
             if self._closed:
                 return
             self._closed = True
-        # after Ray's own end at the exit of the process everything is gone, and a call would start a new Ray
+        atexit.unregister(self.shutdown)
+        # where the process has closed its connection everything is gone, and a call would start a new Ray
         if ray.is_initialized():
             with contextlib.suppress(RayError):
                 ray.get(self._actor.shutdown.remote(), timeout=STOP_TIMEOUT_S)
@@ -281,9 +286,12 @@ class RemoteDriver:
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[bool]:
-        """Counts calls in flight, so that Ray is not closed under one; whether calls are still allowed."""
+        """Counts calls in flight, so that Ray is not closed under one; whether calls are still allowed.
+
+        Not where the process has closed its connection, either: a call would start a new Ray.
+        """
         with self._idle:
-            allowed = not self._closed
+            allowed = not self._closed and ray.is_initialized()
             self._calls += allowed
         try:
             yield allowed

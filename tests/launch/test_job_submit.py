@@ -141,6 +141,7 @@ def test_a_submitted_job_gives_the_tokens_of_the_python_api(
     assert sum(file.stat().st_size for file in files) < UPLOAD_LIMIT
 
 
+@pytest.mark.slow  # as the test above, but for where the text goes
 def test_a_submitted_prompt_is_answered_in_the_jobs_log(head: dict[str, str], config: str, expected: list[Any]) -> None:
     done = submit(head, "--config", config, "--prompt", PROMPT)
     assert done.returncode == 0, done.stdout + done.stderr
