@@ -147,6 +147,8 @@ def _attend_chunks(
     for i, width in enumerate(CHUNK_WIDTHS):
         for is_full in (True, False):
             items = ((width_class == i) & ((chunks.length == width) == is_full)).nonzero().flatten()
+            if not len(items):
+                continue  # split would make one empty part of it
             for some in items.split(chunks_at_once * (CHUNK_TOKENS // width)):
                 blocks = chunks.blocks[some, : width // chunks.block_tokens].flatten()
                 used = len(some) * width * head_dim

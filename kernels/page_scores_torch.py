@@ -10,6 +10,10 @@ _TILE_PAGES = 64
 last tile is filled up with left-overs: so are the bits of a page's score."""
 
 
+_TILES_AT_ONCE = 8
+"""Tiles gathered together: fewer calls; they still fit into the processor's cache."""
+
+
 def page_scores_torch(
     q: Tensor, page_min_max: Tensor, page_table: Tensor, num_pages: Tensor, group_reduction: str = "max"
 ) -> Tensor:
@@ -24,17 +28,18 @@ def page_scores_torch(
     metadata = page_min_max.flatten(1)  # [num_pages_total, H_kv * 2 * d]
     width = page_table.shape[1]
     scores = torch.full((batch, heads, width), float("-inf"), dtype=torch.float32, device=q.device)
-    gathered = torch.zeros(_TILE_PAGES, metadata.shape[1], dtype=metadata.dtype, device=q.device)
-    tile = gathered if metadata.dtype == torch.float32 else torch.empty_like(gathered, dtype=torch.float32)
-    by_head = tile.view(_TILE_PAGES, heads, 2 * dim).permute(1, 2, 0)  # [H_kv, 2 d, TILE]
-    products = torch.empty(heads, group, _TILE_PAGES, dtype=torch.float32, device=q.device)
+    gathered = torch.zeros(_TILES_AT_ONCE * _TILE_PAGES, metadata.shape[1], dtype=metadata.dtype, device=q.device)
+    wide_gathered = gathered if metadata.dtype == torch.float32 else torch.empty_like(gathered, dtype=torch.float32)
+    tiles = wide_gathered.view(_TILES_AT_ONCE, _TILE_PAGES, heads, 2 * dim).permute(0, 2, 3, 1)  # [tiles, H_kv, 2 d, TILE]
+    products = torch.empty(_TILES_AT_ONCE, heads, group, _TILE_PAGES, dtype=torch.float32, device=q.device)
     for b, length in enumerate(num_pages.tolist()):
-        for start in range(0, length, _TILE_PAGES):
-            end = min(start + _TILE_PAGES, length)
+        for start in range(0, length, len(gathered)):
+            end = min(start + len(gathered), length)
             torch.index_select(metadata, 0, page_table[b, start:end], out=gathered[: end - start])
-            if tile is not gathered:
-                tile.copy_(gathered)
-            torch.bmm(split[b], by_head, out=products)
-            reduced = products.amax(dim=1) if group_reduction == "max" else products.sum(dim=1)
-            scores[b, :, start:end] = reduced[:, : end - start]
+            if wide_gathered is not gathered:
+                wide_gathered.copy_(gathered)
+            for i in range(-(-(end - start) // _TILE_PAGES)):
+                torch.bmm(split[b], tiles[i], out=products[i])
+            reduced = products.amax(dim=2) if group_reduction == "max" else products.sum(dim=2)  # [tiles, H_kv, TILE]
+            scores[b, :, start:end] = reduced.transpose(0, 1).flatten(1)[:, : end - start]
     return scores
