@@ -189,9 +189,7 @@ class LLM:
             prompt_logprobs=-1 if whole_vocabulary else 0,
             decode_last_prompt_tokens=decode_last_prompt_tokens,
         )
-        requests = [
-            NewRequest(self._new_request_id(), list(sequence), params, score=True) for sequence in sequences
-        ]
+        requests = [NewRequest(self._new_request_id(), list(sequence), params, score=True) for sequence in sequences]
         for request in requests:
             self._validate(request)
         scores = {request.request_id: ScoreOutput(request.prompt_token_ids) for request in requests}
