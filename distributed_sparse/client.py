@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import uuid
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from distributed_sparse.driver.client_messages import NewRequest, RequestUpdate
 
 POLL_S = 1.0
+
+
+class EngineError(RuntimeError):
+    """The engine has stopped, or was shut down, and with it every request."""
+
+
+class Updates:
+    """What one call waits for: the updates of its requests, put in by the receiver's thread.
+
+    Attributes:
+        on_put: called after each `put`, on that thread; how a coroutine is woken.
+    """
+
+    def __init__(self) -> None:
+        self.on_put: Callable[[], object] | None = None
+        self._queue: queue.SimpleQueue[RequestUpdate] = queue.SimpleQueue()
+
+    def put(self, update: RequestUpdate) -> None:
+        """Add an update."""
+        self._queue.put(update)
+        if self.on_put is not None:
+            with contextlib.suppress(RuntimeError):  # the event loop has been closed: nobody reads this any more
+                self.on_put()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> RequestUpdate:
+        """The next one. Raises queue.Empty if there is none and `block` is False, or none within `timeout` seconds."""
+        return self._queue.get(block, timeout)
 
 
 class Service(Protocol):
@@ -29,26 +58,28 @@ class Client:
     def __init__(self, service: Service) -> None:
         self.service = service
         self._client_id = uuid.uuid4().hex
-        self._waiting: dict[str, queue.SimpleQueue[RequestUpdate]] = {}
+        self._waiting: dict[str, Updates] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._receiver = threading.Thread(target=self._receive, name="outputs", daemon=True)
         self._receiver.start()
 
-    def submit(self, requests: list[NewRequest]) -> queue.SimpleQueue[RequestUpdate]:
+    def submit(self, requests: list[NewRequest]) -> Updates:
         """Send requests; all their updates arrive in the queue, each request's in order, its last one `finished`.
 
         Raises:
             ValueError: a request_id that is running already.
+            EngineError: the engine has gone.
         """
-        updates: queue.SimpleQueue[RequestUpdate] = queue.SimpleQueue()
+        updates = Updates()
         with self._lock:
             for request in requests:
                 if request.request_id in self._waiting:
                     raise ValueError(f"request_id={request.request_id!r} is running already; choose another")
             self._waiting.update((request.request_id, updates) for request in requests)
         try:
-            self.service.submit(self._client_id, requests)
+            with _as_engine_error():
+                self.service.submit(self._client_id, requests)
         except BaseException:
             with self._lock:
                 for request in requests:
@@ -59,7 +90,13 @@ class Client:
     def abort(self, request_ids: list[str]) -> None:
         """End requests; each still gets its last update. Unknown ids are ignored, and so is everything after `close`."""
         if not self._closed.is_set():
-            self.service.abort(self._client_id, request_ids)
+            with _as_engine_error():
+                self.service.abort(self._client_id, request_ids)
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters."""
+        with _as_engine_error():
+            return self.service.stats()
 
     def close(self) -> None:
         """Shut the service down and end what still waits. Idempotent."""
@@ -88,3 +125,12 @@ class Client:
             waiting = self._waiting.pop(update.request_id, None) if update.finished else self._waiting.get(update.request_id)
         if waiting is not None:
             waiting.put(update)
+
+
+@contextlib.contextmanager
+def _as_engine_error() -> Iterator[None]:
+    """What a service raises when it has gone (`ShardFailure`, or a RuntimeError after its end), as the public error."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EngineError(str(error)) from error

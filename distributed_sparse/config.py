@@ -38,7 +38,7 @@ class EngineConfig:
         enforce_eager: no CUDA graphs.
         page_size: tokens per KV page: 16, 32 or 64.
         distributed_executor_backend: "auto", "ray" or "uni" (one rank in this process).
-        sparse: the selection method and its keys, told apart by `method`; None is the default method.
+        sparse: the selection method and its keys, told apart by `method`; None is dense.
         startup_timeout_s: seconds until every rank must be ready.
         step_timeout_s: seconds until a step must be answered; None: max(5 s, 20 x the p99 of steps of that kind).
 

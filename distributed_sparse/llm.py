@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from distributed_sparse.client import Client, Service
+from distributed_sparse.client import Client, EngineError, Service
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.detokenizer import Detokenizer
@@ -34,10 +34,6 @@ from distributed_sparse.validation import shown
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
-
-
-class EngineError(RuntimeError):
-    """The engine has stopped, and with it every request."""
 
 
 class LLM:
@@ -111,9 +107,7 @@ class LLM:
                 prompts.
             EngineError: the engine failed on a single prompt.
         """
-        if not isinstance(prompts, Sequence):
-            raise ValueError(f"prompts={shown(prompts)} must be a str, a list of token ids, or a list of those")
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
+        single = _is_single(prompts)
         given: list[Any] = [prompts] if single else list(prompts)
         if sampling_params is None:
             sampling_params = SamplingParams()
@@ -183,7 +177,10 @@ class LLM:
             ValueError: a sequence is refused.
             EngineError: the engine failed.
         """
-        sequences: list[Any] = [token_ids] if token_ids and isinstance(token_ids[0], int) else list(token_ids)
+        sequences: list[Any] = [token_ids] if _is_single(token_ids) else list(token_ids)
+        for sequence in sequences:
+            if not isinstance(sequence, Sequence) or isinstance(sequence, str | bytes | bytearray):
+                raise ValueError(f"token_ids={shown(sequence)} must be a list of token ids, or a list of such lists")
         params = SamplingParams(
             max_tokens=1,
             prompt_logprobs=-1 if whole_vocabulary else 0,
@@ -212,7 +209,7 @@ class LLM:
 
     def stats(self) -> dict[str, Any]:
         """The engine's counters: steps, requests, pages, ranks, attention (density, bytes read), all-reduce, times."""
-        return self._client.service.stats()
+        return self._client.stats()
 
     def health(self) -> bool:
         """True only if a step went through every rank lately."""
@@ -292,7 +289,7 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         if text is not None:
             token_ids = encode_prompt(self._need_tokenizer("a text prompt"), text)
-        elif isinstance(prompt, Sequence):
+        elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
             token_ids = list(prompt)
         else:
             raise ValueError(f"prompt={shown(prompt)} must be a str or a list of token ids")
@@ -335,12 +332,15 @@ class Stream:
             self.close()
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        self._updates.on_put = lambda: loop.call_soon_threadsafe(ready.set)
         try:
             while not self._builder.output.finished:
-                # In short waits, so that a cancelled task never leaves a thread behind.
                 try:
-                    update = await asyncio.to_thread(self._updates.get, True, 0.1)
+                    update = self._updates.get(block=False)
                 except queue.Empty:
+                    await ready.wait()
+                    ready.clear()
                     continue
                 yield self._take(update)
         finally:
@@ -356,6 +356,19 @@ class Stream:
         if update.finished:
             _raise_error(self._builder)
         return self._builder.snapshot()
+
+
+def _is_single(prompts: Any) -> bool:
+    """Whether that is one prompt, and not a list of prompts.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
+        raise ValueError(
+            f"prompts={shown(prompts)} must be a str, a list of token ids, or a list of those (an array's .tolist())"
+        )
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
 
 
 def _raise_error(builder: OutputBuilder) -> None:

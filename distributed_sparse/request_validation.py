@@ -62,6 +62,8 @@ def _check_prompt(prompt_token_ids: Any, vocab_size: int) -> None:
         raise ValueError(f"prompt_token_ids={shown(prompt_token_ids)} must be a list of token ids; use .tolist() on an array")
     if not prompt_token_ids:
         raise ValueError("prompt_token_ids=[]: the prompt is empty; give at least one token")
+    if set(map(type, prompt_token_ids)) == {int} and min(prompt_token_ids) >= 0 and max(prompt_token_ids) < vocab_size:
+        return
     for position, token in enumerate(prompt_token_ids):
         if type(token) is not int:  # the exact type: bools are none, and numpy's ints do not cross to a shard
             raise ValueError(

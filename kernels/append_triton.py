@@ -9,7 +9,8 @@ from torch import Tensor
 _BLOCK_TOKENS = 16
 
 
-@triton.jit
+# The runs are rows of one transferred table: where they start changes with the batch, and must not compile anew.
+@triton.jit(do_not_specialize_on_alignment=["p_pages", "p_starts", "p_offsets", "p_counts"])
 def _append_kernel(
     p_k,
     p_v,

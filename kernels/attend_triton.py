@@ -39,6 +39,7 @@ def attend_triton(
     _, num_kv_heads, page_size, _ = k_pages.shape
     num_rows, group = batch * num_kv_heads, num_q_heads // num_kv_heads
     assert k_pages.is_contiguous() and v_pages.is_contiguous(), "a cache is never copied"
+    assert group <= GROUP_PADDED.value
     assert pages.stride(2) == 1 and (tokens is None or tokens.stride(2) == 1), "lists are read as runs"
 
     capacity = triton.cdiv(pages.shape[2] * page_size, CHUNK_TOKENS)
@@ -131,11 +132,13 @@ def _combine(
     return out, lse
 
 
+# What changes with batch and context must not compile anew: widths, and where an index table starts.
 @triton.jit(
     do_not_specialize=[
         "stride_pages_b", "stride_pages_h", "stride_num_pages_b", "stride_num_pages_h",
         "stride_tokens_b", "stride_tokens_h", "stride_num_tokens_b", "stride_num_tokens_h", "num_kv_heads", "capacity",
-    ]
+    ],
+    do_not_specialize_on_alignment=["pages", "num_pages", "last_page_len", "tokens", "num_tokens", "log_weight"],
 )  # fmt: skip
 def _attend_kernel(
     q,  # [R, GROUP, d]
@@ -268,7 +271,7 @@ def _attend_chunk(
     tl.store(p_lse + o_g, (b_max + tl.log2(b_sum)) * LN_2 + log_weight, mask=m_g)
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["num_partials", "partial_lse"])
 def _combine_kernel(
     outs,  # [R, capacity, GROUP, d]
     lses,  # [R, capacity, GROUP]

@@ -15,7 +15,11 @@ _BLOCK_CHANNELS = 32
 """Channels per step: divides every head_dim, and keeps the operands of float32 products in registers without spilling."""
 
 
-@triton.jit
+# What changes with batch and context must not compile anew; strides of q and the metadata are an engine's own, and stay.
+@triton.jit(
+    do_not_specialize=["width", "stride_table_b"],
+    do_not_specialize_on_alignment=["p_table", "p_num_pages"],
+)
 def _page_scores_kernel(
     p_q,
     p_min_max,
@@ -73,11 +77,13 @@ def page_scores_triton(
     assert page_min_max.stride(-1) == 1
     batch, num_q_heads, dim = q.shape
     heads = page_min_max.shape[1]
+    group = num_q_heads // heads
     width = page_table.shape[1]
     scores = torch.empty(batch, heads, width, dtype=torch.float32, device=q.device)
     if scores.numel() == 0:
         return scores
     assert dim % _BLOCK_CHANNELS == 0
+    assert group <= _GROUP_ROWS
     _page_scores_kernel[(triton.cdiv(width, _BLOCK_PAGES), heads, batch)](
         q,
         page_min_max,
@@ -89,7 +95,7 @@ def page_scores_triton(
         q.stride(1),
         *page_min_max.stride()[:3],
         page_table.stride(0),
-        G=num_q_heads // heads,
+        G=group,
         D=dim,
         BLOCK_G=_GROUP_ROWS,
         BLOCK_P=_BLOCK_PAGES,

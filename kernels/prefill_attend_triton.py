@@ -63,7 +63,11 @@ def launch_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]
     return (16, 16, 4, 2) if dtype == torch.float32 else (64, 32, 8, 2)
 
 
-@triton.jit(do_not_specialize=["stride_table", "num_kv_heads"])
+# What changes with chunks and context must not compile anew.
+@triton.jit(
+    do_not_specialize=["stride_table", "num_kv_heads"],
+    do_not_specialize_on_alignment=["page_table", "query_start", "context_lens"],
+)
 def _prefill_attend_kernel(
     q,  # [N, H_q, d]
     k,  # [num_pages, H_kv, S, d]

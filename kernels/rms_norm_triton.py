@@ -11,7 +11,7 @@ _TILE_ELEMENTS = 1024
 """Elements of one tile where rows are short (q/k norms); the tile's shape depends on D alone, so a row's bits do too."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # the batch must not compile anew
 def _rms_norm_kernel(
     p_x,
     p_residual,

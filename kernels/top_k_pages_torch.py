@@ -35,6 +35,7 @@ def top_k_pages_torch(
 
 def _best(scores: Tensor, k: int) -> Tensor:
     """Ascending indices int64 [H_kv, k] of the k largest of every row [H_kv, P]; ties: the lower index first."""
+    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # a NaN harms its own row alone
     threshold = scores.topk(k, dim=-1).values[:, -1:]
     chosen = scores >= threshold
     if int(chosen.count_nonzero()) > chosen.shape[0] * k:  # more ties with the last score than there is room for

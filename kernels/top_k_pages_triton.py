@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK_PAGES = 1024
+"""Pages per step: one number for every context length, since each would be compiled apart."""
 
 
 @triton.jit
@@ -18,7 +19,11 @@ def _ordered(b_score):
     return (b_bits ^ ((b_bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
 
-@triton.jit
+# What changes with batch and context must not compile anew.
+@triton.jit(
+    do_not_specialize=["stride_scores_b", "stride_scores_h", "stride_table_b", "capacity", "sink_pages", "recent_pages"],
+    do_not_specialize_on_alignment=["p_table", "p_num_pages", "p_k"],
+)
 def _top_k_pages_kernel(
     p_scores,
     p_table,
@@ -105,7 +110,7 @@ def top_k_pages_triton(
 ) -> tuple[Tensor, Tensor]:
     """See `distributed_sparse.kernels.top_k_pages.top_k_pages`."""
     scores, page_table = (x if x.stride(-1) == 1 else x.contiguous() for x in (scores, page_table))
-    batch, heads, width = scores.shape
+    batch, heads, _ = scores.shape
     pages = torch.empty(batch, heads, capacity, dtype=torch.int32, device=scores.device)
     counts = torch.empty(batch, heads, dtype=torch.int32, device=scores.device)
     if counts.numel() == 0:
@@ -124,7 +129,7 @@ def top_k_pages_triton(
         capacity,
         sink_pages,
         recent_pages,
-        BLOCK=min(_BLOCK_PAGES, triton.next_power_of_2(max(width, 128))),
+        BLOCK=_BLOCK_PAGES,
         num_warps=4,
         enable_fp_fusion=False,
     )

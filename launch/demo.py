@@ -109,7 +109,7 @@ def _compare(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> li
     print(f"{len(prompt.token_ids)} tokens of text, decoded by {config.tensor_parallel_size} Ray actors on {config.device}.\n")
     print(f"The text ends: ...{detokenize(prompt.token_ids[-72:])}")
     print(f"Expected: {detokenize(prompt.answer_ids)}  (each symbol is looked up from the one before it)", flush=True)
-    session = ensure_ray(config.tensor_parallel_size)
+    session = ensure_ray(config.tensor_parallel_size)  # one Ray for all three engines
     results: list[Result] = []
     try:
         for sparse in methods:

@@ -553,3 +553,40 @@ def test_one_rank_runs_where_ray_cannot_be_imported(path: Path, alone: list[list
         str(path),
     )
     assert (done.returncode, done.stdout) == (0, f"{alone[0]}\n"), done.stderr
+
+
+def test_bytes_are_no_prompt_and_arrays_are_told_the_remedy(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="must be a str, a list of token ids"):
+        llm.generate(b"Hello", use_tqdm=False)
+    assert "must be a str or a list of token ids" in str(llm.generate([b"Hello"], use_tqdm=False)[0].error)
+    with pytest.raises(ValueError, match=r"tolist"):
+        llm.score(np.array([1, 2, 3]))
+    with pytest.raises(ValueError, match="Python ints"):
+        llm.score([np.int64(1), np.int64(2)])
+
+
+def test_after_shutdown_every_call_raises_engine_error(path: Path) -> None:
+    llm = make_llm(path, max_model_len=64)
+    llm.shutdown()
+    for call in (lambda: llm.generate([[1, 2]], use_tqdm=False), lambda: llm.score([1, 2]), llm.stats):
+        with pytest.raises(EngineError):
+            call()
+
+
+def test_many_asynchronous_streams_at_once_take_no_thread_each(llm: LLM) -> None:
+    async def read(first: int) -> int:
+        count = 0
+        params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+        async for output in llm.stream([first, 2], params):
+            count = len(output.outputs[0].token_ids)
+        return count
+
+    async def read_all() -> list[int]:
+        threads = threading.active_count()
+        tasks = [asyncio.create_task(read(first)) for first in range(1, 41)]
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0.01)
+            assert threading.active_count() <= threads
+        return [task.result() for task in tasks]
+
+    assert asyncio.run(read_all()) == [20] * 40

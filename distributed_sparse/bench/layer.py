@@ -12,9 +12,10 @@ from torch import Tensor
 from distributed_sparse.bench.measure import read_bandwidth, time_in_turn
 from distributed_sparse.kernels.append import append
 from distributed_sparse.kernels.attend import attend
-from distributed_sparse.kernels.reference import attend_reference
+from distributed_sparse.kernels.reference import attend_reference, page_scores_reference
 from distributed_sparse.selection import policy_class, resolve_sparse_config
 from distributed_sparse.selection.base import DecodeBatch, Geometry, LayerCache, PageMinMax, Policy, Selection
+from distributed_sparse.selection.quest import QuestPolicy
 
 MAX_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """RMS error over RMS of the float64 result, above which no speed is printed."""
@@ -107,9 +108,8 @@ def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
 
 def layer_bytes(settings: LayerSettings, geometry: Geometry, policy: Policy | None) -> int:
     """Bytes that a step must read by the method's formula: K and V of what it attends, and the metadata that it scores."""
-    attended = (
-        min(settings.token_budget, settings.context) if hasattr(policy and policy.config, "token_budget") else settings.context
-    )
+    budget = getattr(policy.config, "token_budget", settings.context) if policy is not None else settings.context
+    attended = min(budget, settings.context)
     pages = -(-settings.context // settings.page_size)
     token_bytes = 2 * geometry.head_dim * geometry.dtype.itemsize * geometry.num_kv_heads
     return settings.batch * (attended * token_bytes + (policy.bytes_scored(pages) if policy else 0))
@@ -151,8 +151,10 @@ def make_inputs(settings: LayerSettings, geometry: Geometry, seed: int) -> Input
 
 
 def check(one: Inputs, policy: Policy, geometry: Geometry) -> None:
-    """Compare a method's output with float64 attention over the pages that it chose."""
+    """Compare a method's output with float64 attention over the pages that it chose, and Quest's pages with float64 scores."""
     selection = _select(one, policy)
+    if isinstance(policy, QuestPolicy):
+        check_pages(one, policy, selection)
     out = _attend(one, selection, geometry).cpu()
     expected, _ = attend_reference(
         one.q.cpu(),
@@ -165,6 +167,23 @@ def check(one: Inputs, policy: Policy, geometry: Geometry) -> None:
     )
     error = ((out.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
     assert error <= MAX_ERROR[geometry.dtype], f"{type(policy).__name__}: RMS error {error:.2e} of its own float64 result"
+
+
+def check_pages(one: Inputs, policy: QuestPolicy, selection: Selection) -> None:
+    """Quest's pages against the float64 scores: as good as the best ones, to float32 rounding."""
+    cache, batch = one.cache, one.batch
+    assert cache.page_min_max is not None
+    table, config = batch.page_table.cpu(), policy.config
+    scores = page_scores_reference(one.q.cpu(), cache.page_min_max.cpu(), table, batch.num_pages.cpu(), config.group_reduction)
+    scores[:, :, : config.sink_pages] = scores[:, :, scores.shape[2] - config.recent_pages :] = torch.inf
+    k = -(-config.token_budget // batch.page_size)
+    if k >= scores.shape[2]:
+        return
+    threshold = scores.topk(k, dim=-1).values[..., -1:]
+    pages = selection.pages[..., :k].cpu()
+    chosen = (table[:, None, :, None] == pages[:, :, None, :]).any(-1)
+    worst = scores.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
+    assert (chosen.sum(-1) == k).all() and (worst >= threshold - 1e-4 * threshold.abs()).all(), "Quest chose other pages"
 
 
 def _select(one: Inputs, policy: Policy) -> Selection:

@@ -43,7 +43,7 @@ class RequestUpdate(msgspec.Struct):
     error: str | None = None
     """The request was refused, or ended by a failure of the engine; the tokens so far have been published."""
     error_kind: str | None = None
-    """"invalid" (the request's own fault) or "engine"."""
+    """"invalid" (the request's own fault), "timeout" (its `timeout_s` has passed) or "engine"."""
     metrics: RequestMetrics | None = None
     """With `finished`."""
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate, SampleUpdate
@@ -14,14 +13,10 @@ from distributed_sparse.driver.pages import PageAllocator
 from distributed_sparse.driver.scheduler import Scheduler
 from distributed_sparse.driver.sequence import Request, Sequence
 from distributed_sparse.driver.shard_group import ShardFailure, ShardGroup
+from distributed_sparse.driver.step_times import StepTimes
 from distributed_sparse.metrics import RequestMetrics
 from distributed_sparse.request_validation import validate_request
 
-STEP_TIMEOUT_FLOOR_S = 5.0
-STEP_TIMEOUT_FACTOR = 20.0
-FIRST_STEPS_TIMEOUT_S = 120.0
-"""The deadline while fewer than `FIRST_STEPS` steps of a kind have been seen."""
-FIRST_STEPS = 8
 PROFILE_EVERY = 256
 """One step in so many takes the times of its parts, if it is a decode step."""
 
@@ -47,10 +42,7 @@ class Driver:
         self._steps = 0
         self._generation = 0
         self._reports: list[ShardReport | None] = [None] * config.tensor_parallel_size
-        self._step_s: dict[bool, deque[float]] = {True: deque(maxlen=256), False: deque(maxlen=256)}
-        self._driver_s: deque[float] = deque(maxlen=256)
-        self._shard_s: deque[float] = deque(maxlen=256)
-        self._overhead_s: deque[float] = deque(maxlen=256)
+        self._times = StepTimes(config.step_timeout_s)
         self.failure: str | None = None
 
     def start(self) -> None:
@@ -116,17 +108,21 @@ class Driver:
                 sequence.text = CompletionText(stream, checker)
         return None
 
-    def abort(self, request_ids: list[str]) -> list[RequestUpdate]:
-        """End requests wherever they are; unknown ids are ignored. Their pages are free for the next plan."""
-        return [self._end(self._requests[request_id]) for request_id in request_ids if request_id in self._requests]
+    def abort(self, request_ids: list[str], error: str | None = None) -> list[RequestUpdate]:
+        """End requests wherever they are; unknown ids are ignored. Their pages are free for the next plan.
 
-    def _end(self, request: Request, error: str | None = None) -> RequestUpdate:
+        Args:
+            error: why, where it was not their client that asked for it.
+        """
+        known = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
+        return [self._end(request, error, "engine" if error is not None else None) for request in known]
+
+    def _end(self, request: Request, error: str | None = None, error_kind: str | None = None) -> RequestUpdate:
         for sequence in request.sequences:
             if sequence.finish_reason is None:
                 self.scheduler.finish(sequence, "abort")
         update = self._publish(request, request.sequences, {}, [])
-        if error is not None:
-            update.error, update.error_kind = error, "timeout"
+        update.error, update.error_kind = error, error_kind
         return update
 
     def owned_by(self, client_id: str) -> list[str]:
@@ -145,7 +141,7 @@ class Driver:
         updates: Updates = defaultdict(list)
         for request in [r for r in self._requests.values() if r.deadline is not None and r.deadline < now]:
             error = f"timeout_s={request.params.timeout_s} has passed; raise it, or expect fewer tokens"
-            updates[request.client_id].append(self._end(request, error))
+            updates[request.client_id].append(self._end(request, error, "timeout"))
         return updates
 
     def step(self) -> Updates:
@@ -162,34 +158,17 @@ class Driver:
         results = self._execute(plan)
         received = time.monotonic()
         updates = self._commit(plan, results[0], received)
-        self._measure(plan, results, started, sent, received)
+        self._times.add(plan, results, started, sent, received, time.monotonic())
         return updates
-
-    def _measure(self, plan: StepPlan, results: list[StepResult], started: float, sent: float, received: float) -> None:
-        now = time.monotonic()
-        slowest = max(result.step_ms for result in results) / 1e3
-        self._step_s[bool(plan.prefill)].append(received - sent)
-        self._driver_s.append(sent - started + now - received)
-        self._shard_s.append(slowest)
-        self._overhead_s.append(now - started - slowest)
 
     def _execute(self, plan: StepPlan) -> list[StepResult]:
         self.group.send(plan)
-        results = self.group.collect(self._step_timeout(bool(plan.prefill)))
+        results = self.group.collect(self._times.timeout(plan))
         self._steps += 1
         for result in results:
             if result.report is not None:
                 self._reports[result.rank] = result.report
         return results
-
-    def _step_timeout(self, prefill: bool) -> float:
-        """max(5 s, 20 x p99 of the steps of that kind), once some have been seen."""
-        if self.config.step_timeout_s is not None:
-            return self.config.step_timeout_s
-        seen = sorted(self._step_s[prefill])
-        if len(seen) < FIRST_STEPS:
-            return FIRST_STEPS_TIMEOUT_S
-        return max(STEP_TIMEOUT_FLOOR_S, STEP_TIMEOUT_FACTOR * seen[int(0.99 * (len(seen) - 1))])
 
     def _mark_scheduled(self, plan: StepPlan, now: float) -> None:
         if not plan.setups:
@@ -294,7 +273,7 @@ class Driver:
     # ---- reports
 
     def stats(self) -> dict:
-        """The engine's counters (names in the README). Asks the shards for theirs with an empty step."""
+        """The engine's counters (keys in docs/architecture.md). Asks the shards for theirs with an empty step."""
         if self.failure is None:
             self._execute(StepPlan(step=self._steps, generation=self._generation, report=True))
         reports = [report for report in self._reports if report is not None]
@@ -312,19 +291,8 @@ class Driver:
                 "calls": reports[0].all_reduce_calls if reports else 0,
                 "bytes": reports[0].all_reduce_bytes if reports else 0,
             },
-            "time_ms": self._times(reports),
+            "time_ms": self._times.medians_ms() | (reports[0].time_ms if reports else {}),
         }
-
-    def _times(self, reports: list[ShardReport]) -> dict[str, float]:
-        steps = [*self._step_s[True], *self._step_s[False]]
-        parts = {
-            "step_p50": steps,  # plan sent to last result received
-            "driver_p50": self._driver_s,  # schedule and commit
-            "shard_p50": self._shard_s,  # the slowest shard's own time
-            "overhead_p50": self._overhead_s,  # the whole step less the slowest shard's own time
-        }
-        times = {name: statistics.median(seconds) * 1e3 if seconds else 0.0 for name, seconds in parts.items()}
-        return times | (reports[0].time_ms if reports else {})
 
     def check(self) -> None:
         """One empty step through every rank; raises ShardFailure if one does not answer."""

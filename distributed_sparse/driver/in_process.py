@@ -67,7 +67,7 @@ class InProcessGroup(ShardGroup):
             return [shard.step(plan)]
         except Exception as error:
             self._failure = self._failed(f"failed in step {plan.step}", error)
-            raise self._failure from error
+            raise self._failure from error.with_traceback(None)  # its frames would keep the shard's memory
 
     def check(self) -> None:
         self._running_shard()

@@ -123,7 +123,11 @@ class RemoteShardGroup(ShardGroup):
     def collect(self, timeout: float = math.inf) -> list[StepResult]:
         self._raise_failure()
         step = self._plans.popleft()
-        results = self._gather(StepResult, time.monotonic() + timeout, f"answer step {step} within {timeout:g} s")
+        results = self._gather(
+            StepResult,
+            time.monotonic() + timeout,
+            f"answer step {step} within {timeout:g} s (step_timeout_s sets another deadline)",
+        )
         for rank, result in enumerate(results):
             if (result.step, result.rank) != (step, rank):
                 raise self._fail({rank: f"answered step {result.step} as rank {result.rank} when step {step} was due"})

@@ -180,11 +180,13 @@ class DriverService:
                 logger.warning(
                     "a client has been silent for %g s: its %d requests are aborted", CLIENT_SILENCE_S, len(requests)
                 )
-                self._publish({client_id: self._driver.abort(requests)})
+                reason = f"nobody has fetched this client's outputs for {CLIENT_SILENCE_S:g} s; its requests were aborted"
+                self._publish({client_id: self._driver.abort(requests, reason)})
 
     def _fail(self, failure: ShardFailure) -> None:
         """The shards cannot go on: every request ends with the reason, later ones are refused with it."""
         self._failure = failure
+        logger.error("the engine has stopped: %s", failure)  # with the shard's traceback
         self._publish(self._driver.fail_all(failure))
         self._group.stop()
         while True:  # answer what still comes in

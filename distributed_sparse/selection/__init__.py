@@ -57,7 +57,8 @@ def layer_configs(config: SparseConfig, num_layers: int, page_size: int) -> list
     """Each layer's settings: `config` with the overrides of `layers`; the first `dense_layers` are dense.
 
     Raises:
-        ValueError: an override beyond the last layer, or settings that do not hold at this page size.
+        ValueError: an override goes beyond the last layer, or covers layers alone that are dense anyway; or settings do not
+            hold at this page size.
     """
     configs = [config] * num_layers
     for override in config.layers:
@@ -67,6 +68,12 @@ def layer_configs(config: SparseConfig, num_layers: int, page_size: int) -> list
                 f"sparse.layers range {override['range']!r} goes beyond the model's last layer, {num_layers - 1}; shorten it"
             )
         configs[first : last + 1] = [_override(own, override) for own in configs[first : last + 1]]
+        below = all(layer < configs[layer].dense_layers for layer in range(first, last + 1))
+        if below and "dense_layers" not in override:
+            raise ValueError(
+                f"sparse.layers range {override['range']!r} lies below dense_layers={configs[first].dense_layers}: "
+                "it would change nothing; set dense_layers: 0 beside it, or in it"
+            )
     configs = [DenseConfig() if layer < own.dense_layers else own for layer, own in enumerate(configs)]
     for own in configs:
         own.check(page_size)

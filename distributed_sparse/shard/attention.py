@@ -147,9 +147,6 @@ class Timer:
         yield
         self._seconds[part] += self._now() - started
 
-    def add(self, part: str, seconds: float) -> None:
-        self._seconds[part] += seconds
-
     @property
     def ms_per_step(self) -> dict[str, float]:
         return {part: seconds * 1e3 / max(self.steps, 1) for part, seconds in self._seconds.items()}

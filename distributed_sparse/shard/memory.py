@@ -1,4 +1,4 @@
-"""memory: how many pages fit on this rank."""
+"""memory: what this rank's device can do, and how many pages fit on it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,31 @@ from collections.abc import Callable
 import torch
 
 from distributed_sparse.config import EngineConfig
+from distributed_sparse.selection.base import Geometry
+
+HEAD_DIMS, MAX_GROUP_SIZE = (64, 96, 128, 256), 16
+"""What the Triton kernels are written for."""
 
 DEFAULT_CPU_CACHE_BYTES = 4 << 30
 """What a CPU rank takes at most without `kv_cache_memory_bytes`. Pages are touched only as they are filled."""
+
+
+def check_kernels(geometry: Geometry) -> None:
+    """Refuse a model that the GPU's kernels are not written for.
+
+    Raises:
+        ValueError: its head_dim or its number of query heads per KV head; names what is supported.
+    """
+    if geometry.device.type != "cuda":
+        return
+    if geometry.head_dim not in HEAD_DIMS:
+        raise ValueError(
+            f"head_dim={geometry.head_dim} has no GPU kernel; supported are {', '.join(map(str, HEAD_DIMS))}; use device='cpu'"
+        )
+    if geometry.group_size > MAX_GROUP_SIZE:
+        raise ValueError(
+            f"{geometry.group_size} query heads per KV head have no GPU kernel; at most {MAX_GROUP_SIZE} do; use device='cpu'"
+        )
 
 
 def max_pages(

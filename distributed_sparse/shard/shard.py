@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ from distributed_sparse.shard.attention import SparseAttention
 from distributed_sparse.shard.batch import build_batch
 from distributed_sparse.shard.cache import PagedCache
 from distributed_sparse.shard.collectives import Collectives
-from distributed_sparse.shard.memory import max_pages
+from distributed_sparse.shard.memory import check_kernels, max_pages
 from distributed_sparse.shard.sampler import logprob_block, sample
 from distributed_sparse.shard.slots import SlotTable
 from distributed_sparse.shard.warm_up import warm_up_plan
@@ -70,6 +72,7 @@ class Shard:
             device=self.device,
             first_kv_head=sizes.first_key_value_head,
         )
+        check_kernels(self.geometry)
         sparse = config.resolve_sparse()
         method = config.sparse["method"] if config.sparse else sparse.method
         self.policies = build_policies(method, sparse, model.num_hidden_layers, self.geometry)
@@ -77,20 +80,23 @@ class Shard:
         weights = load_weights(path, model, self.spec, dtype, self.device, config.load_format, progress)
         self.model = Transformer(model, self.spec, weights, self.collectives)
         self.page_bytes = PagedCache.page_bytes(self.geometry, self.policies)
+        with self._on_device():
+            most = max_pages(config, self.device, sum(self.page_bytes), self.max_model_len, self._profile_memory)
         return Loaded(
             rank=self.spec.rank,
             device=str(self.device),
             kv_heads=(sizes.first_key_value_head, sizes.first_key_value_head + sizes.num_key_value_heads),
             weight_bytes=weights.nbytes,
             page_bytes=sum(self.page_bytes),
-            max_pages=max_pages(config, self.device, sum(self.page_bytes), self.max_model_len, self._profile_memory),
+            max_pages=most,
         )
 
     @torch.inference_mode()
     def allocate(self, num_pages: int) -> Ready:
         """Make the cache, and run one step of each kind through it, so that kernels are compiled before READY."""
-        self._make_cache(num_pages)
-        self._warm_up()
+        with self._on_device():
+            self._make_cache(num_pages)
+            self._warm_up()
         return Ready(
             rank=self.spec.rank, cache_bytes=num_pages * self.page_bytes[0], metadata_bytes=num_pages * self.page_bytes[1]
         )
@@ -102,15 +108,19 @@ class Shard:
         self.slots = SlotTable(self.config.max_num_seqs, max_pages, self.device)
 
     def _profile_memory(self) -> None:
-        """The largest step: a full budget of prompt tokens, beside a decode row over the longest context."""
+        """The largest step: all slots decode and sample over the longest context, beside a full budget of prompt tokens."""
         self._make_cache(1)
-        self.run(warm_up_plan(min(self.config.max_num_batched_tokens, self.max_model_len), self.max_model_len))
+        most, each = self.config.max_num_batched_tokens, self.max_model_len
+        chunk_lens = [min(each, most - start) for start in range(0, most, each)]
+        num_targets = min(LOGPROB_ROWS, chunk_lens[0])
+        self.run(warm_up_plan(self.config.max_num_seqs, self.max_model_len, chunk_lens, num_targets))
         del self.cache, self.attention, self.slots
 
     def _warm_up(self) -> None:
         """Run every kernel once, on the null page; on a GPU this compiles them, the sparse path at its full width."""
         context_len = self.max_model_len if self.device.type == "cuda" else min(self.max_model_len, 2)
-        self.run(warm_up_plan(min(self.max_model_len, 32), context_len))
+        for num_decode, chunk_lens in ((1, [min(self.max_model_len, 32)]), (min(2, self.config.max_num_seqs), [])):
+            self.run(warm_up_plan(num_decode, context_len, chunk_lens))
         self.attention = SparseAttention(self.geometry, self.policies, self.cache)  # counts nothing of it
         self.collectives.reset_counts()
 
@@ -122,9 +132,12 @@ class Shard:
             On rank 0 the sampled tokens and log-probabilities, in the plan's order; on the others an acknowledgement.
         """
         started = time.perf_counter()
-        result = self.run(plan)
-        if plan.report:
-            result.report = self._report()
+        with self._on_device():
+            result = self.run(plan)
+            if plan.report:
+                result.report = self._report()
+            if self.device.type == "cuda" and not result.tokens:
+                torch.cuda.synchronize(self.device)  # a step is answered when it has been done, not when it has been queued
         result.step_ms = (time.perf_counter() - started) * 1e3
         return result
 
@@ -204,8 +217,17 @@ class Shard:
         )
 
     def close(self) -> None:
-        """Leave the collective group."""
+        """Leave the collective group and give the memory back. Harmless when called again."""
         self.collectives.close()
+        for name in ("model", "cache", "attention", "slots"):
+            self.__dict__.pop(name, None)
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Kernels are launched on the current device, which each thread has its own of."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
 
 def sampling_rows(plan: StepPlan) -> Iterator[tuple[int, DecodeRow | PrefillChunk]]:

@@ -113,3 +113,14 @@ def test_a_row_selects_the_same_beside_any_other_row(implementation):
     for b in range(3):
         alone, counts = op(*(x[b : b + 1].to(device) for x in (scores, table, n, k)), **forced)
         assert torch.equal(alone[0, :, : counts[0, 0]], together[b, :, : counts[0, 0]])
+
+
+def test_a_nan_score_harms_no_other_row_and_no_count(implementation: Implementation) -> None:
+    scores = torch.arange(24, dtype=torch.float32).view(1, 2, 12).clone()
+    scores[0, 0, 5] = float("nan")
+    table = torch.arange(100, 112, dtype=torch.int32)[None]
+    arguments = [x.to(implementation.device) for x in (scores, table, torch.tensor([12]).int(), torch.tensor([4]).int())]
+    pages, counts = implementation.function("top_k_pages")(*arguments, sink_pages=1, recent_pages=1, capacity=4)
+    assert counts.tolist() == [[4, 4]]
+    assert pages[0, 1].tolist() == [100, 109, 110, 111]
+    assert pages[0, 0].tolist() == [100, 105, 110, 111]

@@ -217,3 +217,13 @@ class NewestPolicy(Policy):
         stats = llm.stats()
     assert stats["attention"]["density"] == [[(9 + 10 + 11) / (73 + 74 + 75)] * 4] * 3
     assert stats["ranks"][0]["metadata_bytes"] > 0
+
+
+def test_an_override_of_layers_that_are_dense_anyway_is_refused_and_not_ignored() -> None:
+    config = resolve_sparse_config({"method": "quest", "layers": [{"range": "0-1", "token_budget": 64}]})
+    with pytest.raises(ValueError, match=r"'0-1' lies below dense_layers=2: it would change nothing; set dense_layers: 0"):
+        layer_configs(config, 4, 16)
+    for layers in ([{"range": "0-1", "token_budget": 64, "dense_layers": 0}], [{"range": "1-2", "token_budget": 64}]):
+        layer_configs(resolve_sparse_config({"method": "quest", "layers": layers}), 4, 16)
+    dense = layer_configs(resolve_sparse_config({"method": "quest", "layers": [{"range": "3", "dense_layers": 9}]}), 4, 16)
+    assert [type(own).__name__ for own in dense] == ["DenseConfig", "DenseConfig", "QuestConfig", "DenseConfig"]

@@ -22,5 +22,6 @@ class ProcessLLM(LLM):
 
 def make_llm(model: Any, tensor_parallel_size: int = 1, **engine_args: Any) -> LLM:
     """The product's LLM in this process for one rank, else a ProcessLLM."""
+    engine_args.setdefault("device", "cpu")  # also where there is a GPU: ranks would share it
     kind = ProcessLLM if tensor_parallel_size > 1 else LLM
     return kind(str(model), tensor_parallel_size=tensor_parallel_size, **engine_args)

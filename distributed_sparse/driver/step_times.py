@@ -1,0 +1,66 @@
+"""StepTimes: how long steps took: what stats show of them, and how long the next one may take."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict, deque
+
+from distributed_sparse.driver.messages import StepPlan, StepResult
+
+TIMEOUT_FLOOR_S = 5.0
+TIMEOUT_FACTOR = 20.0
+FIRST_STEPS_TIMEOUT_S = 120.0
+"""The deadline of a kind of step of which fewer than `FIRST_STEPS` have been seen."""
+FIRST_STEPS = 8
+KEPT = 256
+"""Steps remembered, of each kind and for the medians."""
+
+
+class StepTimes:
+    """Seconds of the last steps. Steps are of one kind if their work is alike, to a factor of two.
+
+    Args:
+        step_timeout_s: the user's deadline for every step; None: max(5 s, 20 x p99 of the steps of that kind).
+    """
+
+    def __init__(self, step_timeout_s: float | None) -> None:
+        self._step_timeout_s = step_timeout_s
+        self._by_kind: dict[tuple[int, ...], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._parts: dict[str, deque[float]] = {
+            "step_p50": deque(maxlen=KEPT),  # plan sent to last result received
+            "driver_p50": deque(maxlen=KEPT),  # schedule and commit
+            "shard_p50": deque(maxlen=KEPT),  # the slowest shard's own time
+            "overhead_p50": deque(maxlen=KEPT),  # the whole step less the slowest shard's own time
+        }
+
+    def timeout(self, plan: StepPlan) -> float:
+        """Seconds that the ranks have for a plan."""
+        if self._step_timeout_s is not None:
+            return self._step_timeout_s
+        seen = sorted(self._by_kind[kind_of(plan)])
+        if len(seen) < FIRST_STEPS:
+            return FIRST_STEPS_TIMEOUT_S
+        return max(TIMEOUT_FLOOR_S, TIMEOUT_FACTOR * seen[int(0.99 * (len(seen) - 1))])
+
+    def add(
+        self, plan: StepPlan, results: list[StepResult], started: float, sent: float, received: float, ended: float
+    ) -> None:
+        """Remember a step; times of one monotonic clock: scheduling began, plan sent, last result received, committed."""
+        slowest = max(result.step_ms for result in results) / 1e3
+        self._by_kind[kind_of(plan)].append(received - sent)
+        self._parts["step_p50"].append(received - sent)
+        self._parts["driver_p50"].append(sent - started + ended - received)
+        self._parts["shard_p50"].append(slowest)
+        self._parts["overhead_p50"].append(ended - started - slowest)
+
+    def medians_ms(self) -> dict[str, float]:
+        """The medians of the last steps, in ms."""
+        return {name: statistics.median(seconds) * 1e3 if seconds else 0.0 for name, seconds in self._parts.items()}
+
+
+def kind_of(plan: StepPlan) -> tuple[int, ...]:
+    """What a step's time depends on, each to a factor of two: prompt tokens, decode rows, longest context, logprob rows."""
+    prompt_tokens = sum(chunk.num_tokens for chunk in plan.prefill)
+    logprob_rows = sum(len(chunk.targets or ()) for chunk in plan.prefill)
+    longest = max((part.end for part in plan.parts), default=0)
+    return tuple(size.bit_length() for size in (prompt_tokens, len(plan.decode), longest, logprob_rows))

@@ -1,0 +1,49 @@
+"""The deadline of a step follows the steps of its own kind, so that a healthy rank is never taken for a hung one."""
+
+from __future__ import annotations
+
+import pytest
+
+from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, StepPlan, StepResult
+from distributed_sparse.driver.step_times import FIRST_STEPS_TIMEOUT_S, TIMEOUT_FLOOR_S, StepTimes
+
+
+def prefill(num_tokens: int) -> StepPlan:
+    return StepPlan(step=0, generation=0, prefill=[PrefillChunk(slot=0, start=0, tokens=[1] * num_tokens, samples=[])])
+
+
+def decode(rows: int) -> StepPlan:
+    return StepPlan(step=0, generation=0, decode=[DecodeRow(slot, 100, None, [slot]) for slot in range(rows)])
+
+
+def after(plan: StepPlan, seconds: float, times: StepTimes, count: int = 20) -> None:
+    for _ in range(count):
+        times.add(plan, [StepResult(step=0, rank=0, step_ms=seconds * 900)], 0.0, 0.001, 0.001 + seconds, 0.002 + seconds)
+
+
+def test_short_prompts_do_not_set_the_deadline_of_long_ones() -> None:
+    times = StepTimes(None)
+    after(prefill(10), 0.3, times)
+    assert times.timeout(prefill(10)) == pytest.approx(6.0)
+    assert times.timeout(prefill(2048)) == FIRST_STEPS_TIMEOUT_S
+
+
+def test_fast_steps_have_the_floor_and_slow_ones_twenty_times_their_p99() -> None:
+    times = StepTimes(None)
+    after(decode(4), 0.001, times)
+    after(decode(64), 1.0, times)
+    assert times.timeout(decode(4)) == TIMEOUT_FLOOR_S
+    assert times.timeout(decode(64)) == pytest.approx(20.0)
+
+
+def test_the_users_deadline_holds_for_every_step() -> None:
+    times = StepTimes(2.5)
+    after(decode(4), 1.0, times)
+    assert times.timeout(decode(4)) == times.timeout(prefill(9)) == 2.5
+
+
+def test_the_medians_tell_the_shards_time_from_what_is_added_to_it() -> None:
+    times = StepTimes(None)
+    after(decode(1), 0.010, times)
+    medians = {name: round(ms, 3) for name, ms in times.medians_ms().items()}
+    assert medians == {"step_p50": 10.0, "driver_p50": 2.0, "shard_p50": 9.0, "overhead_p50": 3.0}

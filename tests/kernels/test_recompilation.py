@@ -1,0 +1,197 @@
+"""A kernel compiled at warm-up is the kernel that serves: no batch size and no context length asks for another one.
+
+Triton compiles once per key: dtypes, constants, and, unless told otherwise, whether an integer is 1 or a multiple of 16 and
+whether a pointer is a multiple of 16 bytes. Batch size and page-table width move all of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from distributed_sparse.kernels.append_triton import append_triton
+from distributed_sparse.kernels.attend_triton import attend_triton, combine_triton
+from distributed_sparse.kernels.page_scores_triton import page_scores_triton
+from distributed_sparse.kernels.prefill_attend_triton import prefill_attend_triton
+from distributed_sparse.kernels.rms_norm_triton import add_rms_norm_triton, rms_norm_triton
+from distributed_sparse.kernels.rotary_triton import rotary_triton
+from distributed_sparse.kernels.top_k_pages_triton import top_k_pages_triton
+
+BATCHES = [1, 2, 3, 4, 8, 16]
+WIDTHS = [1, 7, 16, 33, 100]  # pages of the longest context
+TOKENS = [*BATCHES, 33, 100]  # of a step: its decode rows, or those and a prompt's chunk
+DIM, PAGE_SIZE = 64, 16
+
+on_every_shard = pytest.mark.parametrize(("q_heads", "kv_heads"), [(8, 2), (4, 1), (3, 3)])
+in_every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+
+
+@contextlib.contextmanager
+def recorded_keys() -> Iterator[dict[str, set[str]]]:
+    """Inside, kernels are not launched: the keys by which they would be compiled for sm_90 are noted by kernel name."""
+    keys: dict[str, set[str]] = defaultdict(set)
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+
+    def note_key(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        bind = create_function_from_signature(self.signature, self.params, backend)
+        _, specialization, launch_options = bind(*arguments, **options)
+        keys[self.__name__].add(f"{specialization} {launch_options}")
+
+    run = JITFunction.run
+    JITFunction.run = note_key
+    try:
+        yield keys
+    finally:
+        JITFunction.run = run
+
+
+def assert_one_key_each(keys: dict[str, set[str]], *kernels: str) -> None:
+    assert set(keys) == set(kernels)
+    for kernel, its_keys in keys.items():
+        assert len(its_keys) == 1, f"{kernel} is compiled {len(its_keys)} times:\n" + "\n".join(sorted(its_keys))
+
+
+def index_rows(count: int, length: int) -> tuple[Tensor, ...]:
+    """Rows of one transferred int32 [count, length]: a row starts on 16 bytes only where the length is a multiple of 4."""
+    return torch.ones(count, length, dtype=torch.int32).unbind(0)
+
+
+def projected(tokens: int, q_heads: int, kv_heads: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q, k, v [N, H, d]: strided views of the one projection."""
+    sizes = [q_heads * DIM, kv_heads * DIM, kv_heads * DIM]
+    parts = torch.zeros(tokens, sum(sizes), dtype=dtype).split(sizes, dim=-1)
+    return tuple(part.unflatten(-1, (-1, DIM)) for part in parts)
+
+
+def cache(kv_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """k_pages, v_pages, page_min_max of a cache of three pages."""
+    pages = torch.zeros(3, kv_heads, PAGE_SIZE, DIM, dtype=dtype)
+    return pages, pages.clone(), torch.zeros(3, kv_heads, 2, DIM, dtype=dtype)
+
+
+@on_every_shard
+@in_every_dtype
+def test_append_is_compiled_once(q_heads, kv_heads, dtype):
+    k_pages, v_pages, page_min_max = cache(kv_heads, dtype)
+    with recorded_keys() as keys:
+        for tokens in TOKENS:
+            _, k, v = projected(tokens, q_heads, kv_heads, dtype)
+            pages, starts, offsets, counts = index_rows(4, tokens)
+            append_triton(k.contiguous(), v, pages, starts, offsets, counts, k_pages, v_pages, page_min_max)
+    assert_one_key_each(keys, "_append_kernel")
+
+
+@on_every_shard
+@in_every_dtype
+def test_page_scores_and_top_k_pages_are_compiled_once(q_heads, kv_heads, dtype):
+    _, _, page_min_max = cache(kv_heads, dtype)
+    with recorded_keys() as keys:
+        for batch, width in product(BATCHES, WIDTHS):
+            _, num_pages, k = index_rows(3, batch)
+            table = torch.ones(batch, width, dtype=torch.int32)
+            scores = page_scores_triton(torch.zeros(batch, q_heads, DIM, dtype=dtype), page_min_max, table, num_pages)
+            forced = {"sink_pages": min(width, 2), "recent_pages": 1}
+            top_k_pages_triton(scores, table, num_pages, k, **forced, capacity=min(width, 32))
+    assert_one_key_each(keys, "_page_scores_kernel", "_top_k_pages_kernel")
+
+
+@on_every_shard
+@in_every_dtype
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_attend_is_compiled_once_for_the_whole_context_and_for_lists_of_any_width(q_heads, kv_heads, dtype, with_tokens):
+    k_pages, v_pages, _ = cache(kv_heads, dtype)
+    with recorded_keys() as keys:
+        for batch, width in product(BATCHES, WIDTHS):
+            _, num_pages, last_page_len = index_rows(3, batch)
+            q = torch.zeros(batch, q_heads, DIM, dtype=dtype)
+            sampled: dict[str, Any] = {}
+            if with_tokens:
+                lists = torch.ones(batch, kv_heads, width, dtype=torch.int32)
+                partial = torch.zeros(batch, q_heads, DIM), torch.zeros(batch, q_heads)
+                sampled = {
+                    "tokens": lists,
+                    "num_tokens": lists[..., 0],
+                    "log_weight": lists[..., 0].float(),
+                    "partial": partial,
+                }
+            table = torch.ones(batch, width, dtype=torch.int32)[:, None, :].expand(-1, kv_heads, -1)
+            selected = torch.ones(batch, kv_heads, min(width, 32), dtype=torch.int32)
+            attend_triton(q, k_pages, v_pages, table, num_pages[:, None].expand(-1, kv_heads), last_page_len, 0.125, **sampled)
+            attend_triton(q, k_pages, v_pages, selected, selected[..., 0].contiguous(), last_page_len, 0.125, **sampled)
+    assert_one_key_each(keys, "_attend_kernel", "_combine_kernel")
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_combine_is_compiled_once(group):
+    with recorded_keys() as keys:
+        for rows, capacity in product(BATCHES, WIDTHS):
+            (_, num_partials) = index_rows(2, rows)
+            combine_triton(torch.zeros(rows, capacity, group, DIM), torch.zeros(rows, capacity, group), num_partials)
+    assert_one_key_each(keys, "_combine_kernel")
+
+
+@on_every_shard
+@in_every_dtype
+def test_prefill_attend_is_compiled_once(q_heads, kv_heads, dtype):
+    k_pages, v_pages, _ = cache(kv_heads, dtype)
+    with recorded_keys() as keys:
+        for chunks, width, decode_rows in product([1, 2, 3, 4], WIDTHS, [0, 1, 3]):
+            q = torch.zeros(decode_rows + 5 * chunks, q_heads, DIM, dtype=dtype)[decode_rows:]
+            query_start = torch.arange(0, 5 * chunks + 1, 5, dtype=torch.int32)
+            _, context_lens = index_rows(2, chunks)
+            table = torch.ones(chunks, width, dtype=torch.int32)
+            prefill_attend_triton(q, k_pages, v_pages, table, query_start, context_lens, 0.125, 5)
+    assert_one_key_each(keys, "_prefill_attend_kernel")
+
+
+@in_every_dtype
+def test_rms_norm_is_compiled_once_for_the_residual_stream(dtype):
+    weight = torch.ones(256, dtype=dtype)
+    with recorded_keys() as keys:
+        for tokens in TOKENS:
+            x = torch.zeros(tokens, 256, dtype=dtype)
+            add_rms_norm_triton(x, x.clone(), weight, 1e-6)
+    assert_one_key_each(keys, "_rms_norm_kernel")
+
+
+@on_every_shard
+@in_every_dtype
+@pytest.mark.parametrize("part", [0, 1])
+def test_rms_norm_is_compiled_once_for_queries_and_once_for_keys(q_heads, kv_heads, dtype, part):
+    weight = torch.ones(DIM, dtype=dtype)
+    with recorded_keys() as keys:
+        for tokens in TOKENS:
+            rms_norm_triton(projected(tokens, q_heads, kv_heads, dtype)[part], weight, 1e-6)
+    assert_one_key_each(keys, "_rms_norm_kernel")
+
+
+@on_every_shard
+@in_every_dtype
+def test_rotary_is_compiled_once(q_heads, kv_heads, dtype):
+    with recorded_keys() as keys:
+        for tokens in TOKENS:
+            q, k, _ = projected(tokens, q_heads, kv_heads, dtype)
+            angles = torch.arange(tokens).float()[:, None] * torch.ones(DIM // 2)
+            rotary_triton(q, k, angles.cos(), angles.sin())
+    assert_one_key_each(keys, "_rotary_kernel")
+
+
+def test_the_record_tells_apart_what_is_compiled_apart():
+    """An integer that turns 1, a pointer off its 16 bytes, another dtype: each costs a key where it is specialised on."""
+    weight = torch.ones(DIM)
+    with recorded_keys() as keys:
+        rms_norm_triton(torch.zeros(2, 16, DIM), weight, 1e-6)
+        rms_norm_triton(torch.zeros(2, 1, DIM), weight, 1e-6)
+        rms_norm_triton(torch.zeros(2 * 16 * DIM + 1)[1:].view(2, 16, DIM), weight, 1e-6)
+        rms_norm_triton(torch.zeros(2, 16, DIM, dtype=torch.float16), weight, 1e-6)
+    assert len(keys["_rms_norm_kernel"]) == 4
