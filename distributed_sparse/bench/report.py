@@ -45,14 +45,16 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree, "+" behind it if files differ from it; None outside a checkout."""
+    """The commit of the source tree, "+" behind it if code differs from it; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no", "--", ":!results", ":!docs") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 
