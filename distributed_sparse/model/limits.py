@@ -52,6 +52,6 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def resolve_dtype(dtype: str, checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str, checkpoint: torch.dtype) -> torch.dtype:
     """ "auto" is the checkpoint's dtype."""
     return checkpoint if dtype == "auto" else getattr(torch, dtype)

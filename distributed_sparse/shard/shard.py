@@ -62,7 +62,7 @@ class Shard:
         model = ModelConfig.from_pretrained(path)
         self.max_model_len = resolve_max_model_len(config.max_model_len, model)
         sizes = LocalSizes(model, self.spec)
-        dtype = resolve_dtype(config.dtype, model.dtype, self.device)
+        dtype = resolve_dtype(config.dtype, model.dtype)
         self.geometry = Geometry(
             num_kv_heads=sizes.num_key_value_heads,
             group_size=model.num_attention_heads // model.num_key_value_heads,

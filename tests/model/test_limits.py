@@ -96,8 +96,8 @@ def test_a_sliding_window_counts_against_the_length_that_is_used(tmp_path: Path)
 def test_auto_takes_the_device_there_is_and_the_dtype_of_the_checkpoint() -> None:
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_dtype("auto", torch.bfloat16, torch.device("cpu")) == torch.bfloat16
-    assert resolve_dtype("float32", torch.bfloat16, torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.bfloat16) == torch.bfloat16
+    assert resolve_dtype("float32", torch.bfloat16) == torch.float32
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
