@@ -1,4 +1,4 @@
-"""append: write new keys and values into their pages and keep the pages' channel-wise min and max exact."""
+"""append: write new keys and values into their pages, keep the pages' min and max exact, and write the low-bit copy."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ def append(
     k_pages: Tensor,
     v_pages: Tensor,
     page_min_max: Tensor | None = None,
+    key_codes: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    key_offset: Tensor | None = None,
 ) -> None:
     """Write K and V of a flattened batch of N tokens into T pages, in place.
 
@@ -32,9 +35,17 @@ def append(
         k_pages, v_pages: [num_pages, H_kv, page_size, d] written in place. Offsets are 64-bit.
         page_min_max: [num_pages, H_kv, 2, d] channel-wise min (0) and max (1) of the keys that each page holds, dtype of
             the cache, so exact; None where no method asks for it (Quest, arXiv 2406.10774, section 3.2).
+        key_codes: uint8 [num_pages, H_kv, page_size, d * bits / 8], bits 2, 4 or 8: a low-bit copy of the keys, asymmetric per
+            (token, KV head) (Twilight, arXiv 2502.02770, section 4.2). With x = k + 0.0 (- key_offset) in float32,
+            levels = 2^bits - 1: minimum = fp16(min x), scale = fp16((max x - min x) / levels), rounded to fp16 *first*, then
+            code = clamp(floor((x - minimum) / scale + 0.5), 0, levels), all in IEEE float32; scale 0 gives code 0. Byte i holds
+            the channels i, i + d/n, i + 2 d/n, ... (n = 8 / bits codes to a byte), the first in the lowest bits. None where
+            no method asks for it.
+        key_scales: float16 [num_pages, H_kv, page_size, 2]: scale (0) and minimum (1); with key_codes.
+        key_offset: float32 [H_kv, d] subtracted from the keys before they are quantised (not from K); None: nothing.
     """
     if k.is_cuda:
         from distributed_sparse.kernels.append_triton import append_triton as impl
     else:
         from distributed_sparse.kernels.append_torch import append_torch as impl
-    impl(k, v, pages, starts, offsets, counts, k_pages, v_pages, page_min_max)
+    impl(k, v, pages, starts, offsets, counts, k_pages, v_pages, page_min_max, key_codes, key_scales, key_offset)

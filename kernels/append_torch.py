@@ -1,4 +1,4 @@
-"""append on torch: one scatter for all tokens, one reduction per page."""
+"""append on torch: one scatter for all tokens, one reduction per page, and every key quantised at once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ def append_torch(
     k_pages: Tensor,
     v_pages: Tensor,
     page_min_max: Tensor | None = None,
+    key_codes: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    key_offset: Tensor | None = None,
 ) -> None:
     """See `distributed_sparse.kernels.append.append`."""
     live = counts.nonzero()[:, 0]
@@ -29,8 +32,13 @@ def append_torch(
     step = torch.arange(int(counts.max()), device=k.device)
     run, i = (step < counts[:, None]).nonzero(as_tuple=True)  # of each token, run after run
     page, slot, token = pages[run], offsets[run] + i, starts[run] + i
-    k_pages[page, :, slot] = k.index_select(0, token)
+    new_keys = k.index_select(0, token)
+    k_pages[page, :, slot] = new_keys
     v_pages[page, :, slot] = v.index_select(0, token)
+    if key_codes is not None:
+        assert key_scales is not None
+        bits = 8 * key_codes.shape[-1] // k.shape[-1]
+        key_codes[page, :, slot], key_scales[page, :, slot] = _quantise(new_keys, key_offset, bits)
     if page_min_max is None:
         return
 
@@ -43,3 +51,18 @@ def append_torch(
     low = torch.where(anew, low, torch.minimum(old_low, low))
     high = torch.where(anew, high, torch.maximum(old_high, high))
     page_min_max[pages] = torch.stack([low, high], dim=2)
+
+
+def _quantise(keys: Tensor, offset: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [N, H_kv, d * bits / 8] and scales float16 [N, H_kv, 2] of keys [N, H_kv, d]."""
+    x = keys.float() if offset is None else keys.float() - offset
+    levels = 2**bits - 1
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    scales = torch.cat([(high - low) / levels, low], dim=-1).half()
+    scale, minimum = scales.float().split(1, dim=-1)  # what a reader will decode with
+    codes = (x - minimum).div_(scale).add_(0.5).floor_().clamp_(0, levels).masked_fill_(scale == 0, 0)
+    parts = codes.to(torch.uint8).chunk(8 // bits, dim=-1)
+    packed = parts[0].clone()
+    for i, part in enumerate(parts[1:], start=1):
+        packed |= part << (i * bits)
+    return packed, scales

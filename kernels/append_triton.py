@@ -1,4 +1,4 @@
-"""append in Triton: one program per (run, KV head) writes the run's tokens and folds them into its page's min and max."""
+"""append in Triton: one program per (run, KV head) writes the run's tokens, their low-bit copy, and its page's min and max."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def _append_kernel(
     p_k_pages,
     p_v_pages,
     p_min_max,
+    p_codes,
+    p_scales,
+    p_offset,
     stride_k_n,
     stride_k_h,
     stride_v_n,
@@ -34,10 +37,20 @@ def _append_kernel(
     stride_mm_page,
     stride_mm_h,
     stride_mm_m,
+    stride_c_page,
+    stride_c_h,
+    stride_c_s,
+    stride_sc_page,
+    stride_sc_h,
+    stride_sc_s,
+    stride_o_h,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_MIN_MAX: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
 ):
     i_run = tl.program_id(0)
     i_h = tl.program_id(1).to(tl.int64)
@@ -54,6 +67,12 @@ def _append_kernel(
     p_k_pages += page * stride_kp_page + i_h * stride_kp_h + offset * stride_kp_s
     p_v_pages += page * stride_vp_page + i_h * stride_vp_h + offset * stride_vp_s
 
+    if BITS > 0:
+        p_codes += page * stride_c_page + i_h * stride_c_h + offset * stride_c_s
+        p_scales += page * stride_sc_page + i_h * stride_sc_h + offset * stride_sc_s
+    if HAS_OFFSET:
+        p_offset += i_h * stride_o_h
+
     dtype: tl.constexpr = p_k_pages.dtype.element_ty
     b_low = tl.full([BLOCK_D], float("inf"), tl.float32)
     b_high = tl.full([BLOCK_D], float("-inf"), tl.float32)
@@ -68,6 +87,34 @@ def _append_kernel(
         if HAS_MIN_MAX:
             b_low = tl.minimum(b_low, tl.min(tl.where(mask, b_k, float("inf")), axis=0))
             b_high = tl.maximum(b_high, tl.max(tl.where(mask, b_k, float("-inf")), axis=0))
+        if BITS > 0:
+            levels: tl.constexpr = (1 << BITS) - 1
+            width: tl.constexpr = D * BITS // 8
+            if HAS_OFFSET:
+                b_k -= tl.load(p_offset + o_d, mask=m_d, other=0.0)[None, :]
+            b_least = tl.min(tl.where(m_d[None, :], b_k, float("inf")), axis=1)  # [BLOCK_T]
+            b_most = tl.max(tl.where(m_d[None, :], b_k, float("-inf")), axis=1)
+            b_scale = tl.div_rn(b_most - b_least, tl.full([BLOCK_T], levels, tl.float32)).to(tl.float16)
+            b_minimum = b_least.to(tl.float16)
+            m_t = i_t < count
+            tl.store(p_scales + i_t * stride_sc_s, b_scale, mask=m_t)
+            tl.store(p_scales + i_t * stride_sc_s + 1, b_minimum, mask=m_t)
+            # A reader decodes with the rounded values, so these quantise.
+            b_scale = b_scale.to(tl.float32)[:, None]
+            b_minimum = b_minimum.to(tl.float32)[:, None]
+            o_w = tl.arange(0, BLOCK_W)
+            m_w = m_t[:, None] & (o_w < width)[None, :]
+            b_packed = tl.zeros([BLOCK_T, BLOCK_W], tl.int32)
+            for i_part in tl.static_range(8 // BITS):
+                o_c = i_part * width + o_w  # the keys once more, from the cache: the codes of one byte lie d / n channels apart
+                b_x = tl.load(p_k + i_t[:, None] * stride_k_n + o_c[None, :], mask=m_w, other=0.0).to(tl.float32) + 0.0
+                if HAS_OFFSET:
+                    b_x -= tl.load(p_offset + o_c, mask=o_w < width, other=0.0)[None, :]
+                b_divisor = tl.broadcast_to(tl.where(b_scale == 0.0, 1.0, b_scale), [BLOCK_T, BLOCK_W])
+                b_code = tl.floor(tl.div_rn(b_x - b_minimum, b_divisor) + 0.5)
+                b_code = tl.minimum(tl.maximum(tl.where(b_scale == 0.0, 0.0, b_code), 0.0), levels)
+                b_packed |= b_code.to(tl.int32) << (i_part * BITS)
+            tl.store(p_codes + i_t[:, None] * stride_c_s + o_w[None, :], b_packed.to(tl.uint8), mask=m_w)
 
     if HAS_MIN_MAX:
         p_low = p_min_max + page * stride_mm_page + i_h * stride_mm_h + o_d
@@ -89,6 +136,9 @@ def append_triton(
     k_pages: Tensor,
     v_pages: Tensor,
     page_min_max: Tensor | None = None,
+    key_codes: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    key_offset: Tensor | None = None,
 ) -> None:
     """See `distributed_sparse.kernels.append.append`."""
     if pages.numel() == 0:
@@ -96,7 +146,10 @@ def append_triton(
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     assert k_pages.stride(-1) == v_pages.stride(-1) == 1
     assert page_min_max is None or page_min_max.stride(-1) == 1
+    assert key_codes is None or (key_scales is not None and key_codes.stride(-1) == key_scales.stride(-1) == 1)
+    assert key_offset is None or key_offset.stride(-1) == 1
     dim = k.shape[-1]
+    width = 0 if key_codes is None else key_codes.shape[-1]
     _append_kernel[(pages.numel(), k.shape[1])](
         k,
         v,
@@ -107,15 +160,24 @@ def append_triton(
         k_pages,
         v_pages,
         page_min_max,
+        key_codes,
+        key_scales,
+        key_offset,
         *k.stride()[:2],
         *v.stride()[:2],
         *k_pages.stride()[:3],
         *v_pages.stride()[:3],
         *((0, 0, 0) if page_min_max is None else page_min_max.stride()[:3]),
+        *((0, 0, 0) if key_codes is None else key_codes.stride()[:3]),
+        *((0, 0, 0) if key_scales is None else key_scales.stride()[:3]),
+        0 if key_offset is None else key_offset.stride(0),
         D=dim,
         BLOCK_T=_BLOCK_TOKENS,
         BLOCK_D=triton.next_power_of_2(dim),
         HAS_MIN_MAX=page_min_max is not None,
+        BITS=8 * width // dim,
+        BLOCK_W=triton.next_power_of_2(width),
+        HAS_OFFSET=key_codes is not None and key_offset is not None,
         num_warps=4,
         enable_fp_fusion=False,
     )

@@ -7,11 +7,12 @@ from torch import Tensor
 
 _TILE_PAGES = 64
 """Pages per matrix product. The shape of every product is the same, whatever the row's length or the batch, and a short
-last tile is filled up with left-overs: so are the bits of a page's score."""
+last tile is filled up with the null page: so are the bits of a page's score."""
 
 
 _TILES_AT_ONCE = 8
-"""Tiles gathered together: fewer calls; they still fit into the processor's cache."""
+"""Tiles gathered, and multiplied by one call, together: every call has to wake the other threads up. They still fit into
+the processor's cache."""
 
 
 def page_scores_torch(
@@ -25,21 +26,27 @@ def page_scores_torch(
     # [min(q, 0), relu(q)] . [m, M] is min(q, 0).m + relu(q).M: one product, as a page stores m and M side by side.
     split = torch.cat([wide.clamp(max=0), wide.clamp(min=0)], dim=-1)  # [B, H_kv, G, 2 d]
 
-    metadata = page_min_max.flatten(1)  # [num_pages_total, H_kv * 2 * d]
-    width = page_table.shape[1]
-    scores = torch.full((batch, heads, width), float("-inf"), dtype=torch.float32, device=q.device)
-    gathered = torch.zeros(_TILES_AT_ONCE * _TILE_PAGES, metadata.shape[1], dtype=metadata.dtype, device=q.device)
+    metadata = page_min_max.view(-1, 2 * dim)  # [num_pages_total * H_kv, 2 d]
+    scores = torch.full((batch, heads, page_table.shape[1]), float("-inf"), dtype=torch.float32, device=q.device)
+    most = min(-(-page_table.shape[1] // _TILE_PAGES), _TILES_AT_ONCE) * heads  # products of one call: one per (tile, KV head)
+    gathered = torch.empty(most * _TILE_PAGES, 2 * dim, dtype=metadata.dtype, device=q.device)
     wide_gathered = gathered if metadata.dtype == torch.float32 else torch.empty_like(gathered, dtype=torch.float32)
-    tiles = wide_gathered.view(_TILES_AT_ONCE, _TILE_PAGES, heads, 2 * dim).permute(0, 2, 3, 1)  # [tiles, H_kv, 2 d, TILE]
-    products = torch.empty(_TILES_AT_ONCE, heads, group, _TILE_PAGES, dtype=torch.float32, device=q.device)
+    products = torch.empty(most, group, _TILE_PAGES, dtype=torch.float32, device=q.device)
+    head = torch.arange(heads, dtype=torch.int32, device=q.device)[:, None]
     for b, length in enumerate(num_pages.tolist()):
-        for start in range(0, length, len(gathered)):
-            end = min(start + len(gathered), length)
-            torch.index_select(metadata, 0, page_table[b, start:end], out=gathered[: end - start])
+        queries = split[b].repeat(most // heads, 1, 1)  # [most, G, 2 d]
+        tiles = torch.zeros(-(-length // _TILE_PAGES) * _TILE_PAGES, dtype=torch.int32, device=q.device)
+        tiles[:length] = page_table[b, :length]
+        index = (tiles.view(-1, 1, _TILE_PAGES) * heads + head).flatten(1)  # [tiles, H_kv * TILE]
+        for first, some in enumerate(index.split(_TILES_AT_ONCE)):
+            start, end = first * _TILES_AT_ONCE * _TILE_PAGES, min((first + 1) * _TILES_AT_ONCE * _TILE_PAGES, length)
+            used = len(some) * heads
+            torch.index_select(metadata, 0, some.flatten(), out=gathered[: used * _TILE_PAGES])
             if wide_gathered is not gathered:
-                wide_gathered.copy_(gathered)
-            for i in range(-(-(end - start) // _TILE_PAGES)):
-                torch.bmm(split[b], tiles[i], out=products[i])
-            reduced = products.amax(dim=2) if group_reduction == "max" else products.sum(dim=2)  # [tiles, H_kv, TILE]
-            scores[b, :, start:end] = reduced.transpose(0, 1).flatten(1)[:, : end - start]
+                wide_gathered[: used * _TILE_PAGES].copy_(gathered[: used * _TILE_PAGES])
+            keys = wide_gathered[: used * _TILE_PAGES].view(used, _TILE_PAGES, 2 * dim)
+            torch.bmm(queries[:used], keys.mT, out=products[:used])
+            reduced = products[:used].amax(1) if group_reduction == "max" else products[:used].sum(1)
+            by_head = reduced.view(len(some), heads, _TILE_PAGES).transpose(0, 1).flatten(1)  # [H_kv, pages]
+            scores[b, :, start:end] = by_head[:, : end - start]
     return scores

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+TOKEN_SAMPLING, SAMPLE_RESIDUAL, RANDOM_PAGES = 0, 1, 2
+"""What a random number is for: the lowest 4 bits of the last counter word, so that no two uses share one."""
+
 _MUL_0, _MUL_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF

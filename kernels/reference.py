@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from distributed_sparse.kernels.philox import philox
+from distributed_sparse.kernels.residual_statistics import GRAM_ROWS, ResidualStatistics
 
 
 def append_reference(
@@ -157,3 +161,199 @@ def prefill_attend_reference(
             logits = q[start:end, i].double() @ keys[:, i // group].T * scale
             out[start:end, i] = logits.masked_fill(unseen, float("-inf")).softmax(-1) @ values[:, i // group]
     return out
+
+
+def sample_residual_reference(
+    chosen: Tensor,
+    num_chosen: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
+    num_samples: Tensor,
+    random_key: Tensor,
+    *,
+    block_tokens: int,
+    page_size: int,
+    layer: int,
+    first_kv_head: int,
+    draw: int,
+) -> list[list[list[int]]]:
+    """See `sample_residual`. The slots drawn, [B][H_kv] lists: the residual is listed, the bijection is in plain ints."""
+    batch, heads, _ = chosen.shape
+    drawn: list[list[list[int]]] = [[[] for _ in range(heads)] for _ in range(batch)]
+    for b in range(batch):
+        seed_low, seed_high, sample_index, position = random_key[:, b].tolist()
+        for h in range(heads):
+            taken = set(chosen[b, h, : int(num_chosen[b, h])].tolist())
+            positions = range(int(context_lens[b]))
+            residual = [i for i in positions if i // block_tokens not in taken] if taken else positions
+            use = 1 | draw << 4 | layer << 8 | (first_kv_head + h) << 20
+            counters = ((i, sample_index, position, use) for i in range(2))
+            keys = [int(word) for counter in counters for word in philox((seed_low, seed_high), counter)]
+            for i in range(int(num_samples[b, h])):
+                token = residual[_bijection(i, len(residual), keys)]
+                drawn[b][h].append(int(page_table[b, token // page_size]) * page_size + token % page_size)
+    return drawn
+
+
+def _bijection(x: int, size: int, keys: list[int]) -> int:
+    """The image of x in [0, size): an alternating Feistel network on a power of two, walked until it is in range."""
+    width = max((size - 1).bit_length(), 6)
+    high_bits, low_bits = width // 2, width - width // 2
+    while True:
+        high, low = x >> low_bits, x % 2**low_bits
+        high_width, low_width = high_bits, low_bits
+        for key in keys:
+            high, low = low, high ^ (_lowbias32(low ^ key) % 2**high_width)
+            high_width, low_width = low_width, high_width
+        x = high << low_bits | low
+        if x < size:
+            return x
+
+
+def _lowbias32(y: int) -> int:
+    """Chris Wellons' 32-bit finaliser of least measured bias."""
+    y = (y ^ y >> 16) * 0x7FEB352D % 2**32
+    y = (y ^ y >> 15) * 0x846CA68B % 2**32
+    return y ^ y >> 16
+
+
+def quantise_reference(k: Tensor, bits: int, key_offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `append`: one key [H_kv, d] at a time, channel by channel. Codes uint8 [N, H_kv, d * bits / 8], scales [N, H_kv, 2].
+
+    Not in float64: the codes are to be equal bit for bit, so every operation is the named IEEE float32 one.
+    """
+    levels, per_byte = 2**bits - 1, 8 // bits
+    tokens, heads, dim = k.shape
+    width = dim // per_byte
+    codes = torch.zeros(tokens, heads, width, dtype=torch.uint8)
+    scales = torch.zeros(tokens, heads, 2, dtype=torch.float16)
+    for n in range(tokens):
+        for h in range(heads):
+            x = k[n, h].float().numpy() + np.float32(0)
+            if key_offset is not None:
+                x = x - key_offset[h].numpy()
+            minimum = np.float16(x.min())
+            scale = np.float16((x.max() - x.min()) / np.float32(levels))
+            scales[n, h, 0], scales[n, h, 1] = float(scale), float(minimum)
+            if scale == 0:
+                continue
+            code = np.clip(np.floor((x - np.float32(minimum)) / np.float32(scale) + np.float32(0.5)), 0, levels).astype(int)
+            for i in range(dim):
+                codes[n, h, i % width] |= int(code[i]) << (i // width * bits)
+    return codes, scales
+
+
+def int4_logits_reference(
+    q: Tensor,
+    key_codes: Tensor,
+    key_scales: Tensor,
+    pages: Tensor,
+    num_pages: Tensor,
+    last_page_len: Tensor,
+    scale: float,
+) -> Tensor:
+    """See `int4_logits`: keys are decoded as code * scale + minimum, then multiplied. float64 [B, H_q, P * page_size]."""
+    batch, num_q_heads, dim = q.shape
+    heads, page_size, width = key_codes.shape[1:]
+    group, bits = num_q_heads // heads, 8 * width // dim
+    logits = torch.full((batch, num_q_heads, pages.shape[2] * page_size), float("-inf"), dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(int(num_pages[b, h])):
+                held = page_size if i < int(num_pages[b, h]) - 1 else int(last_page_len[b])
+                packed = key_codes[pages[b, h, i], h, :held]  # [held, width]
+                codes = torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)], dim=-1).double()
+                key_scale, minimum = key_scales[pages[b, h, i], h, :held].double().split(1, dim=-1)
+                of_group = q[b, h * group : (h + 1) * group].double()
+                to = slice(i * page_size, i * page_size + held)
+                logits[b, h * group : (h + 1) * group, to] = of_group @ (codes * key_scale + minimum).T * scale
+    return logits
+
+
+def top_p_reference(logits: Tensor, p: float) -> Tensor:
+    """See `top_p`: which of one query head's logits [n] are kept, by sorting. bool [n]."""
+    if p >= 1 or len(logits) == 0:
+        return torch.ones(len(logits), dtype=torch.bool)
+    best_first = logits.double().sort(descending=True).values
+    mass = (best_first - best_first[0]).exp().cumsum(0)
+    return logits.double() >= best_first[int((mass < p * mass[-1]).sum())]
+
+
+def residual_statistics_reference(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    tokens: Tensor,
+    num_tokens: Tensor,
+    num_residual: Tensor,
+    partial: tuple[Tensor, Tensor],
+    scale: float,
+    *,
+    centred: bool,
+) -> ResidualStatistics:
+    """See `residual_statistics`: every r_i, and the covariance as a matrix. float64 [B, H_q] each; NaN below 2 tokens."""
+    batch, num_q_heads, dim = q.shape
+    heads, page_size = k_pages.shape[1:3]
+    fields = torch.full((len(ResidualStatistics._fields), batch, num_q_heads), float("nan"), dtype=torch.float64)
+    for b in range(batch):
+        for i in range(num_q_heads):
+            h = i // (num_q_heads // heads)
+            slots = tokens[b, h, : int(num_tokens[b, h])].long()
+            m = len(slots)
+            if m < 2:
+                continue
+            keys, values = (cache[slots // page_size, h, slots % page_size].double() for cache in (k_pages, v_pages))  # [m, d]
+            logits, lse = keys @ q[b, i].double() * scale, partial[1][b, i].double()
+            common = torch.maximum(lse, logits.max())
+            w, ratio = (logits - common).exp(), int(num_residual[b, h]) / m
+            denominator, numerator = ratio * w.sum(), ratio * (w[:, None] * values).sum(dim=0)
+            if lse > float("-inf"):
+                denominator = denominator + (lse - common).exp()
+                numerator = numerator + (lse - common).exp() * partial[0][b, i].double()
+            r = w[:, None] * (values - numerator / denominator if centred else values)
+            off = r - r.mean(dim=0)  # [m, d]
+            covariance = off.T @ off / (m - 1)
+            trace = covariance.trace()
+            some = off[:GRAM_ROWS]
+            second_moment = some.T @ some / len(some)
+            trace_of_square = (second_moment @ second_moment).trace() - trace.square() / len(some)
+            fields[:, b, i] = torch.stack(
+                [
+                    denominator,
+                    numerator.square().sum(),
+                    w.var(),
+                    _kurtosis((w - w.mean()).square()),
+                    trace,
+                    torch.maximum(trace_of_square, trace.square() / dim),
+                    _kurtosis(off.square().sum(dim=1)),
+                ]
+            )
+    return ResidualStatistics(*fields.unbind(0))
+
+
+def _kurtosis(squares: Tensor) -> Tensor:
+    """E x^4 / (E x^2)^2 of the squares of centred values; 1 where they are all 0."""
+    return squares.square().mean() / squares.mean().square() if squares.sum() > 0 else torch.ones((), dtype=squares.dtype)
+
+
+def signatures_reference(x: Tensor) -> Tensor:
+    """See `pack_signs`: word by word, bit by bit, in plain ints."""
+    words = []
+    for signs in (x.double() > 0).reshape(-1, 32).tolist():
+        word = sum(1 << j for j, is_positive in enumerate(signs) if is_positive)
+        words.append(word - 2**32 if word >= 2**31 else word)
+    return torch.tensor(words, dtype=torch.int32).view(*x.shape[:-1], x.shape[-1] // 32)
+
+
+def hamming_scores_reference(q_signatures: Tensor, signatures: Tensor, page_table: Tensor, context_lens: Tensor) -> Tensor:
+    """See `hamming_scores`: agreeing bits counted in plain ints. int32 [B, H_kv, P * page_size]."""
+    _, heads, page_size, group, _ = signatures.shape
+    batch, width = page_table.shape
+    scores = torch.full((batch, heads, width * page_size), -1, dtype=torch.int32)
+    for b in range(batch):
+        for h in range(heads):
+            query = q_signatures[b, h * group : (h + 1) * group].flatten().tolist()
+            for i in range(int(context_lens[b])):
+                key = signatures[page_table[b, i // page_size], h, i % page_size].flatten().tolist()
+                scores[b, h, i] = sum(32 - ((x ^ y) & 0xFFFFFFFF).bit_count() for x, y in zip(query, key))
+    return scores

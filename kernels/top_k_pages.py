@@ -22,8 +22,11 @@ def top_k_pages(
     page. A row with k >= num_pages is emitted as the identity list: all its pages. If the forced pages alone exceed k,
     the newest are kept first, then the sinks in order.
 
+    A policy that ranks single tokens passes an identity table: then a "page" is a token, and its id the position.
+
     Args:
-        scores: float32 [B, H_kv, P]; entries past ``num_pages[b]`` are ignored; NaN does not occur.
+        scores: float32 [B, H_kv, P], or int32 with values 0 .. 65535 (few distinct values: a counting histogram finds the
+            threshold, without a sort); entries past ``num_pages[b]`` are ignored; NaN does not occur.
         page_table: int32 [B, P] physical page ids in logical order.
         num_pages: int32 [B].
         k: int32 [B] pages to keep per row (data, not a shape).

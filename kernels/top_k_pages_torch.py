@@ -35,11 +35,24 @@ def top_k_pages_torch(
 
 def _best(scores: Tensor, k: int) -> Tensor:
     """Ascending indices int64 [H_kv, k] of the k largest of every row [H_kv, P]; ties: the lower index first."""
-    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # a NaN harms its own row alone
-    threshold = scores.topk(k, dim=-1).values[:, -1:]
+    if scores.dtype == torch.int32:
+        threshold = _kth_count(scores, k)
+    else:
+        scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # a NaN harms its own row alone
+        threshold = scores.topk(k, dim=-1).values[:, -1:]
     chosen = scores >= threshold
     if int(chosen.count_nonzero()) > chosen.shape[0] * k:  # more ties with the last score than there is room for
         ties = scores == threshold
         room = k - (scores > threshold).sum(-1, keepdim=True)
         chosen &= ~ties | (ties.cumsum(-1, dtype=torch.int32) <= room)
     return chosen.nonzero()[:, 1].view(-1, k)
+
+
+def _kth_count(scores: Tensor, k: int) -> Tensor:
+    """The k-th largest int32 [H_kv, 1] of every row of small counts [H_kv, P]: by counting, not sorting."""
+    distinct = int(scores.max()) + 1
+    cells = scores + torch.arange(0, len(scores) * distinct, distinct, dtype=torch.int32)[:, None]
+    histogram = cells.view(-1).bincount(minlength=len(scores) * distinct).view(-1, distinct)
+    below = histogram.cumsum(-1)  # [H_kv, values] scores of at most each value
+    # At least k are above value - 1 as long as at most P - k are not: the last such value.
+    return (below <= scores.shape[1] - k).sum(-1, keepdim=True, dtype=torch.int32)

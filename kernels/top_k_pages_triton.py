@@ -13,7 +13,9 @@ _BLOCK_PAGES = 1024
 
 @triton.jit
 def _ordered(b_score):
-    """uint32 image of float32 that keeps the order (of -0.0 and +0.0 too: they are one value)."""
+    """uint32 image that keeps the order: of float32 (-0.0 and +0.0 are one value), or a count, which is its own."""
+    if b_score.dtype == tl.int32:
+        return b_score.to(tl.uint32, bitcast=True)
     b_bits = (b_score + 0.0).to(tl.int32, bitcast=True)
     # Positive: set the sign bit. Negative: flip every bit.
     return (b_bits ^ ((b_bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
@@ -39,6 +41,7 @@ def _top_k_pages_kernel(
     sink_pages,
     recent_pages,
     BLOCK: tl.constexpr,
+    DIGITS: tl.constexpr,  # of eight bits each, in an image
 ):
     i_row = tl.program_id(0)
     i_b = (i_row // heads).to(tl.int64)
@@ -61,13 +64,13 @@ def _top_k_pages_kernel(
     room = wanted
     o_bin = tl.arange(0, 256)
     if wanted > 0:
-        for i_pass in tl.static_range(4):
-            shift = 24 - 8 * i_pass
+        for i_pass in tl.static_range(DIGITS):
+            shift = 8 * (DIGITS - 1 - i_pass)
             b_hist = tl.zeros([256], tl.int32)
             for i_first in range(0, newest, BLOCK):
                 i_p = i_first + tl.arange(0, BLOCK)
                 m_p = (i_p >= oldest) & (i_p < newest)
-                b_key = _ordered(tl.load(p_scores + i_p, mask=m_p, other=0.0))
+                b_key = _ordered(tl.load(p_scores + i_p, mask=m_p, other=0))
                 if i_pass > 0:
                     m_p = m_p & ((b_key >> (shift + 8)) == (prefix >> (shift + 8)))
                 b_digit = tl.where(m_p, (b_key >> shift) & 0xFF, 0).to(tl.int32)
@@ -85,7 +88,7 @@ def _top_k_pages_kernel(
         i_p = i_first + tl.arange(0, BLOCK)
         m_forced = (i_p < sinks) | ((i_p >= newest) & (i_p < n))
         m_candidate = (i_p >= oldest) & (i_p < newest)
-        b_key = _ordered(tl.load(p_scores + i_p, mask=m_candidate, other=0.0))
+        b_key = _ordered(tl.load(p_scores + i_p, mask=m_candidate, other=0))
         b_tie = (m_candidate & (b_key == prefix)).to(tl.int32)
         b_tie_rank = ties_before + tl.cumsum(b_tie, axis=0)  # from 1, lower pages first
         m_taken = m_forced | (m_candidate & (b_key > prefix)) | ((b_tie > 0) & (b_tie_rank <= room))
@@ -130,6 +133,7 @@ def top_k_pages_triton(
         sink_pages,
         recent_pages,
         BLOCK=_BLOCK_PAGES,
+        DIGITS=2 if scores.dtype == torch.int32 else 4,
         num_warps=4,
         enable_fp_fusion=False,
     )

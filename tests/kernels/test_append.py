@@ -1,4 +1,4 @@
-"""append: pages hold exactly what was written, and their min and max are a pure function of what they hold."""
+"""append: pages hold exactly what was written, min and max are a pure function of what they hold, codes of each key."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.reference import append_reference
+from distributed_sparse.kernels.reference import append_reference, quantise_reference
 from tests.support.kernels import Implementation, bits, poison_
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(16, 3, 64), (32, 1, 96), (64, 2, 128), (16, 2, 256)]  # page_size, KV heads, head_dim
+BITS = [2, 4, 8]
 
 
 @dataclass
@@ -24,24 +25,55 @@ class Sequence:
 
 
 class Cache:
-    """K, V and metadata, poisoned, of one layer."""
+    """K, V and metadata, poisoned, of one layer; with ``key_bits``, the low-bit copy of the keys too."""
 
-    def __init__(self, implementation: Implementation, page_size: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        implementation: Implementation,
+        page_size: int,
+        heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        key_bits: int | None = None,
+        key_offset: Tensor | None = None,
+    ) -> None:
         self.implementation, self.page_size, self.heads, self.dim, self.dtype = implementation, page_size, heads, dim, dtype
         shapes = [(40, heads, page_size, dim)] * 2 + [(40, heads, 2, dim)]
         self.k_pages, self.v_pages, self.page_min_max = (poison_(torch.empty(shape, dtype=dtype)) for shape in shapes)
+        self.key_bits, self.key_offset = key_bits, key_offset
+        if key_bits is not None:
+            self.key_codes = torch.randint(256, (40, heads, page_size, dim * key_bits // 8), dtype=torch.uint8)
+            self.key_scales = poison_(torch.empty(40, heads, page_size, 2, dtype=torch.float16))
 
     def append(self, work: list[tuple[Sequence, int]], k: Tensor, v: Tensor, with_metadata: bool = True) -> None:
         """Append new tokens of sequences, and compare K and V of the whole cache, bit for bit, with the reference."""
-        pages, starts, offsets, counts = self.runs(work)
+        runs = self.runs(work)
+        pages, starts, offsets, counts = runs
         expected_k, expected_v, _ = append_reference(k, v, pages, starts, offsets, counts, self.k_pages, self.v_pages)
         device = self.implementation.device
         k_pages, v_pages, page_min_max = (x.to(device) for x in (self.k_pages, self.v_pages, self.page_min_max))
         batch = [x.to(device) for x in (k, v, pages, starts, offsets, counts)]
-        self.implementation.function("append")(*batch, k_pages, v_pages, page_min_max if with_metadata else None)
+        written = [k_pages, v_pages, page_min_max if with_metadata else None]
+        if self.key_bits is not None:
+            key_codes, key_scales = self.key_codes.to(device, copy=True), self.key_scales.to(device, copy=True)
+            written += [key_codes, key_scales, None if self.key_offset is None else self.key_offset.to(device)]
+        self.implementation.function("append")(*batch, *written)
         self.k_pages, self.v_pages, self.page_min_max = k_pages.cpu(), v_pages.cpu(), page_min_max.cpu()
         assert torch.equal(bits(self.k_pages[1:]), bits(expected_k[1:]))  # what the null page holds is nobody's business
         assert torch.equal(bits(self.v_pages[1:]), bits(expected_v[1:]))
+        if self.key_bits is not None:
+            self.assert_only_the_new_keys_were_quantised(k, runs, key_codes, key_scales)
+
+    def assert_only_the_new_keys_were_quantised(self, k: Tensor, runs: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """Compare the whole low-bit copy, bit for bit, with what it held and the reference's codes of the new keys."""
+        assert self.key_bits is not None
+        new_codes, new_scales = quantise_reference(k, self.key_bits, self.key_offset)
+        for page, start, offset, count in runs.T.tolist():
+            for i in range(count):
+                self.key_codes[page, :, offset + i] = new_codes[start + i]
+                self.key_scales[page, :, offset + i] = new_scales[start + i]
+        assert torch.equal(codes.cpu()[1:], self.key_codes[1:])
+        assert torch.equal(bits(scales.cpu()[1:]), bits(self.key_scales[1:]))
 
     def runs(self, work: list[tuple[Sequence, int]]) -> Tensor:
         """The runs (pages, starts, offsets, counts: int32 [4, T]) of new tokens, cut where pages end."""
@@ -156,3 +188,94 @@ def test_keys_and_values_may_be_views_of_a_fused_projection(implementation):
     sequence = Sequence([3, 2])
     cache.append([(sequence, 18)], fused[:, 2:4], fused[:, 4:6])
     cache.assert_metadata_is_exact(sequence)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("key_bits", BITS)
+@pytest.mark.parametrize(("page_size", "heads", "dim"), SHAPES)
+def test_the_low_bit_copy_equals_a_straightforward_quantiser_in_every_append_path(
+    implementation, page_size, heads, dim, key_bits, dtype
+):
+    """A prompt over several pages, a chunk that starts amid a page, one decode token, and all of them in one batch."""
+    torch.manual_seed(5)
+    cache = Cache(implementation, page_size, heads, dim, dtype, key_bits)
+    long, short = Sequence([7, 3, 9]), Sequence([2])
+    for work in ([(long, page_size + 3)], [(long, 1)], [(long, 5), (short, 1)]):
+        tokens = sum(new for _, new in work)
+        cache.append(work, cache.keys(tokens), cache.values(tokens))
+    assert cache.key_scales.isnan().any(dim=-1).sum() == heads * (40 * page_size - long.length - short.length)
+
+
+@pytest.mark.parametrize("key_bits", BITS)
+def test_an_offset_is_taken_from_what_is_quantised_and_not_from_the_keys(implementation, key_bits):
+    torch.manual_seed(6)
+    offset = 3 * torch.randn(2, 96)
+    cache = Cache(implementation, 16, 2, 96, torch.float16, key_bits, offset)
+    sequence = Sequence([4, 8])
+    for new in (14, 3, 1):  # `append` compares the keys in the pages too
+        cache.append([(sequence, new)], cache.keys(new), cache.values(new))
+
+
+@pytest.mark.parametrize("with_metadata", [False, True])
+def test_the_low_bit_copy_is_written_with_and_without_min_and_max(implementation, with_metadata):
+    torch.manual_seed(7)
+    cache = Cache(implementation, 16, 2, 64, torch.float32, 4)
+    cache.append([(Sequence([3, 2]), 19)], cache.keys(19), cache.values(19), with_metadata)
+
+
+@pytest.mark.parametrize("key_bits", BITS)
+def test_keys_without_spread_have_scale_and_codes_zero(implementation, key_bits):
+    cache = Cache(implementation, 16, 1, 64, torch.float32, key_bits)
+    keys = torch.tensor([0.0, -0.0, 2.5, -1e-3]).view(4, 1, 1).repeat(1, 1, 64)
+    keys[3, 0, 5] += 1e-9  # a spread that vanishes in the scale's float16
+    cache.append([(Sequence([1]), 4)], keys, cache.values(4))
+    assert (cache.key_codes[1, :, :4] == 0).all() and (cache.key_scales[1, :, :4, 0] == 0).all()
+    assert cache.key_scales[1, 0, :4, 1].tolist() == keys[:, 0, 0].half().tolist()
+
+
+@pytest.mark.parametrize("key_bits", BITS)
+def test_a_key_halfway_between_two_codes_takes_the_upper_one_at_any_scale(implementation, key_bits):
+    torch.manual_seed(8)
+    levels, tokens, dim = 2**key_bits - 1, 32, 64
+    scale = (torch.rand(tokens, 1, 1) + 0.5).half().float()
+    code = torch.randint(levels, (tokens, 1, dim)).float()
+    keys = (code + 0.5) * scale  # exact in float32
+    keys[:, :, 0], keys[:, :, 1] = 0.0, levels * scale[:, :, 0]
+    cache = Cache(implementation, 32, 1, dim, torch.float32, key_bits)
+    cache.append([(Sequence([1]), tokens)], keys, cache.values(tokens))
+    assert torch.equal(cache.key_scales[1, 0, :, 0].float(), scale[:, 0, 0])
+    written = torch.cat([cache.key_codes[1, 0] >> shift & levels for shift in range(0, 8, key_bits)], dim=-1)
+    assert torch.equal(written[:, 2:].float(), code[:, 0, 2:] + 1)
+
+
+@pytest.mark.parametrize("key_bits", BITS)
+def test_keys_a_rounding_away_from_a_border_between_two_codes_or_two_scales_are_divided_exactly(implementation, key_bits):
+    """A multiplication by the reciprocal, or an approximate division, would tell other codes here than the reference."""
+    torch.manual_seed(9)
+    levels, tokens, dim = 2**key_bits - 1, 64, 256
+    images = (torch.rand(tokens, 1, 1) + 0.5).half().view(torch.int16)
+    scale, next_scale = images.view(torch.float16).float(), (images + 1).view(torch.float16).float()
+    between_codes = (torch.randint(levels, (tokens, 1, dim)).float() + 0.5) * scale
+    between_scales = levels * (scale + next_scale) / 2
+    keys = (between_codes.view(torch.int32) + torch.randint(-2, 3, between_codes.shape)).int().view(torch.float32)
+    greatest = (between_scales.view(torch.int32) + torch.randint(-2, 3, between_scales.shape)).int().view(torch.float32)
+    for largest in (levels * scale, greatest):
+        cache = Cache(implementation, 64, 1, dim, torch.float32, key_bits)
+        keys[:, :, 0], keys[:, :, 1] = 0.0, largest[:, :, 0]
+        cache.append([(Sequence([1]), tokens)], keys, cache.values(tokens))
+
+
+@pytest.mark.parametrize("key_bits", BITS)
+def test_a_decoded_key_is_off_by_no_more_than_half_a_step(implementation, key_bits):
+    """The layout, read once more from its description: byte i holds the channels i, i + d/n, ..., the first lowest."""
+    torch.manual_seed(10)
+    cache = Cache(implementation, 16, 2, 96, torch.float32, key_bits)
+    keys = torch.randn(16, 2, 96)
+    cache.append([(Sequence([1]), 16)], keys, cache.values(16))
+    per_byte = 8 // key_bits
+    scale, minimum = (cache.key_scales[1].double()[..., i].T for i in (0, 1))  # [16, 2]
+    for channel in range(96):
+        i_byte, i_part = channel % (96 // per_byte), channel // (96 // per_byte)
+        code = (cache.key_codes[1, :, :, i_byte] >> (i_part * key_bits) & 2**key_bits - 1).T.double()
+        error = (code * scale + minimum - keys[:, :, channel]).abs()
+        assert (error <= scale / 2 + 2e-3 * keys.abs().amax(dim=-1)).all()  # and what rounding both to float16 costs

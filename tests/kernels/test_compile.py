@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.kernels.append_triton import append_triton
+from distributed_sparse.kernels.hamming_scores_triton import hamming_scores_triton
+from distributed_sparse.kernels.int4_logits_triton import int4_logits_triton
 from distributed_sparse.kernels.page_scores_triton import page_scores_triton
+from distributed_sparse.kernels.residual_statistics_triton import residual_statistics_triton
 from distributed_sparse.kernels.rms_norm_triton import add_rms_norm_triton, rms_norm_triton
 from distributed_sparse.kernels.rotary_triton import rotary_triton
+from distributed_sparse.kernels.sample_residual_triton import sample_residual_triton
+from distributed_sparse.kernels.signatures_triton import append_signatures_triton, pack_signs_triton
 from distributed_sparse.kernels.top_k_pages_triton import top_k_pages_triton
+from distributed_sparse.kernels.top_p_triton import top_p_triton
 from tests.support.kernels import ARCHITECTURES, assert_compiles, compile_launches
 
 HEAD_DIMS = [64, 96, 128, 256]
@@ -88,3 +94,108 @@ def test_rms_norm_compiles(architecture, dim, dtype):
 def test_rotary_compiles(architecture, dim, dtype):
     q, k, angle = torch.zeros(2, 32, dim, dtype=dtype), torch.zeros(2, 8, dim, dtype=dtype), torch.zeros(2, dim // 2)
     assert_compiles(rotary_triton, q, k, angle, angle, architecture=architecture)
+
+
+def low_bit_copy(bits: int, dim: int, heads: int = 8) -> tuple[Tensor, Tensor]:
+    codes = torch.zeros(5, heads, 16, dim * bits // 8, dtype=torch.uint8)
+    return codes, torch.zeros(5, heads, 16, 2, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_append_with_a_low_bit_copy_compiles(architecture, dim, bits, dtype):
+    k, pages = torch.zeros(3, 8, dim, dtype=dtype), torch.zeros(5, 8, 16, dim, dtype=dtype)
+    batch = (k, k, integers(3), integers(3), integers(3), integers(3), pages, pages)
+    page_min_max, offset = torch.zeros(5, 8, 2, dim, dtype=dtype), torch.zeros(8, dim)
+    assert_compiles(append_triton, *batch, page_min_max, *low_bit_copy(bits, dim), offset, architecture=architecture)
+    assert_compiles(append_triton, *batch, None, *low_bit_copy(bits, dim), architecture=architecture)
+
+
+def test_keys_are_quantised_by_ieee_division_alone(architecture):
+    """An approximate one gives other codes than the CPU, for keys near halfway between two."""
+    k, pages = torch.zeros(3, 8, 64), torch.zeros(5, 8, 16, 64)
+    columns = [integers(3)] * 4
+    arguments = (k, k, *columns, pages, pages, None, *low_bit_copy(4, 64))
+    (launch,) = compile_launches(append_triton, *arguments, architecture=architecture)
+    assert "div.rn.f32" in launch.ptx and "div.full" not in launch.ptx and "rcp.approx" not in launch.ptx
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_int4_logits_compiles(architecture, dim, bits, dtype):
+    rows = (integers(2, 8, 128), integers(2, 8), integers(2))
+    q = torch.zeros(2, 32, dim, dtype=dtype)
+    assert_compiles(int4_logits_triton, q, *low_bit_copy(bits, dim), *rows, 0.125, architecture=architecture)
+
+
+def test_float32_estimates_take_no_tf32_product(architecture):
+    rows = (integers(2, 8, 128), integers(2, 8), integers(2))
+    q = torch.zeros(2, 32, 128)
+    launches = compile_launches(int4_logits_triton, q, *low_bit_copy(4, 128), *rows, 0.125, architecture=architecture)
+    assert all("fma.rn.f32" in launch.ptx and "tf32" not in launch.ptx for launch in launches)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
+def test_top_p_compiles_for_every_kind_of_group(architecture, group, page_size):
+    rows = (torch.zeros(2, 2 * group, 8 * page_size), integers(2, 2, 8), integers(2, 2), integers(2))
+    forced = {"page_size": page_size, "sink_pages": 1, "recent_pages": 1}
+    assert_compiles(top_p_triton, *rows, 0.95, **forced, architecture=architecture)
+
+
+def test_top_k_pages_of_counts_compiles(architecture):
+    rows = (integers(2, 8, 32768), integers(2, 32768), integers(2), integers(2))
+    forced = {"sink_pages": 1, "recent_pages": 1, "capacity": 1024}
+    assert_compiles(top_k_pages_triton, *rows, **forced, architecture=architecture)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize("of_pages", [False, True])
+def test_sample_residual_compiles(architecture, page_size, of_pages):
+    rows = (integers(2, 8, 200), integers(2, 8), integers(2, 128), integers(2), integers(2, 8))
+    key = torch.zeros(4, 2, dtype=torch.int64)
+    options = {"block_tokens": page_size if of_pages else 1, "page_size": page_size, "layer": 3, "first_kv_head": 8, "draw": 1}
+    assert_compiles(sample_residual_triton, *rows, key, **options, capacity=1500, architecture=architecture)
+
+
+def pilot(dim: int, dtype: torch.dtype, page_size: int = 16, group: int = 4) -> tuple[Tensor, ...]:
+    """The arguments of residual_statistics up to ``partial``."""
+    q, pages = torch.zeros(2, 2 * group, dim, dtype=dtype), torch.zeros(5, 2, page_size, dim, dtype=dtype)
+    return q, pages, pages, integers(2, 2, 700), integers(2, 2), integers(2, 2)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_residual_statistics_compiles(architecture, dim, dtype, centred):
+    partial = (torch.zeros(2, 8, dim), torch.zeros(2, 8))
+    arguments = (*pilot(dim, dtype), partial, 0.125)
+    assert_compiles(residual_statistics_triton, *arguments, centred=centred, architecture=architecture)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("group", [1, 5, 16])
+def test_residual_statistics_compiles_for_every_kind_of_group(architecture, group, page_size):
+    partial = (torch.zeros(2, 2 * group, 128), torch.zeros(2, 2 * group))
+    arguments = (*pilot(128, torch.bfloat16, page_size, group), partial, 0.125)
+    assert_compiles(residual_statistics_triton, *arguments, centred=True, architecture=architecture)
+
+
+def test_float32_statistics_take_no_tf32_product(architecture):
+    """TF32 would leave three digits of the covariance's squares."""
+    arguments = (*pilot(128, torch.float32), (torch.zeros(2, 8, 128), torch.zeros(2, 8)), 0.125)
+    (launch,) = compile_launches(residual_statistics_triton, *arguments, centred=True, architecture=architecture)
+    assert "tf32" not in launch.ptx
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "words"), [(1, 1), (4, 1), (5, 3), (16, 32)])
+def test_signatures_and_hamming_scores_compile(architecture, group, words, dtype):
+    x, signatures = torch.zeros(3, 2 * group, 32 * words, dtype=dtype), integers(5, 2, 16, group, words)
+    runs = [integers(3)] * 4
+    assert_compiles(pack_signs_triton, x, architecture=architecture)
+    assert_compiles(append_signatures_triton, x, *runs, signatures, architecture=architecture)
+    queries = integers(2, 2 * group, words)
+    assert_compiles(hamming_scores_triton, queries, signatures, integers(2, 128), integers(2), architecture=architecture)

@@ -21,11 +21,17 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from distributed_sparse.kernels.append_triton import append_triton
 from distributed_sparse.kernels.attend_triton import attend_triton, combine_triton
+from distributed_sparse.kernels.hamming_scores_triton import hamming_scores_triton
+from distributed_sparse.kernels.int4_logits_triton import int4_logits_triton
 from distributed_sparse.kernels.page_scores_triton import page_scores_triton
 from distributed_sparse.kernels.prefill_attend_triton import prefill_attend_triton
+from distributed_sparse.kernels.residual_statistics_triton import residual_statistics_triton
 from distributed_sparse.kernels.rms_norm_triton import add_rms_norm_triton, rms_norm_triton
 from distributed_sparse.kernels.rotary_triton import rotary_triton
+from distributed_sparse.kernels.sample_residual_triton import sample_residual_triton
+from distributed_sparse.kernels.signatures_triton import append_signatures_triton, pack_signs_triton
 from distributed_sparse.kernels.top_k_pages_triton import top_k_pages_triton
+from distributed_sparse.kernels.top_p_triton import top_p_triton
 
 BATCHES = [1, 2, 3, 4, 8, 16]
 WIDTHS = [1, 7, 16, 33, 100]  # pages of the longest context
@@ -79,6 +85,12 @@ def cache(kv_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return pages, pages.clone(), torch.zeros(3, kv_heads, 2, DIM, dtype=dtype)
 
 
+def low_bit_copy(kv_heads: int) -> tuple[Tensor, Tensor]:
+    """key_codes of 4 bits and key_scales of a cache of three pages."""
+    codes = torch.zeros(3, kv_heads, PAGE_SIZE, DIM // 2, dtype=torch.uint8)
+    return codes, torch.zeros(3, kv_heads, PAGE_SIZE, 2, dtype=torch.float16)
+
+
 @on_every_shard
 @in_every_dtype
 def test_append_is_compiled_once(q_heads, kv_heads, dtype):
@@ -89,6 +101,41 @@ def test_append_is_compiled_once(q_heads, kv_heads, dtype):
             pages, starts, offsets, counts = index_rows(4, tokens)
             append_triton(k.contiguous(), v, pages, starts, offsets, counts, k_pages, v_pages, page_min_max)
     assert_one_key_each(keys, "_append_kernel")
+
+
+@on_every_shard
+@in_every_dtype
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_append_with_a_low_bit_copy_is_compiled_once(q_heads, kv_heads, dtype, with_offset):
+    k_pages, v_pages, _ = cache(kv_heads, dtype)
+    key_codes, key_scales = low_bit_copy(kv_heads)
+    key_offset = torch.zeros(kv_heads, DIM) if with_offset else None
+    with recorded_keys() as keys:
+        for tokens in TOKENS:
+            _, k, v = projected(tokens, q_heads, kv_heads, dtype)
+            pages, starts, offsets, counts = index_rows(4, tokens)
+            batch = (k.contiguous(), v, pages, starts, offsets, counts)
+            append_triton(*batch, k_pages, v_pages, None, key_codes, key_scales, key_offset)
+    assert_one_key_each(keys, "_append_kernel")
+
+
+@on_every_shard
+@in_every_dtype
+def test_int4_logits_and_top_p_are_compiled_once(q_heads, kv_heads, dtype):
+    """Over lists of Quest, and over the page table itself."""
+    key_codes, key_scales = low_bit_copy(kv_heads)
+    with recorded_keys() as keys:
+        for batch, width in product(BATCHES, WIDTHS):
+            _, num_pages, last_page_len = index_rows(3, batch)
+            q = torch.zeros(batch, q_heads, DIM, dtype=dtype)
+            table = torch.ones(batch, width, dtype=torch.int32)[:, None, :].expand(-1, kv_heads, -1)
+            selected = torch.ones(batch, kv_heads, min(width, 32), dtype=torch.int32)
+            counts = num_pages[:, None].expand(-1, kv_heads)
+            forced = {"page_size": PAGE_SIZE, "sink_pages": min(width, 2), "recent_pages": 1}
+            for pages, listed in ((table, counts), (selected, counts.contiguous())):
+                logits = int4_logits_triton(q, key_codes, key_scales, pages, listed, last_page_len, 0.125)
+                top_p_triton(logits, pages, listed, last_page_len, 0.95, **forced)
+    assert_one_key_each(keys, "_int4_logits_kernel", "_top_p_kernel")
 
 
 @on_every_shard
@@ -184,6 +231,56 @@ def test_rotary_is_compiled_once(q_heads, kv_heads, dtype):
             angles = torch.arange(tokens).float()[:, None] * torch.ones(DIM // 2)
             rotary_triton(q, k, angles.cos(), angles.sin())
     assert_one_key_each(keys, "_rotary_kernel")
+
+
+@on_every_shard
+@pytest.mark.parametrize("block_tokens", [1, PAGE_SIZE])
+def test_sample_residual_is_compiled_once_for_every_layer_rank_and_draw(q_heads, kv_heads, block_tokens):
+    with recorded_keys() as keys:
+        for batch, width, (layer, draw) in product(BATCHES, WIDTHS, [(0, 0), (1, 1), (16, 0), (31, 1)]):
+            (_, context_lens) = index_rows(2, batch)
+            chosen = torch.ones(batch, kv_heads, width, dtype=torch.int32)
+            table, key = torch.ones(batch, width + 3, dtype=torch.int32), torch.ones(4, batch, dtype=torch.int64)
+            rows = (chosen, context_lens[:, None].expand(-1, kv_heads), table, context_lens, chosen[..., 0])
+            options = {"block_tokens": block_tokens, "page_size": PAGE_SIZE, "layer": layer, "draw": draw}
+            sample_residual_triton(*rows, key, **options, first_kv_head=layer * kv_heads, capacity=5 * width)
+            contiguous = (chosen, chosen[..., 0].contiguous(), table, context_lens, chosen[..., 0].contiguous())
+            sample_residual_triton(*contiguous, key, **options, first_kv_head=layer * kv_heads, capacity=512)
+    assert_one_key_each(keys, "_sample_residual_kernel")
+
+
+@on_every_shard
+@in_every_dtype
+def test_residual_statistics_is_compiled_once(q_heads, kv_heads, dtype):
+    k_pages, v_pages, _ = cache(kv_heads, dtype)
+    with recorded_keys() as keys:
+        for batch, width in product(BATCHES, WIDTHS):
+            q = torch.zeros(batch, q_heads, DIM, dtype=dtype)
+            tokens = torch.ones(batch, kv_heads, width, dtype=torch.int32)
+            partial = torch.zeros(batch, q_heads, DIM), torch.zeros(batch, q_heads)
+            for counts in (tokens[..., 0], tokens[..., 0].contiguous()):
+                residual_statistics_triton(q, k_pages, v_pages, tokens, counts, counts, partial, 0.125, centred=True)
+    assert_one_key_each(keys, "_residual_statistics_kernel")
+
+
+@on_every_shard
+@in_every_dtype
+def test_signatures_and_hamming_scores_are_compiled_once(q_heads, kv_heads, dtype):
+    signatures = torch.zeros(3, kv_heads, PAGE_SIZE, q_heads // kv_heads, 1, dtype=torch.int32)
+    with recorded_keys() as keys:
+        for tokens in TOKENS:
+            x = torch.zeros(tokens, q_heads, 32, dtype=dtype)
+            append_signatures_triton(x, *index_rows(4, tokens), signatures)
+        for batch, width in product(BATCHES, WIDTHS):
+            _, context_lens = index_rows(2, batch)
+            queries = pack_signs_triton(torch.zeros(batch, q_heads, 32, dtype=dtype))
+            table = torch.ones(batch, width, dtype=torch.int32)
+            scores = hamming_scores_triton(queries, signatures, table, context_lens)
+            positions = torch.ones(1, scores.shape[2], dtype=torch.int32).expand(batch, -1)
+            forced = {"sink_pages": 0, "recent_pages": 0, "capacity": 64}
+            top_k_pages_triton(scores, positions, context_lens, context_lens, **forced)
+    kernels = ("_append_signatures_kernel", "_pack_signs_kernel", "_hamming_scores_kernel", "_top_k_pages_kernel")
+    assert_one_key_each(keys, *kernels)
 
 
 def test_the_record_tells_apart_what_is_compiled_apart():

@@ -25,7 +25,7 @@ def select(
     table = poison_(torch.empty(batch, width, dtype=torch.int32))
     for b, n in enumerate(num_pages):
         table[b, :n] = torch.randperm(4 * width)[:n]  # physical order has nothing to do with logical order
-        scores[b, :, n:] = float("nan")
+        poison_(scores[b, :, n:])
     counts = [min(*pair) for pair in zip(num_pages, k)]
     n_tensor, k_tensor = torch.tensor(num_pages, dtype=torch.int32), torch.tensor(k, dtype=torch.int32)
     pages, result_counts = implementation.function("top_k_pages")(
@@ -124,3 +124,27 @@ def test_a_nan_score_harms_no_other_row_and_no_count(implementation: Implementat
     assert counts.tolist() == [[4, 4]]
     assert pages[0, 1].tolist() == [100, 109, 110, 111]
     assert pages[0, 0].tolist() == [100, 105, 110, 111]
+
+
+@pytest.mark.parametrize("most", [0, 1, 128, 255, 256, 65535])
+@pytest.mark.parametrize(("sink_pages", "recent_pages"), [(0, 0), (2, 1)])
+def test_counts_select_what_a_stable_sort_selects(implementation, most, sink_pages, recent_pages):
+    """int32 scores: what HashAttention ranks by. Most of them tie."""
+    torch.manual_seed(7)
+    num_pages, k = [97, 64, 1, 0, 33, 96, 5], [13, 64, 1, 4, 32, 1, 100]
+    scores = torch.randint(most + 1, (7, 3, 100), dtype=torch.int32)
+    scores[0, 0, 20] = most
+    select(implementation, scores, num_pages, k, sink_pages=sink_pages, recent_pages=recent_pages)
+
+
+def test_counts_of_a_long_context_are_searched_in_tiles(implementation):
+    torch.manual_seed(8)
+    width = 3000 if implementation.is_interpreter else 32768 + 5
+    select(implementation, torch.randint(40, 90, (1, 1, width), dtype=torch.int32), [width - 3], [1500])
+
+
+def test_equal_counts_keep_the_lower_pages(implementation):
+    scores = torch.full((1, 2, 50), 7, dtype=torch.int32)
+    scores[0, 1, 40] = 8
+    rows = select(implementation, scores, [50], [10], sink_pages=0, recent_pages=0)
+    assert len(rows[0][1]) == 10
