@@ -39,6 +39,8 @@ class EngineConfig:
         page_size: tokens per KV page: 16, 32 or 64.
         distributed_executor_backend: "auto", "ray" or "uni" (one rank in this process).
         sparse: the selection method and its keys, told apart by `method`; None is dense.
+        trace: record what decode attention missed, beside dense attention over the same cache (`CompletionOutput.trace`;
+            `SamplingParams.trace_steps` says of which steps). For study: a traced step reads the whole cache.
         startup_timeout_s: seconds until every rank must be ready.
         step_timeout_s: seconds until a step must be answered; None: max(5 s, 20 x the p99 of steps of that kind).
 
@@ -62,6 +64,7 @@ class EngineConfig:
     page_size: int = 16
     distributed_executor_backend: str = "auto"
     sparse: dict[str, Any] | None = field(default=None)
+    trace: bool = False
     startup_timeout_s: float = 600.0
     step_timeout_s: float | None = None
 
@@ -115,6 +118,7 @@ class EngineConfig:
             if not isinstance(self.sparse, Mapping):
                 raise ValueError(f"sparse={shown(self.sparse)} must be a mapping; write sparse: {{method: quest, ...}}")
             put("sparse", dict(self.sparse))
+        check_bool("trace", self.trace)
 
         remedy = "give seconds"
         put(
@@ -131,7 +135,13 @@ class EngineConfig:
         """
         from distributed_sparse.selection import resolve_sparse_config
 
-        return resolve_sparse_config(self.sparse)
+        sparse = resolve_sparse_config(self.sparse)
+        if self.trace and sparse.kept_pages(self.page_size) is not None:
+            raise ValueError(
+                "trace=True needs every page to compare with dense attention, but sparse.evict=true frees some; "
+                "leave one of them out"
+            )
+        return sparse
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], where: str = "engine configuration") -> "EngineConfig":

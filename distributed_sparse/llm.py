@@ -29,6 +29,7 @@ from distributed_sparse.request_validation import validate_request
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.selection import layer_configs
 from distributed_sparse.tokenizer import apply_chat, encode_prompt, load_tokenizer, tokenizer_json
+from distributed_sparse.trace import parse_trace
 from distributed_sparse.validation import shown
 
 logger = logging.getLogger(__name__)
@@ -195,6 +196,8 @@ class LLM:
                 for block in update.prompt_logprobs:
                     _, logprobs, _ = block_arrays(block)
                     scores[update.request_id].add(block.position, logprobs, whole_vocabulary)
+                for trace in update.traces:
+                    scores[update.request_id].trace.append(parse_trace(trace.ranks))
                 if update.finished:
                     bar.update()
                     if update.error is not None:
@@ -305,6 +308,7 @@ class LLM:
             max_model_len=self.max_model_len,
             max_num_seqs=self.config.max_num_seqs,
             has_tokenizer=self.tokenizer is not None,
+            traces=self.config.trace,
             score=request.score,
         )
 

@@ -11,6 +11,7 @@ from distributed_sparse.driver.client_messages import RequestUpdate
 from distributed_sparse.driver.messages import LogprobBlock
 from distributed_sparse.outputs import CompletionOutput, Logprob, RequestOutput
 from distributed_sparse.sampling_params import SamplingParams
+from distributed_sparse.trace import parse_trace
 
 DecodeToken = Callable[[int], str]
 
@@ -50,6 +51,9 @@ class OutputBuilder:
         for block in update.prompt_logprobs:
             assert output.prompt_logprobs is not None
             output.prompt_logprobs += parse_block(block, output.prompt_token_ids[block.position :], self._decode_token)
+        for trace in update.traces:
+            traced = output.outputs[trace.index]
+            traced.trace = [*(traced.trace or []), parse_trace(trace.ranks)]
         for sample in update.samples:
             completion = output.outputs[sample.index]
             completion.token_ids += sample.token_ids

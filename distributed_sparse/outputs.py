@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from distributed_sparse.metrics import RequestMetrics
+from distributed_sparse.trace import TraceStep
 
 
 @dataclass
@@ -31,6 +32,7 @@ class CompletionOutput:
         stop_reason: the stop string or stop token id that ended it; None for end of sequence and other reasons.
         logprobs: one dict per token, token id -> Logprob, the sampled token always in it; None when not asked for.
         cumulative_logprob: sum of the sampled tokens' log-probabilities; None when not asked for.
+        trace: of an engine with trace=True, its traced decode steps so far; those of a prompt's last tokens stand with index 0.
     """
 
     index: int
@@ -40,6 +42,7 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
+    trace: list[TraceStep] | None = None
 
     @property
     def finished(self) -> bool:
@@ -80,11 +83,13 @@ class ScoreOutput:
         token_ids: the sequence of n tokens.
         token_logprobs: float32 [n - 1]: entry i is that of token i + 1.
         logprobs: float32 [n - 1, vocab_size], or None where the whole vocabulary was not asked for.
+        trace: of an engine with trace=True, the steps of the tokens that went through sparse decode.
     """
 
     token_ids: list[int]
     token_logprobs: np.ndarray = field(init=False)
     logprobs: np.ndarray | None = None
+    trace: list[TraceStep] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_logprobs = np.full(len(self.token_ids) - 1, np.nan, dtype=np.float32)

@@ -15,6 +15,7 @@ def validate_request(
     max_model_len: int,
     max_num_seqs: int,
     has_tokenizer: bool,
+    traces: bool = False,
     score: bool = False,
 ) -> None:
     """Check one request against the engine that is to run it.
@@ -26,6 +27,7 @@ def validate_request(
         max_model_len: tokens that prompt and output may have together.
         max_num_seqs: sequences that the engine runs at once.
         has_tokenizer: whether there is text to look for stop strings in.
+        traces: whether the engine was made with trace=True.
         score: only the prompt's log-probabilities are wanted, so that no room for output is needed.
 
     Raises:
@@ -53,6 +55,10 @@ def validate_request(
             raise ValueError(
                 f"stop_token_ids: token id {token} is outside the vocabulary of {vocab_size} tokens; use 0..{vocab_size - 1}"
             )
+    if params.trace_steps is not None and not traces:
+        raise ValueError(
+            f"trace_steps={shown(params.trace_steps)} needs an engine that traces; make it with LLM(..., trace=True)"
+        )
     if params.stop and not has_tokenizer:
         raise ValueError(f"stop={shown(params.stop)} needs a tokenizer, which this model has not; use stop_token_ids")
 

@@ -39,7 +39,7 @@ MIN_TEMPERATURE = 1e-5  # below it logits / temperature leaves float32's range
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is sampled. Names and meanings are vLLM's, but for the last two, which are this engine's own.
+    """How one request is sampled. Names and meanings are vLLM's, but for the last three, which are this engine's own.
 
     Attributes:
         n: completions of the prompt, which is prefilled once.
@@ -57,6 +57,7 @@ class SamplingParams:
         logprobs: log-probabilities of so many most likely tokens per output position, and of the sampled one.
         prompt_logprobs: the same per prompt position; -1 is the whole vocabulary.
         decode_last_prompt_tokens: k < prompt length: so many last prompt tokens go through sparse decode, one per step.
+        trace_steps: of an engine with `trace`: which of the request's decode steps are traced, 0 the first; None: all.
         timeout_s: seconds from arrival after which the request is ended with an error; None: no limit.
 
     Raises:
@@ -78,6 +79,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     decode_last_prompt_tokens: int = 0
+    trace_steps: Sequence[int] | None = None
     timeout_s: float | None = None
 
     def __new__(cls, *args: Any, **given: Any) -> "SamplingParams":
@@ -122,6 +124,13 @@ class SamplingParams:
         if self.prompt_logprobs is not None:
             put_int("prompt_logprobs", -1, "give a number of tokens, -1 for the whole vocabulary, or None")
         put_int("decode_last_prompt_tokens", 0, "use 0 to prefill the whole prompt densely")
+        if self.trace_steps is not None:
+            if not isinstance(self.trace_steps, Sequence) or isinstance(self.trace_steps, (str, bytes, bytearray)):
+                raise ValueError(
+                    f"trace_steps={shown(self.trace_steps)} must be a list of step numbers; [0] is the first decode step"
+                )
+            remedy = "give numbers of decode steps, 0 the first"
+            put("trace_steps", [check_int("trace_steps: step", step, 0, remedy=remedy) for step in self.trace_steps])
         if self.timeout_s is not None:
             remedy = "give seconds, or None for no limit"
             put("timeout_s", check_float("timeout_s", self.timeout_s, 0.0, low_excluded=True, remedy=remedy))

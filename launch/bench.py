@@ -13,9 +13,9 @@ LAYER_COLUMNS = {
     "ms": "{:.3f}",
     "p10_ms": "{:.3f}",
     "p90_ms": "{:.3f}",
-    "select_ms": "{:.3f}",
+    "density": "{:.3f}",
     "MB": "{:.1f}",
-    "GB_per_s": "{:.1f}",
+    "bytes_ms": "{:.3f}",
     "bandwidth_share": "{:.0%}",
     "speedup_over_sdpa": "{:.2f}x",
     "bytes_limit": "{:.2f}x",
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _layer(settings: Any, threads: int | None, json_file: str | None) -> None:
     import torch
 
-    from distributed_sparse.bench.layer import bench_layer
+    from distributed_sparse.bench.layer import PARTS, bench_layer
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -56,6 +56,9 @@ def _layer(settings: Any, threads: int | None, json_file: str | None) -> None:
         f"measured read bandwidth {rows[0]['read_bandwidth_GB_per_s']:.1f} GB/s"
     )
     print_table(rows, LAYER_COLUMNS)
+    print("The parts of a step, each with a clock around it, mean ms (bytes_ms above: the bytes at the measured bandwidth)")
+    parts = [{"method": row["method"], **row["parts_ms"]} for row in rows if row["parts_ms"]]
+    print_table(parts, {"method": "{}"} | dict.fromkeys(PARTS, "{:.3f}"))
     if json_file:
         write_json(json_file, "layer", asdict(settings), rows)
 

@@ -88,6 +88,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "logprobs": [*(v for v in NOT_INTS if v is not None), -1],
     "prompt_logprobs": [*(v for v in NOT_INTS if v is not None), -2],
     "decode_last_prompt_tokens": [*NOT_INTS, -1],
+    "trace_steps": [3, "3", [-1], [True], [2.0], ["2"]],
     "timeout_s": [*(v for v in NOT_FLOATS if v is not None), 0, -1.0],
 }
 
@@ -187,6 +188,7 @@ valid_values: dict[str, st.SearchStrategy[Any]] = {
     "logprobs": st.none() | st.integers(0, VOCAB_SIZE),
     "prompt_logprobs": st.none() | st.integers(-1, VOCAB_SIZE),
     "decode_last_prompt_tokens": st.integers(0, 1),
+    "trace_steps": st.none(),
     "timeout_s": st.none() | st.floats(1e-3, 1e6),
 }
 valid_params = st.fixed_dictionaries({}, optional=valid_values)
@@ -220,6 +222,7 @@ wrong_values: dict[str, st.SearchStrategy[Any]] = {
     "logprobs": _not_none(_no_ints) | st.integers(max_value=-1) | st.integers(min_value=VOCAB_SIZE + 1),
     "prompt_logprobs": _not_none(_no_ints) | st.integers(max_value=-2) | st.integers(min_value=VOCAB_SIZE + 1),
     "decode_last_prompt_tokens": _no_ints | st.integers(max_value=-1) | st.integers(min_value=100),
+    "trace_steps": _integers | st.text() | st.lists(_no_ints, min_size=1, max_size=3) | st.sampled_from([[-1], [3]]),
     "timeout_s": _not_none(_no_floats) | _not_finite | st.floats(max_value=0.0),
 }
 wrong_tokens = _no_ints | st.integers(max_value=-1) | st.integers(min_value=VOCAB_SIZE)

@@ -10,20 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distributed_sparse.bench.measure import read_bandwidth, time_in_turn
-from distributed_sparse.kernels.append import append
 from distributed_sparse.kernels.attend import attend
 from distributed_sparse.kernels.reference import attend_reference, page_scores_reference
 from distributed_sparse.selection import policy_class, resolve_sparse_config
-from distributed_sparse.selection.base import DecodeBatch, Geometry, LayerCache, PageMinMax, Policy, Selection
+from distributed_sparse.selection.base import DecodeBatch, Policy, Selection
+from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata
 from distributed_sparse.selection.quest import QuestPolicy
+from distributed_sparse.timer import Timer
 
 MAX_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """RMS error over RMS of the float64 result, above which no speed is printed."""
 
+PARTS = ("append", "score", "top_k", "estimate", "prune", "sample", "attend")
+"""What a step is made of; `attend` holds the part that a policy attends itself."""
+
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """One layer's shape. `caches` are filled with different data and taken in turn, so that no processor cache holds one."""
+    """One layer's shape. `caches` are filled with different data and taken in turn, so that no processor cache holds one.
+
+    Queries and values are standard normal, keys normal of standard deviation `key_spread`, which is that of the logits, too.
+    Beside them every query head finds `heavy_tokens` tokens, anywhere in the context, whose logit is `heavy_logit`. With 0
+    tokens attention is flat: the worst case of the adaptive methods.
+    """
 
     context: int = 32768
     batch: int = 1
@@ -32,6 +41,12 @@ class LayerSettings:
     head_dim: int = 128
     page_size: int = 16
     token_budget: int = 2048
+    p: float = 0.95
+    epsilon: float = 0.1
+    delta: float = 0.1
+    heavy_tokens: int = 16
+    heavy_logit: float = 10.0
+    key_spread: float = 0.5
     dtype: str = "float32"
     device: str = "cpu"
     caches: int = 3
@@ -41,7 +56,7 @@ class LayerSettings:
 
 @dataclass
 class Inputs:
-    """Random contents of one cache: contiguous [B, H_kv, n, d] and the same data in scattered pages."""
+    """Contents of one cache: contiguous [B, H_kv, n, d] and the same data in scattered pages."""
 
     q: Tensor
     k: Tensor
@@ -51,10 +66,11 @@ class Inputs:
 
 
 def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
-    """Time SDPA, paged dense, Quest and the window; one row each.
+    """Time SDPA, paged dense, Quest, Twilight, vAttention and the window; one row each.
 
-    Rows hold: median ms and its 10th and 90th percentile, select and attend ms, bytes by the formula, GB/s, the share of the
-    measured read bandwidth, and the speed over SDPA.
+    Rows hold: median ms and its 10th and 90th percentile, density, bytes by the formula, their time at the measured read
+    bandwidth, the share of it that is reached, the speed over SDPA, and the ms of each of `PARTS` (taken apart, with a clock
+    around every part).
 
     Raises:
         AssertionError: a result is off its float64 reference.
@@ -62,12 +78,9 @@ def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     group_size = settings.num_heads // settings.num_kv_heads
     geometry = Geometry(settings.num_kv_heads, group_size, settings.head_dim, settings.page_size, dtype, device, 0)
-    inputs = [make_inputs(settings, geometry, settings.seed + number) for number in range(settings.caches)]
-    budget = {"token_budget": settings.token_budget}
-    methods: dict[str, Policy] = {}
-    for method, keys in {"dense": {}, "quest": budget, "window": budget}.items():
-        config = resolve_sparse_config({"method": method, **keys})
-        methods[method] = policy_class(method)(config, geometry)
+    methods = {name: _policy(name, keys, geometry) for name, keys in _methods(settings).items()}
+    kinds = tuple(dict.fromkeys(kind for policy in methods.values() for kind in policy.metadata))
+    inputs = [make_inputs(settings, geometry, kinds, settings.seed + number) for number in range(settings.caches)]
 
     def sdpa(number: int) -> Tensor:
         one = inputs[number % len(inputs)]
@@ -76,16 +89,18 @@ def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
     for policy in methods.values():
         check(inputs[0], policy, geometry)
     functions: dict[str, Any] = {"sdpa": sdpa}
-    for method, policy in methods.items():
-        functions[method] = lambda number, policy=policy: _decode(inputs[number % len(inputs)], policy, geometry)
-        functions[f"{method} select"] = lambda number, policy=policy: _select(inputs[number % len(inputs)], policy)
+    for name, policy in methods.items():
+        functions[name] = lambda number, policy=policy: _decode(inputs[number % len(inputs)], policy, geometry)
     bandwidth = read_bandwidth(device)
     times = time_in_turn(functions, settings.repeats, device)
     rows: list[dict[str, Any]] = []
-    sdpa_bytes = layer_bytes(settings, geometry, None)
+    all_tokens = settings.batch * settings.context * settings.num_kv_heads
+    token_bytes = 2 * geometry.head_dim * geometry.dtype.itemsize
     for name in ("sdpa", *methods):
-        seconds = times[name].median
-        num_bytes = layer_bytes(settings, geometry, methods.get(name))
+        read = [all_tokens] if name == "sdpa" else [_tokens_read(one, methods[name]) for one in inputs]
+        tokens = sum(read) / len(read)
+        scored = 0 if name == "sdpa" else methods[name].bytes_scored([settings.context] * settings.batch)
+        num_bytes, seconds = tokens * token_bytes + scored, times[name].median
         low, high = times[name].spread
         rows.append(
             {
@@ -93,12 +108,13 @@ def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
                 "ms": seconds * 1e3,
                 "p10_ms": low * 1e3,
                 "p90_ms": high * 1e3,
-                "select_ms": times[f"{name} select"].median * 1e3 if name in methods else None,
+                "density": tokens / all_tokens,
                 "MB": num_bytes / 1e6,
-                "GB_per_s": num_bytes / seconds / 1e9,
+                "bytes_ms": num_bytes / bandwidth * 1e3,
                 "bandwidth_share": num_bytes / seconds / bandwidth,
                 "speedup_over_sdpa": times["sdpa"].median / seconds,
-                "bytes_limit": sdpa_bytes / num_bytes,
+                "bytes_limit": all_tokens * token_bytes / num_bytes,
+                "parts_ms": {} if name == "sdpa" else breakdown(inputs, methods[name], geometry, settings.repeats),
                 "settings": asdict(settings),
                 "read_bandwidth_GB_per_s": bandwidth / 1e9,
             }
@@ -106,17 +122,31 @@ def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
     return rows
 
 
-def layer_bytes(settings: LayerSettings, geometry: Geometry, policy: Policy | None) -> int:
-    """Bytes that a step must read by the method's formula: K and V of what it attends, and the metadata that it scores."""
-    budget = getattr(policy.config, "token_budget", settings.context) if policy is not None else settings.context
-    attended = min(budget, settings.context)
-    pages = -(-settings.context // settings.page_size)
-    token_bytes = 2 * geometry.head_dim * geometry.dtype.itemsize * geometry.num_kv_heads
-    return settings.batch * (attended * token_bytes + (policy.bytes_scored(pages) if policy else 0))
+def breakdown(inputs: list[Inputs], policy: Policy, geometry: Geometry, repeats: int) -> dict[str, float]:
+    """Mean ms of a decode step's parts. The step's own token is appended, too, in place of the last one."""
+    device = inputs[0].q.device
+    for warm in (True, False):
+        timer = policy.timer = Timer(device, enabled=not warm)
+        for number in range(2 if warm else repeats):
+            one = inputs[number % len(inputs)]
+            newest = one.batch.context_lens.long() - 1
+            rows = torch.arange(len(newest), dtype=torch.int32, device=device)
+            page = one.batch.page_table.gather(1, (newest // geometry.page_size)[:, None])[:, 0]
+            runs = AppendRuns(page, rows, (newest % geometry.page_size).int(), torch.ones_like(rows))
+            with timer("append"):
+                one.cache.append(one.k[:, :, -1], one.v[:, :, -1], runs)
+            selection = _select(one, policy)
+            with timer("attend"):
+                _attend(one, selection, geometry)
+            timer.steps += 1
+    policy.timer = Timer(device)
+    ms = timer.ms_per_step
+    ms["attend"] += ms.pop("attend_chosen", 0.0)
+    return {part: ms.get(part, 0.0) for part in PARTS}
 
 
-def make_inputs(settings: LayerSettings, geometry: Geometry, seed: int) -> Inputs:
-    """Random data, its pages scattered over the cache."""
+def make_inputs(settings: LayerSettings, geometry: Geometry, kinds: tuple[Metadata, ...], seed: int) -> Inputs:
+    """Data as `LayerSettings` says, its pages scattered over the cache."""
     generator = torch.Generator(geometry.device).manual_seed(seed)
     n, page_size, heads = settings.context, settings.page_size, settings.num_kv_heads
     pages_each = -(-n // page_size)
@@ -125,56 +155,57 @@ def make_inputs(settings: LayerSettings, geometry: Geometry, seed: int) -> Input
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=geometry.device).to(geometry.dtype)
 
+    q = random(settings.batch, settings.num_heads, settings.head_dim)
     k, v = random(settings.batch, heads, n, settings.head_dim), random(settings.batch, heads, n, settings.head_dim)
-    shape = (num_pages, heads, page_size, settings.head_dim)
-    cache = LayerCache(k.new_zeros(shape), v.new_zeros(shape), {PageMinMax: PageMinMax.allocate(num_pages, geometry)})
+    k *= settings.key_spread
+    for b in range(settings.batch if settings.heavy_tokens else 0):
+        for head in range(settings.num_heads):
+            query = q[b, head].float()
+            where = torch.randint(n, (settings.heavy_tokens,), generator=generator, device=geometry.device)
+            along = query * (settings.heavy_logit / geometry.scale / query.square().sum())
+            k[b, head // geometry.group_size, where] = along.to(geometry.dtype)
+    cache = LayerCache.allocate(0, num_pages, geometry, kinds)
     table = (torch.randperm(num_pages - 1, generator=generator, device=geometry.device) + 1).to(torch.int32)
     table = table[: settings.batch * pages_each].view(settings.batch, pages_each)
     starts = torch.arange(pages_each, dtype=torch.int32, device=geometry.device) * page_size
     counts = (n - starts).clamp_max(page_size)
     for row in range(settings.batch):
-        append(
-            k[row].transpose(0, 1),
-            v[row].transpose(0, 1),
-            table[row],
-            starts,
-            torch.zeros_like(starts),
-            counts,
-            cache.k_pages,
-            cache.v_pages,
-            cache.page_min_max,
+        cache.append(
+            k[row].transpose(0, 1), v[row].transpose(0, 1), AppendRuns(table[row], starts, torch.zeros_like(starts), counts)
         )
     lengths = torch.full((settings.batch,), n, dtype=torch.int32, device=geometry.device)
     num_pages_each = torch.full_like(lengths, pages_each)
-    batch = DecodeBatch(table, num_pages_each, lengths, lengths - (num_pages_each - 1) * page_size, n, page_size)
-    return Inputs(random(settings.batch, settings.num_heads, settings.head_dim), k, v, cache, batch)
+    key = torch.zeros(4, settings.batch, dtype=torch.int64, device=geometry.device)
+    key[0], key[3] = torch.arange(settings.batch, device=geometry.device), n - 1
+    batch = DecodeBatch(
+        page_table=table,
+        num_pages=num_pages_each,
+        context_lens=lengths,
+        last_page_len=lengths - (num_pages_each - 1) * page_size,
+        random_key=key,
+        max_context_len=n,
+        page_size=page_size,
+    )
+    return Inputs(q, k, v, cache, batch)
 
 
 def check(one: Inputs, policy: Policy, geometry: Geometry) -> None:
-    """Compare a method's output with float64 attention over the pages that it chose, and Quest's pages with float64 scores."""
+    """Compare a method's output with float64 attention over what it chose, and Quest's pages with float64 scores."""
     selection = _select(one, policy)
     if isinstance(policy, QuestPolicy):
         check_pages(one, policy, selection)
     out = _attend(one, selection, geometry).cpu()
-    expected, _ = attend_reference(
-        one.q.cpu(),
-        one.cache.k_pages.cpu(),
-        one.cache.v_pages.cpu(),
-        selection.pages.cpu(),
-        selection.num_pages.cpu(),
-        one.batch.last_page_len.cpu(),
-        geometry.scale,
-    )
+    first = None if selection.partial_of is None else _reference(one, selection.partial_of, geometry, None)
+    expected, _ = _reference(one, selection, geometry, first)
     error = ((out.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
     assert error <= MAX_ERROR[geometry.dtype], f"{type(policy).__name__}: RMS error {error:.2e} of its own float64 result"
 
 
 def check_pages(one: Inputs, policy: QuestPolicy, selection: Selection) -> None:
     """Quest's pages against the float64 scores: as good as the best ones, to float32 rounding."""
-    cache, batch = one.cache, one.batch
-    assert cache.page_min_max is not None
-    table, config = batch.page_table.cpu(), policy.config
-    scores = page_scores_reference(one.q.cpu(), cache.page_min_max.cpu(), table, batch.num_pages.cpu(), config.group_reduction)
+    batch, config = one.batch, policy.config
+    table, bounds = batch.page_table.cpu(), one.cache.metadata["page_min_max"].cpu()
+    scores = page_scores_reference(one.q.cpu(), bounds, table, batch.num_pages.cpu(), config.group_reduction)
     scores[:, :, : config.sink_pages] = scores[:, :, scores.shape[2] - config.recent_pages :] = torch.inf
     k = -(-config.token_budget // batch.page_size)
     if k >= scores.shape[2]:
@@ -184,6 +215,46 @@ def check_pages(one: Inputs, policy: QuestPolicy, selection: Selection) -> None:
     chosen = (table[:, None, :, None] == pages[:, :, None, :]).any(-1)
     worst = scores.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
     assert (chosen.sum(-1) == k).all() and (worst >= threshold - 1e-4 * threshold.abs()).all(), "Quest chose other pages"
+
+
+def _methods(settings: LayerSettings) -> dict[str, dict[str, Any]]:
+    budget = {"token_budget": settings.token_budget}
+    return {
+        "dense": {},
+        "quest": budget,
+        "twilight": {"p": settings.p},
+        "vattention": {"epsilon": settings.epsilon, "delta": settings.delta},
+        "window": budget,
+    }
+
+
+def _policy(method: str, keys: dict[str, Any], geometry: Geometry) -> Policy:
+    return policy_class(method)(resolve_sparse_config({"method": method, **keys}), geometry)
+
+
+def _tokens_read(one: Inputs, policy: Policy) -> int:
+    return int(_select(one, policy).attended(one.batch.last_page_len, one.batch.page_size).sum())
+
+
+def _reference(
+    one: Inputs, selection: Selection, geometry: Geometry, partial: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    def on_cpu(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.cpu()
+
+    return attend_reference(
+        one.q.cpu(),
+        one.cache.k_pages.cpu(),
+        one.cache.v_pages.cpu(),
+        selection.pages.cpu(),
+        selection.num_pages.cpu(),
+        one.batch.last_page_len.cpu(),
+        geometry.scale,
+        tokens=on_cpu(selection.tokens),
+        num_tokens=on_cpu(selection.num_tokens),
+        log_weight=on_cpu(selection.log_weight),
+        partial=partial,
+    )
 
 
 def _select(one: Inputs, policy: Policy) -> Selection:
@@ -199,6 +270,10 @@ def _attend(one: Inputs, selection: Selection, geometry: Geometry) -> Tensor:
         selection.num_pages,
         one.batch.last_page_len,
         geometry.scale,
+        tokens=selection.tokens,
+        num_tokens=selection.num_tokens,
+        log_weight=selection.log_weight,
+        partial=selection.partial,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from distributed_sparse.driver.messages import LogprobBlock
+from distributed_sparse.driver.messages import LogprobBlock, TraceBlock
 from distributed_sparse.metrics import RequestMetrics
 from distributed_sparse.sampling_params import SamplingParams
 
@@ -33,12 +33,20 @@ class SampleUpdate(msgspec.Struct):
     """The stop token id or stop string that ended it; None for EOS and length."""
 
 
+class TraceUpdate(msgspec.Struct):
+    """A traced decode row of one of a request's samples, as every rank saw it, in rank order."""
+
+    index: int
+    ranks: list[TraceBlock]
+
+
 class RequestUpdate(msgspec.Struct):
     """What one commit added to one request. `finished` comes once, last."""
 
     request_id: str
     samples: list[SampleUpdate] = []
     prompt_logprobs: list[LogprobBlock] = []
+    traces: list[TraceUpdate] = []
     finished: bool = False
     error: str | None = None
     """The request was refused, or ended by a failure of the engine; the tokens so far have been published."""

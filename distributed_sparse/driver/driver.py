@@ -6,7 +6,7 @@ import time
 from collections import Counter, defaultdict
 
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate, SampleUpdate
+from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate, SampleUpdate, TraceUpdate
 from distributed_sparse.driver.detokenizer import CompletionText, Detokenizer, StopChecker
 from distributed_sparse.driver.messages import LogprobBlock, ShardReport, StepPlan, StepResult
 from distributed_sparse.driver.pages import PageAllocator
@@ -59,6 +59,9 @@ class Driver:
             page_size=self.config.page_size,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
+            kept_pages=self.group.kept_pages,
+            forks_copy_pages=self.group.forks_copy_pages,
+            trace=self.config.trace,
         )
 
     # ---- requests
@@ -79,6 +82,7 @@ class Driver:
                 max_model_len=self.model.max_model_len,
                 max_num_seqs=self.config.max_num_seqs,
                 has_tokenizer=self._detokenizer is not None,
+                traces=self.config.trace,
                 score=new.score,
             )
             room = self.model.max_model_len - len(new.prompt_token_ids)
@@ -157,7 +161,7 @@ class Driver:
         sent = time.monotonic()
         results = self._execute(plan)
         received = time.monotonic()
-        updates = self._commit(plan, results[0], received)
+        updates = self._commit(plan, results, received)
         self._times.add(plan, results, started, sent, received, time.monotonic())
         return updates
 
@@ -177,12 +181,17 @@ class Driver:
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = now
 
-    def _commit(self, plan: StepPlan, result: StepResult, now: float) -> Updates:
+    def _commit(self, plan: StepPlan, results: list[StepResult], now: float) -> Updates:
         """Take a step's tokens into the history; then say what they mean for each request."""
+        result = results[0]
+        traces: dict[Request, list[TraceUpdate]] = defaultdict(list)
+        for blocks_of_row in zip(*(result.traces for result in results), strict=True):
+            sequence = self.scheduler.sequence_at(blocks_of_row[0].slot)
+            traces[sequence.request].append(TraceUpdate(sequence.index, list(blocks_of_row)))
         prompt_blocks: dict[Request, list[LogprobBlock]] = defaultdict(list)
         for block in result.prompt_logprobs:
             prompt_blocks[self.scheduler.sequence_at(block.slot).request].append(block)
-        touched: dict[Request, list[Sequence]] = {request: [] for request in prompt_blocks}
+        touched: dict[Request, list[Sequence]] = {request: [] for request in (*prompt_blocks, *traces)}
         blocks: dict[Sequence, LogprobBlock] = {}
         own_blocks = iter(result.logprobs)  # beside the sampled tokens: a prompt that is only scored has none
         for sequence, token in self.scheduler.commit(plan, result.tokens):
@@ -196,7 +205,9 @@ class Driver:
             self._take_token(sequence, token, now)
         updates: Updates = defaultdict(list)
         for request, sequences in touched.items():
-            updates[request.client_id].append(self._publish(request, sequences, blocks, prompt_blocks[request]))
+            update = self._publish(request, sequences, blocks, prompt_blocks[request])
+            update.traces = traces[request]
+            updates[request.client_id].append(update)
         return updates
 
     def _take_token(self, sequence: Sequence, token: int, now: float) -> None:

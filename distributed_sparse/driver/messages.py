@@ -52,6 +52,8 @@ class DecodeRow(Part):
     """The known next token, whose log-probability is wanted (prompt_logprobs)."""
     prompt_logprobs: int = 0
     """With `target`: so many best tokens beside it; -1: the whole vocabulary."""
+    trace: bool = False
+    """Say what this row's attention missed: a `TraceBlock` from every rank."""
 
     @property
     def num_tokens(self) -> int:
@@ -145,6 +147,10 @@ class Loaded(Message):
     """Bytes of one page over all layers of this rank: K, V and metadata."""
     max_pages: int
     """Pages that fit into this rank's memory."""
+    kept_pages: tuple[int, int] | None = None
+    """(sink, recent) pages where the method reads no others at decode, so that the Driver frees them; None: all are kept."""
+    forks_copy_pages: bool = False
+    """Whether samples of a request may not share pages, since the method changes what it keeps in them as it reads."""
 
 
 class Ready(Message):
@@ -171,6 +177,33 @@ class LogprobBlock(Part):
     """int32 [rows]: 1-based rank of the sampled or target token among all."""
 
 
+class LayerTraceBlock(Part):
+    """One layer's attention of a traced row over this rank's heads, as little-endian arrays. See `trace.LayerTrace`."""
+
+    captured_mass: bytes
+    """float32 [H_q], as the next two."""
+    relative_error: bytes
+    entropy: bytes
+    tokens_for_mass: bytes
+    """int32 [H_q, 4]."""
+    counts: bytes
+    """int32 [H_kv]."""
+    indices: bytes
+    """int32 [sum of counts]: one KV head's after the other's."""
+    details: dict[str, bytes]
+    """float32 [H_kv] or [H_q]."""
+
+
+class TraceBlock(Part):
+    """A traced row on one rank."""
+
+    slot: int
+    position: int
+    num_kv_heads: int
+    """Of this rank."""
+    layers: list[LayerTraceBlock]
+
+
 class ShardReport(Part):
     """What this rank has counted since it started."""
 
@@ -189,7 +222,7 @@ class ShardReport(Part):
 
 
 class StepResult(Message):
-    """What a rank did. Only rank 0 fills tokens and log-probabilities; the others acknowledge."""
+    """What a rank did. Only rank 0 fills tokens and log-probabilities; every rank its traces."""
 
     step: int
     rank: int
@@ -198,6 +231,8 @@ class StepResult(Message):
     logprobs: list[LogprobBlock | None] = []
     """Beside each of `tokens` (empty if no slot wants any)."""
     prompt_logprobs: list[LogprobBlock] = []
+    traces: list[TraceBlock] = []
+    """From every rank: one per decode row that is traced, in the plan's order."""
     step_ms: float = 0.0
     report: ShardReport | None = None
 

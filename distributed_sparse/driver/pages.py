@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+NULL_PAGE = 0
+"""What padded rows point at, and page tables where a page has been evicted. Nobody holds it."""
+
 
 def pages_for(num_tokens: int, page_size: int) -> int:
     """Pages that hold `num_tokens` tokens."""
@@ -9,7 +12,7 @@ def pages_for(num_tokens: int, page_size: int) -> int:
 
 
 class PageAllocator:
-    """Refcounted pages 1..num_pages-1, and reservations against them. Page 0, the null page of padded rows, is never given.
+    """Refcounted pages 1..num_pages-1, and reservations against them. The null page is never given.
 
     A request reserves, when it is admitted, every page that it can ever need; pages are then taken one by one as its
     tokens arrive. So `take` cannot fail for an admitted request, and a running request never has to be thrown out.

@@ -101,6 +101,7 @@ class RemoteShardGroup(ShardGroup):
             self._gather(Hello, deadline, "connect")
             refuse_unequal(self._hellos)
             loaded = self._gather(Loaded, deadline, "load its weights")
+            refuse_unequal_methods(loaded, self._hellos)
             num_pages = min(message.max_pages for message in loaded)
             self._send_all(messages.encode(AllocateCache(num_pages)))
             ready = self._gather(Ready, deadline, "allocate its cache and warm up")
@@ -351,6 +352,23 @@ def refuse_unequal(hellos: dict[int, Hello]) -> None:
                 f"{place(0, hellos)} and {place(rank, hellos)} hold different weights (fingerprints "
                 f"{first.weights_fingerprint[:12]} and {hello.weights_fingerprint[:12]}); put the same checkpoint on every node"
             )
+
+
+def refuse_unequal_methods(loaded: list[Loaded], hellos: dict[int, Hello]) -> None:
+    """One allocator serves all ranks: their methods must agree on which pages are freed and shared.
+
+    Raises:
+        ValueError: names two ranks that differ, and both values.
+    """
+    first = loaded[0]
+    for message in loaded:
+        for name in ("kept_pages", "forks_copy_pages"):
+            mine, other = getattr(first, name), getattr(message, name)
+            if mine != other:
+                raise ValueError(
+                    f"{place(0, hellos)} has {name}={mine}, but {place(message.rank, hellos)} has {name}={other}; "
+                    "install the same sparse method on every node"
+                )
 
 
 def open_store(host: str, listening: socket.socket) -> Any:

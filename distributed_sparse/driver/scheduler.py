@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, SlotSetup, StepPlan
-from distributed_sparse.driver.pages import PageAllocator, pages_for
+from distributed_sparse.driver.pages import NULL_PAGE, PageAllocator, pages_for
 from distributed_sparse.driver.sequence import Request, Sequence
 
 
@@ -15,13 +15,32 @@ class Scheduler:
 
     Verbs: `add` a request, `schedule` a step, `commit` its tokens, `finish` a sequence. One token budget per step: every
     running sequence decodes one token; what is left goes to prompt chunks, oldest request first. A request is admitted
-    when it gets a slot per sample and can reserve its pages for prompt + max_tokens, so it is never thrown out again.
+    when it gets a slot per sample and can reserve every page that it may ever need, so it is never thrown out again.
+
+    Args:
+        kept_pages: (sink, recent) where the method never reads others at decode, so that they are freed; None: all are kept.
+        trace: whether decode rows are traced, where their request does not say otherwise.
+        forks_copy_pages: whether samples may not share pages, since the method changes what it keeps in them.
     """
 
-    def __init__(self, allocator: PageAllocator, *, page_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        *,
+        page_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        kept_pages: tuple[int, int] | None = None,
+        forks_copy_pages: bool = False,
+        trace: bool = False,
+    ) -> None:
+        assert kept_pages is None or kept_pages[1] > 0, "the page being written is always kept"
         self.allocator = allocator
         self.page_size = page_size
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.kept_pages = kept_pages
+        self.forks_copy_pages = forks_copy_pages
+        self.trace = trace
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
@@ -80,8 +99,10 @@ class Scheduler:
 
     def _decode_row(self, sequence: Sequence) -> DecodeRow:
         request, position = sequence.request, sequence.num_computed
+        self._evict(sequence, position + 1)
         self._grow(sequence, position + 1)
         row = DecodeRow(slot=sequence.slot, position=position, token=None, samples=[])
+        row.trace = self.trace and request.traces(position)
         if sequence.in_prompt:
             row.token = sequence.token(position)
             self._want_prompt_logprobs(row, request, position)
@@ -146,11 +167,29 @@ class Scheduler:
         return True
 
     def _reservation(self, request: Request) -> tuple[int, int]:
-        """Pages that the request can ever need: (full prompt pages, shared by its samples; all others)."""
+        """Pages that the request can ever hold: (full prompt pages, shared by its samples; all others).
+
+        No `take` exceeds it, with eviction either. Call a sample's pages past the shared ones its own. Up to the end of its
+        prefill, and when it forks, those are prompt pages at most. From then on it grows in `_decode_row` alone, which
+        evicts first: it never holds more than sink + recent pages, its own among them.
+        """
         prompt = len(request.prompt_token_ids)
-        shared = prompt // self.page_size
+        shared = 0 if self.forks_copy_pages else prompt // self.page_size
         private = pages_for(prompt + request.max_tokens, self.page_size) - shared
+        if self.kept_pages is not None:
+            private = min(private, max(pages_for(prompt, self.page_size) - shared, sum(self.kept_pages)))
         return shared, private * request.num_samples
+
+    def _evict(self, sequence: Sequence, num_tokens: int) -> None:
+        """Free the pages outside the window of a decode step over `num_tokens` tokens: later steps read none of them either."""
+        if self.kept_pages is None:
+            return
+        sink, recent = self.kept_pages
+        start, end = max(sequence.evicted_end, sink), pages_for(num_tokens, self.page_size) - recent
+        if end > start:
+            self.allocator.release(sequence.pages[start:end])
+            sequence.pages[start:end] = [NULL_PAGE] * (end - start)
+            sequence.evicted_end = end
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Take the pages that the sequence lacks for its first `num_tokens` tokens."""
@@ -191,15 +230,17 @@ class Scheduler:
         return committed
 
     def _fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let the child share the parent's full pages and copy its partial one; applied by the next plan."""
-        full = parent.num_computed // self.page_size
-        child.pages = parent.pages[:full]
-        self.allocator.share(child.pages)
-        if parent.num_computed % self.page_size:
-            child.pages = child.pages + self.allocator.take(1)
-            self._page_copies.append((parent.pages[full], child.pages[full]))
+        """Let the child share the parent's full pages and copy its partial one, or copy all; applied by the next plan."""
+        shared = 0 if self.forks_copy_pages else parent.num_computed // self.page_size
+        child.pages = parent.pages[:shared]
+        self.allocator.share(child.held_pages)
+        for page in parent.pages[shared:]:
+            (own,) = self.allocator.take(1) if page != NULL_PAGE else (NULL_PAGE,)
+            child.pages.append(own)
+            if own != NULL_PAGE:
+                self._page_copies.append((page, own))
         self._new_pages.append((child.slot, list(child.pages)))
-        child.num_computed = parent.num_computed
+        child.num_computed, child.evicted_end = parent.num_computed, parent.evicted_end
         child.forked = True
 
     # ---- finish
@@ -212,7 +253,7 @@ class Scheduler:
             if request.finished:
                 self.waiting.remove(request)
             return
-        self.allocator.release(sequence.pages)
+        self.allocator.release(sequence.held_pages)
         # A fork that has not reached a shard yet must not be written there: its pages may belong to another by then.
         self._new_pages = [entry for entry in self._new_pages if entry[0] != sequence.slot]
         self._page_copies = [copy for copy in self._page_copies if copy[1] not in sequence.pages]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from distributed_sparse.driver.detokenizer import CompletionText
+from distributed_sparse.driver.pages import NULL_PAGE
 from distributed_sparse.metrics import RequestMetrics
 from distributed_sparse.sampling_params import SamplingParams
 
@@ -40,6 +41,11 @@ class Request:
         """Only the log-probabilities of the prompt are wanted."""
         return self.max_tokens == 0
 
+    def traces(self, position: int) -> bool:
+        """Whether the decode step at a position is one that an engine with trace=True records."""
+        steps = self.params.trace_steps
+        return steps is None or position - self.prefill_length in steps
+
     @property
     def finished(self) -> bool:
         return all(sequence.finish_reason is not None for sequence in self.sequences)
@@ -53,6 +59,9 @@ class Sequence:
     index: int
     slot: int = -1
     pages: list[int] = field(default_factory=list)
+    """Page ids in logical order; the null page where one has been evicted."""
+    evicted_end: int = 0
+    """One past the last evicted logical page; those before it, down to the sink pages, are gone too."""
     num_computed: int = 0
     """Tokens whose keys and values are in the cache."""
     output_token_ids: list[int] = field(default_factory=list)
@@ -64,6 +73,11 @@ class Sequence:
     published_tokens: int = 0
     forked: bool = False
     """Its pages are its own; False for a sample > 0 that still waits for the prompt to be computed."""
+
+    @property
+    def held_pages(self) -> list[int]:
+        """The pages that it has a reference to."""
+        return [page for page in self.pages if page != NULL_PAGE]
 
     @property
     def num_tokens(self) -> int:

@@ -26,6 +26,8 @@ class RankInfo:
     max_pages: int
     cache_bytes: int
     metadata_bytes: int
+    kept_pages: tuple[int, int] | None = None
+    forks_copy_pages: bool = False
 
     def as_dict(self) -> dict:
         """The entry of `LLM.stats()["ranks"]`."""
@@ -46,6 +48,8 @@ class RankInfo:
             max_pages=loaded.max_pages,
             cache_bytes=ready.cache_bytes,
             metadata_bytes=ready.metadata_bytes,
+            kept_pages=loaded.kept_pages,
+            forks_copy_pages=loaded.forks_copy_pages,
         )
 
 
@@ -92,12 +96,22 @@ class ShardGroup(ABC):
         """Bytes of one page over all layers of one rank, metadata included: the largest of the ranks'."""
         return max(info.page_bytes for info in self.ranks)
 
+    @property
+    def kept_pages(self) -> tuple[int, int] | None:
+        """As in `Loaded`; the same on every rank."""
+        return self.ranks[0].kept_pages
+
+    @property
+    def forks_copy_pages(self) -> bool:
+        """As in `Loaded`; the same on every rank."""
+        return self.ranks[0].forks_copy_pages
+
     @abstractmethod
     def start(self) -> list[RankInfo]:
         """Bring every rank up, weights loaded, cache allocated, warm; the ranks, in rank order.
 
         Raises:
-            ValueError: the ranks cannot be placed, or their versions or weights differ.
+            ValueError: the ranks cannot be placed, or their versions, weights or methods differ.
             ShardFailure: a rank failed, died or was not ready before the start-up deadline. The group is stopped.
         """
 

@@ -8,13 +8,33 @@ from typing import Any
 
 import msgspec
 
-from distributed_sparse.selection.base import Geometry, Policy, SparseConfig
+from distributed_sparse.selection.base import Policy, SparseConfig
 from distributed_sparse.selection.dense import DenseConfig, DensePolicy
+from distributed_sparse.selection.hash import HashPolicy
+from distributed_sparse.selection.metadata import Geometry
+from distributed_sparse.selection.oracle import OraclePolicy
 from distributed_sparse.selection.quest import QuestPolicy
+from distributed_sparse.selection.random import RandomPolicy
+from distributed_sparse.selection.tova import TovaPolicy
+from distributed_sparse.selection.twilight import TwilightPolicy
+from distributed_sparse.selection.vattention import VAttentionPolicy
 from distributed_sparse.selection.window import WindowPolicy
 from distributed_sparse.validation import check_choice, check_keys
 
-POLICIES: dict[str, type[Policy]] = {policy.config_class.method: policy for policy in (DensePolicy, QuestPolicy, WindowPolicy)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.config_class.method: policy
+    for policy in (
+        DensePolicy,
+        QuestPolicy,
+        TwilightPolicy,
+        VAttentionPolicy,
+        HashPolicy,
+        WindowPolicy,
+        TovaPolicy,
+        RandomPolicy,
+        OraclePolicy,
+    )
+}
 
 
 def policy_class(method: str) -> type[Policy]:

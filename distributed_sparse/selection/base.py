@@ -9,6 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from distributed_sparse.selection.metadata import Geometry, LayerCache, Metadata
+from distributed_sparse.timer import Timer
+
 
 @dataclass
 class Selection:
@@ -16,11 +19,14 @@ class Selection:
 
     pages:      int32 [B, H_kv, P_max]  physical page ids in logical order; the last entry is the newest, possibly partial page
     num_pages:  int32 [B, H_kv]
-    tokens:     int32 [B, H_kv, T_max] | None   physical token slots (page * page_size + offset), ascending
+    tokens:     int32 [B, H_kv, T_max] | None   physical token slots (page * page_size + offset), in an order that depends on
+                the row alone, not on where its pages lie (Twilight: ascending positions; a sample: as drawn)
     num_tokens: int32 [B, H_kv] | None
     log_weight: float32 [B, H_kv] | None        added to the logits of `tokens` (0 for Twilight; log 1/inclusion probability)
     partial:    (out float32 [B, H_q, d], lse float32 [B, H_q]) | None   already attended by the policy; merged in combine
+    partial_of: what `partial` has read, as a Selection of its own (counts of 0 where the row has none)
     is_dense:   the host knows that every row is the identity page list, so nothing needs counting on the device
+    details:    the method's own numbers for a trace, name -> float32 [B, H_kv] or [B, H_q]; filled where `batch.trace`
     """
 
     pages: Tensor
@@ -29,12 +35,16 @@ class Selection:
     num_tokens: Tensor | None = None
     log_weight: Tensor | None = None
     partial: tuple[Tensor, Tensor] | None = None
+    partial_of: Selection | None = None
     is_dense: bool = False
+    details: dict[str, Tensor] = field(default_factory=dict)
 
     def attended(self, last_page_len: Tensor, page_size: int) -> Tensor:
-        """Tokens that each row reads: int32 [B, H_kv] (without what a `partial` has read)."""
-        in_pages = self.num_pages * page_size - (page_size - last_page_len)[:, None] * (self.num_pages > 0)
-        return in_pages if self.num_tokens is None else in_pages + self.num_tokens
+        """Tokens that each row reads, those of its `partial` included: int32 [B, H_kv]."""
+        read = self.num_pages * page_size - (page_size - last_page_len)[:, None] * (self.num_pages > 0)
+        if self.num_tokens is not None:
+            read = read + self.num_tokens
+        return read if self.partial_of is None else read + self.partial_of.attended(last_page_len, page_size)
 
 
 @dataclass(frozen=True)
@@ -45,73 +55,20 @@ class DecodeBatch:
     num_pages:       int32 [B]    pages in use, the newest included
     context_lens:    int32 [B]    tokens in the cache, the query's own included
     last_page_len:   int32 [B]    tokens in the newest page, 1..page_size
+    random_key:      int64 [4, B] what a row's random numbers depend on, beside the layer and the global KV head: low and high
+                     32 bits of the request's seed, sample index, position of the query
     max_context_len: the longest context, known on the host
+    trace:           whether somebody wants `Selection.details`
     """
 
     page_table: Tensor
     num_pages: Tensor
     context_lens: Tensor
     last_page_len: Tensor
+    random_key: Tensor
     max_context_len: int
     page_size: int
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The shape of one rank's attention."""
-
-    num_kv_heads: int
-    group_size: int
-    head_dim: int
-    page_size: int
-    dtype: torch.dtype
-    device: torch.device
-    first_kv_head: int
-    """Global index of this rank's first KV head: random numbers are keyed by the global head."""
-
-    @property
-    def scale(self) -> float:
-        return float(self.head_dim**-0.5)
-
-
-class Metadata(ABC):
-    """Something that the cache keeps per page beside K and V, for the methods that ask for it. Never instantiated."""
-
-    @staticmethod
-    @abstractmethod
-    def bytes_per_page(geometry: Geometry) -> int:
-        """Bytes of one page in one layer of one rank."""
-
-    @staticmethod
-    @abstractmethod
-    def allocate(num_pages: int, geometry: Geometry) -> Tensor:
-        """The tensor of one layer, [num_pages, ...]."""
-
-
-class PageMinMax(Metadata):
-    """Channel-wise min and max of the page's keys: [num_pages, H_kv, 2, d] in the cache's dtype, so exact (Quest)."""
-
-    @staticmethod
-    def bytes_per_page(geometry: Geometry) -> int:
-        return geometry.num_kv_heads * 2 * geometry.head_dim * geometry.dtype.itemsize
-
-    @staticmethod
-    def allocate(num_pages: int, geometry: Geometry) -> Tensor:
-        shape = (num_pages, geometry.num_kv_heads, 2, geometry.head_dim)
-        return torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
-
-
-@dataclass
-class LayerCache:
-    """One layer's cache on one rank: K and V [num_pages, H_kv, page_size, d] and the metadata that its method asked for."""
-
-    k_pages: Tensor
-    v_pages: Tensor
-    metadata: dict[type[Metadata], Tensor] = field(default_factory=dict)
-
-    @property
-    def page_min_max(self) -> Tensor | None:
-        return self.metadata.get(PageMinMax)
+    trace: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +92,10 @@ class SparseConfig:
     def check(self, page_size: int) -> None:
         """Raise ValueError where the settings cannot hold at this page size."""
 
+    def kept_pages(self, page_size: int) -> tuple[int, int] | None:
+        """(sink, recent) pages, where no layer reads others at decode and the rest may be freed; None: all are kept."""
+        return None
+
     def check_budget(self, token_budget: int, page_size: int) -> None:
         """Raise ValueError where a budget of tokens does not cover the forced pages."""
         forced = self.sink_pages + self.recent_pages
@@ -149,14 +110,16 @@ class Policy(ABC):
     """A sparse method on one rank. Made once per distinct config, called in each decode step for each layer that has it."""
 
     config_class: ClassVar[type[SparseConfig]]
-    metadata: ClassVar[tuple[type[Metadata], ...]] = ()
-    """What the cache must keep beside K and V for this method."""
-    graph_safe: ClassVar[bool] = True
+    metadata: tuple[Metadata, ...] = ()
+    """What the cache must keep beside K and V for this method; may be set in `__init__`, where it depends on the config."""
+    graph_safe: bool = True
     """False for a method that reads device values on the host: it turns CUDA graphs off."""
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
         self.config = config
         self.geometry = geometry
+        self.timer = Timer(geometry.device)
+        """Where the parts of `select` may be timed: `with self.timer("score")`. Whoever runs the policy puts its own here."""
 
     @abstractmethod
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
@@ -168,8 +131,9 @@ class Policy(ABC):
             batch: the rows.
         """
 
-    def bytes_scored(self, num_pages: int) -> int:
-        """Bytes of metadata that `select` reads for rows of so many pages in all, over this rank's KV heads."""
+    def bytes_scored(self, context_lens: list[int]) -> int:
+        """Bytes that `select` reads for rows of these contexts, over this rank's KV heads: metadata, and K and V that it looks
+        at without attending them."""
         return 0
 
 
@@ -199,3 +163,25 @@ def covers(config: SparseConfig, token_budget: int, batch: DecodeBatch) -> bool:
     """Whether the host knows that every row of the batch reads its whole context."""
     pages = -(-batch.max_context_len // batch.page_size)
     return pages <= -(-token_budget // batch.page_size) or batch.max_context_len < config.min_context
+
+
+def slots_of(positions: Tensor, batch: DecodeBatch) -> Tensor:
+    """Physical token slots of logical positions, int32 [B, H_kv, T] both; positions past a row's count may be any bits."""
+    size, width = batch.page_size, batch.page_table.shape[1]
+    positions = positions.clamp(0, width * size - 1)
+    table = batch.page_table[:, None].expand(-1, positions.shape[1], -1)
+    return table.gather(2, (positions // size).long()) * size + positions % size
+
+
+def token_selection(batch: DecodeBatch, tokens: Tensor, num_tokens: Tensor, is_dense: Tensor | None = None) -> Selection:
+    """A selection of tokens in which rows that list their whole context are the identity page list: bitwise dense.
+
+    Args:
+        tokens, num_tokens: as of `Selection`.
+        is_dense: bool [B, H_kv] rows that are to be dense whatever they list.
+    """
+    whole = num_tokens >= batch.context_lens[:, None]
+    if is_dense is not None:
+        whole = whole | is_dense
+    dense = dense_selection(batch, num_tokens.shape[1])
+    return Selection(dense.pages, dense.num_pages * whole, tokens, num_tokens * ~whole)

@@ -1,6 +1,7 @@
 """window: the first pages and the last ones, whatever they hold. The content-free control of every comparison.
 
-The visible part is that of StreamingLLM (arXiv 2309.17453, section 3.2), with absolute positions and nothing evicted.
+The visible part is that of StreamingLLM (arXiv 2309.17453, section 3.2), with absolute positions. With `evict` what falls out
+of it is freed, as there: memory stays bounded in decode, however long it lasts.
 """
 
 from __future__ import annotations
@@ -25,17 +26,58 @@ from distributed_sparse.selection.base import (
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig(SparseConfig):
-    """`token_budget` tokens per step in whole pages: `sink_pages` from the start, the rest the newest."""
+    """`token_budget` tokens per step in whole pages: `sink_pages` from the start, the rest the newest.
+
+    evict: the Driver frees a sequence's other pages once its prefill has ended: before that, prompt chunks attend to all of
+        them. One page id serves all layers, so all must keep the same pages: no dense layers, no dense contexts beyond the
+        budget, no overrides of what is kept. The tokens are those of `evict: false`, bit for bit.
+    """
 
     method: ClassVar[str] = "window"
     token_budget: int = 2048
+    evict: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        evicting = next((override for override in self.layers if override.get("evict")), None)
+        if not self.evict:
+            if evicting is not None:
+                raise ValueError(
+                    f"sparse.layers range {evicting.get('range')!r} sets evict=true, but a page is freed in all layers or in "
+                    "none; set evict: true beside `layers`"
+                )
+            return
+        if self.dense_layers > 0:
+            raise ValueError(
+                f"sparse.evict=true frees pages that the dense_layers={self.dense_layers} dense layers would read; "
+                "set dense_layers: 0"
+            )
+        if self.min_context > self.token_budget:
+            raise ValueError(
+                f"sparse.evict=true frees pages that contexts below min_context={self.min_context} would read beyond "
+                f"token_budget={self.token_budget}; set min_context to {self.token_budget} or less"
+            )
+        for override in self.layers:
+            for name in ("evict", "token_budget", "sink_pages"):
+                if override.get(name, getattr(self, name)) != getattr(self, name):
+                    raise ValueError(
+                        f"sparse.layers range {override.get('range')!r} sets {name}={override[name]}, but with evict=true all "
+                        f"layers keep the same pages; leave it at {getattr(self, name)}"
+                    )
 
     def check(self, page_size: int) -> None:
         self.check_budget(self.token_budget, page_size)
 
+    def kept_pages(self, page_size: int) -> tuple[int, int] | None:
+        return (self.sink_pages, -(-self.token_budget // page_size) - self.sink_pages) if self.evict else None
+
 
 class WindowPolicy(Policy):
-    """Sinks and recent pages; every KV head reads the same ones."""
+    """Sinks and recent pages; every KV head reads the same ones.
+
+    With `evict`, page tables hold stale ids between the two: no list names them, as long as `covers` and `page_budget` call
+    no row dense whose pages exceed the budget.
+    """
 
     config_class = WindowConfig
     config: WindowConfig

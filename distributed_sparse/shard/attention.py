@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.append import append
 from distributed_sparse.kernels.attend import attend
 from distributed_sparse.kernels.prefill_attend import prefill_attend
-from distributed_sparse.selection.base import Geometry, LayerCache, Policy, Selection
+from distributed_sparse.selection.base import Policy, Selection
+from distributed_sparse.selection.metadata import Geometry, LayerCache
 from distributed_sparse.shard.batch import StepBatch
 from distributed_sparse.shard.cache import PagedCache
+from distributed_sparse.shard.tracer import Tracer
+from distributed_sparse.timer import Timer
 
 
 class SparseAttention:
@@ -26,6 +23,8 @@ class SparseAttention:
         self.policies = policies
         self.cache = cache
         self.timer = Timer(geometry.device)
+        for policy in policies:
+            policy.timer = self.timer
         self._counters = torch.zeros((len(policies), geometry.num_kv_heads), dtype=torch.int64, device=geometry.device)
         self._sparse_rows = torch.zeros((), dtype=torch.int64, device=geometry.device)
         self._dense_tokens = [0] * len(policies)
@@ -33,12 +32,13 @@ class SparseAttention:
         self._context_tokens = 0
         self._scored_bytes = 0
 
-    def begin(self, batch: StepBatch, profile: bool) -> None:
-        """Set the batch that the next calls are about."""
+    def begin(self, batch: StepBatch, profile: bool, tracer: Tracer | None = None) -> None:
+        """Set the batch that the next calls are about, and who watches its decode rows."""
         self.batch = batch
+        self.tracer = tracer
         self.timer.enabled = profile
         self._rows += batch.num_decode * self.geometry.num_kv_heads * len(self.policies)
-        self._context_tokens += batch.context_tokens
+        self._context_tokens += sum(batch.context_lens)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one layer over the batch.
@@ -51,9 +51,8 @@ class SparseAttention:
             [N, H_q, d].
         """
         batch, cache = self.batch, self.cache.layers[layer]
-        runs = batch.runs
         with self.timer("append"):
-            append(k, v, runs.pages, runs.starts, runs.offsets, runs.counts, cache.k_pages, cache.v_pages, cache.page_min_max)
+            cache.append(k, v, batch.runs)
         if batch.prefill is None:
             return self._decode(layer, q, cache)
         num_decode, prefill = batch.num_decode, batch.prefill
@@ -79,7 +78,7 @@ class SparseAttention:
             selection = self.policies[layer].select(q, cache, batch)
         self._count(layer, selection)
         with self.timer("attend"):
-            return attend(
+            out = attend(
                 q,
                 cache.k_pages,
                 cache.v_pages,
@@ -92,18 +91,21 @@ class SparseAttention:
                 log_weight=selection.log_weight,
                 partial=selection.partial,
             )
+        if self.tracer is not None:
+            self.tracer.record(q, cache, batch, selection, out)
+        return out
 
     def _count(self, layer: int, selection: Selection) -> None:
         """Add to the counters, on the device where the host does not know."""
         batch = self.batch.decode
         assert batch is not None
         if selection.is_dense:
-            self._dense_tokens[layer] += self.batch.context_tokens
+            self._dense_tokens[layer] += sum(self.batch.context_lens)
             return
         attended = selection.attended(batch.last_page_len, batch.page_size)
         self._counters[layer] += attended.sum(0)
         self._sparse_rows += (attended < batch.context_lens[:, None]).sum()
-        self._scored_bytes += self.policies[layer].bytes_scored(self.batch.context_pages)
+        self._scored_bytes += self.policies[layer].bytes_scored(self.batch.context_lens)
 
     # ---- what a ShardReport says
 
@@ -124,34 +126,6 @@ class SparseAttention:
 
     @property
     def bytes_read(self) -> int:
-        """K and V of the attended tokens, and the metadata that was scored."""
+        """K and V of the attended tokens, and what the methods scored."""
         token_bytes = 2 * self.geometry.head_dim * self.geometry.dtype.itemsize
         return token_bytes * sum(map(sum, self.tokens_attended)) + self._scored_bytes
-
-
-class Timer:
-    """Times of the parts of a step, in profile steps only: it waits for the device before and after each part."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.enabled = False
-        self._device = device
-        self._seconds: dict[str, float] = defaultdict(float)
-        self.steps = 0
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        if not self.enabled:
-            yield
-            return
-        started = self._now()
-        yield
-        self._seconds[part] += self._now() - started
-
-    @property
-    def ms_per_step(self) -> dict[str, float]:
-        return {part: seconds * 1e3 / max(self.steps, 1) for part, seconds in self._seconds.items()}
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()

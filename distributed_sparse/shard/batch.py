@@ -10,17 +10,8 @@ from torch import Tensor
 
 from distributed_sparse.driver.messages import StepPlan
 from distributed_sparse.selection.base import DecodeBatch
+from distributed_sparse.selection.metadata import AppendRuns
 from distributed_sparse.shard.slots import SlotTable
-
-
-@dataclass(frozen=True)
-class AppendRuns:
-    """Where the batch's tokens go: see `kernels/append.py`. Each int32 [T]."""
-
-    pages: Tensor
-    starts: Tensor
-    offsets: Tensor
-    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,9 +35,8 @@ class StepBatch:
     num_decode: int
     decode: DecodeBatch | None
     prefill: PrefillBatch | None
-    context_tokens: int
-    """Sum of the decode rows' context lengths, known on the host."""
-    context_pages: int
+    context_lens: list[int]
+    """Of the decode rows, known on the host."""
 
 
 def build_batch(plan: StepPlan, slots: SlotTable, page_size: int) -> StepBatch:
@@ -88,10 +78,9 @@ def build_batch(plan: StepPlan, slots: SlotTable, page_size: int) -> StepBatch:
         rope_lengths=rope_lengths,
         runs=runs.to(device),
         num_decode=len(plan.decode),
-        decode=_decode_batch(decode_slots, context_lens, slots, page_size) if plan.decode else None,
+        decode=_decode_batch(plan, decode_slots, context_lens, slots, page_size) if plan.decode else None,
         prefill=_prefill_batch(plan, slots, page_size) if plan.prefill else None,
-        context_tokens=int(context_lens.sum()),
-        context_pages=int((-(-context_lens // page_size)).sum()),
+        context_lens=context_lens.tolist(),
     )
 
 
@@ -117,13 +106,28 @@ def _with_device_tokens(token_ids: Tensor, plan: StepPlan, slots: SlotTable) -> 
     return token_ids
 
 
-def _decode_batch(decode_slots: np.ndarray, context_lens: np.ndarray, slots: SlotTable, page_size: int) -> DecodeBatch:
+def _decode_batch(
+    plan: StepPlan, decode_slots: np.ndarray, context_lens: np.ndarray, slots: SlotTable, page_size: int
+) -> DecodeBatch:
     num_pages = -(-context_lens // page_size)
     last_page_len = context_lens - (num_pages - 1) * page_size
     host = np.stack([decode_slots, num_pages, context_lens, last_page_len]).astype(np.int32)
     rows, *lengths = torch.from_numpy(host).to(slots.device, non_blocking=True).unbind(0)
+    setups = [slots.setup(slot) for slot in decode_slots.tolist()]
+    seeds = np.array([setup.seed for setup in setups], dtype=np.uint64)
+    samples = np.array([setup.sample_index for setup in setups])
+    key = np.stack([seeds & np.uint64(0xFFFFFFFF), seeds >> np.uint64(32), samples, context_lens - 1]).astype(np.int64)
     table = slots.page_table[:, : int(num_pages.max())].index_select(0, rows)
-    return DecodeBatch(table, lengths[0], lengths[1], lengths[2], int(context_lens.max()), page_size)
+    return DecodeBatch(
+        page_table=table,
+        num_pages=lengths[0],
+        context_lens=lengths[1],
+        last_page_len=lengths[2],
+        random_key=torch.from_numpy(key).to(slots.device, non_blocking=True),
+        max_context_len=int(context_lens.max()),
+        page_size=page_size,
+        trace=any(row.trace for row in plan.decode),
+    )
 
 
 def _prefill_batch(plan: StepPlan, slots: SlotTable, page_size: int) -> PrefillBatch:

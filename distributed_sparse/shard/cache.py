@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from distributed_sparse.selection.base import Geometry, LayerCache, Policy
+from distributed_sparse.selection.base import Policy
+from distributed_sparse.selection.metadata import Geometry, LayerCache
 
 
 class PagedCache:
     """Pages of all layers. Which sequence holds which page is the Driver's affair; page 0 is the null page."""
 
     def __init__(self, num_pages: int, geometry: Geometry, policies: list[Policy]) -> None:
-        shape = (num_pages, geometry.num_kv_heads, geometry.page_size, geometry.head_dim)
         self.num_pages = num_pages
         self.layers = [
-            LayerCache(
-                k_pages=torch.zeros(shape, dtype=geometry.dtype, device=geometry.device),
-                v_pages=torch.zeros(shape, dtype=geometry.dtype, device=geometry.device),
-                metadata={kind: kind.allocate(num_pages, geometry) for kind in policy.metadata},
-            )
-            for policy in policies
+            LayerCache.allocate(layer, num_pages, geometry, policy.metadata) for layer, policy in enumerate(policies)
         ]
 
     @staticmethod
     def page_bytes(geometry: Geometry, policies: list[Policy]) -> tuple[int, int]:
         """Bytes of one page over all layers: (K and V, metadata)."""
         tokens = geometry.num_kv_heads * geometry.page_size * geometry.head_dim
-        metadata = sum(kind.bytes_per_page(geometry) for policy in policies for kind in policy.metadata)
+        on_paper = replace(geometry, device=torch.device("meta"))
+        kept = [tensor for policy in policies for kind in policy.metadata for tensor in kind.allocate(1, on_paper).values()]
+        metadata = sum(tensor.nbytes for tensor in kept)
         return len(policies) * 2 * tokens * geometry.dtype.itemsize, metadata
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
@@ -36,5 +35,5 @@ class PagedCache:
         device = self.layers[0].k_pages.device
         source, target = torch.tensor(copies, device=device).unbind(1)
         for layer in self.layers:
-            for pages in (layer.k_pages, layer.v_pages, *layer.metadata.values()):
+            for pages in layer.pages:
                 pages[target] = pages[source]

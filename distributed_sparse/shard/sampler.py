@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.driver.messages import LogprobBlock, SlotSetup
-from distributed_sparse.kernels.philox import philox, uniform
-
-TOKEN_SAMPLING = 0
-"""Last word of the Philox counter: what the random number is for. vAttention's samples use other values."""
+from distributed_sparse.kernels.philox import TOKEN_SAMPLING, philox, uniform
 
 
 def sample(logits: Tensor, setups: Sequence[SlotSetup], positions: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ from distributed_sparse.model.sharding import LocalSizes, ShardSpec
 from distributed_sparse.model.transformer import Transformer
 from distributed_sparse.model.weights import load_weights
 from distributed_sparse.selection import build_policies
-from distributed_sparse.selection.base import Geometry
+from distributed_sparse.selection.metadata import Geometry
 from distributed_sparse.shard.attention import SparseAttention
 from distributed_sparse.shard.batch import build_batch
 from distributed_sparse.shard.cache import PagedCache
@@ -35,6 +35,7 @@ from distributed_sparse.shard.collectives import Collectives
 from distributed_sparse.shard.memory import check_kernels, max_pages
 from distributed_sparse.shard.sampler import logprob_block, sample
 from distributed_sparse.shard.slots import SlotTable
+from distributed_sparse.shard.tracer import Tracer
 from distributed_sparse.shard.warm_up import warm_up_plan
 
 LOGPROB_ROWS = 256
@@ -89,6 +90,8 @@ class Shard:
             weight_bytes=weights.nbytes,
             page_bytes=sum(self.page_bytes),
             max_pages=most,
+            kept_pages=sparse.kept_pages(config.page_size),
+            forks_copy_pages=any(kind.changes_when_read for policy in self.policies for kind in policy.metadata),
         )
 
     @torch.inference_mode()
@@ -150,11 +153,14 @@ class Shard:
             self.collectives.barrier()
             return result
         batch = build_batch(plan, self.slots, self.config.page_size)
-        self.attention.begin(batch, plan.profile)
+        tracer = Tracer(self.geometry, plan.decode) if any(row.trace for row in plan.decode) else None
+        self.attention.begin(batch, plan.profile, tracer)
         self.collectives.timer = self.attention.timer if plan.profile else None
         hidden = self.model.forward(batch.token_ids, batch.positions, batch.rope_lengths, self.attention)
         if plan.profile:
             self.attention.timer.steps += 1
+        if tracer is not None:
+            result.traces = tracer.blocks
         self._sample(plan, hidden, result)
         self._prompt_logprobs(plan, hidden, result)
         return result

@@ -144,6 +144,20 @@ def test_unequal_versions_are_refused_with_both_values(config):
     assert_nothing_left(group)
 
 
+@pytest.mark.parametrize("name", ["kept_pages", "forks_copy_pages"])
+def test_unequal_methods_are_refused_with_both_values(config, name):
+    group = ProcessShardGroup(config, partial(stand_in.OtherMethod, name))
+    values = (
+        {"kept_pages": r"\(1, 2\)", "forks_copy_pages": "False"}[name],
+        {"kept_pages": "None", "forks_copy_pages": "True"}[name],
+    )
+    with pytest.raises(
+        ValueError, match=f"rank 0 .* has {name}={values[0]}, but rank 1 .* has {name}={values[1]}; install the same"
+    ):
+        group.start()
+    assert_nothing_left(group)
+
+
 def test_unequal_weights_are_refused(config, tmp_path):
     other = str(stand_in.write_checkpoint(tmp_path / "other", columns=8))
     group = ProcessShardGroup(config, StandInShard, run=partial(run_with, model=other, versions=None))

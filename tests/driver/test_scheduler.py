@@ -7,12 +7,12 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from distributed_sparse.driver.messages import StepPlan
-from distributed_sparse.driver.pages import PageAllocator, pages_for
+from distributed_sparse.driver.pages import NULL_PAGE, PageAllocator, pages_for
 from distributed_sparse.driver.scheduler import Scheduler
 from distributed_sparse.driver.sequence import Request, Sequence
 from distributed_sparse.metrics import RequestMetrics
@@ -39,18 +39,36 @@ def make_request(
     )
 
 
+class ReservedAllocator(PageAllocator):
+    """Says at once when more pages are taken than were reserved, and not only where none is left."""
+
+    def take(self, count: int) -> list[int]:
+        assert self.used + count <= self.reserved, f"take({count}) with {self.used} used and {self.reserved} reserved"
+        return super().take(count)
+
+
 class Engine:
     """Scheduler and CacheModel, with the stop conditions of the Driver that matter here: stop tokens and max_tokens."""
 
-    def __init__(self, num_pages: int = 64, max_num_seqs: int = 8, max_num_batched_tokens: int = 64) -> None:
-        self.allocator = PageAllocator(num_pages)
+    def __init__(
+        self,
+        num_pages: int = 64,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 64,
+        kept_pages: tuple[int, int] | None = None,
+        forks_copy_pages: bool = False,
+    ) -> None:
+        self.allocator = ReservedAllocator(num_pages)
+        self.kept_pages = kept_pages
         self.scheduler = Scheduler(
             self.allocator,
             page_size=PAGE_SIZE,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            kept_pages=kept_pages,
+            forks_copy_pages=forks_copy_pages,
         )
-        self.cache = CacheModel(num_pages, PAGE_SIZE)
+        self.cache = CacheModel(num_pages, PAGE_SIZE, kept_pages)
         self.steps = 0
         self.scored: Counter[Request] = Counter()
         self.checked: Counter[Sequence] = Counter()
@@ -102,7 +120,13 @@ class Engine:
         for sequence in request.sequences:
             tokens, known = sequence.output_token_ids, self.checked[sequence]
             context = request.prompt_token_ids + tokens[:known]
-            assert tokens[known:] == expected_tokens(context, len(tokens) - known, sequence.index)
+            assert tokens[known:] == expected_tokens(
+                context,
+                len(tokens) - known,
+                sequence.index,
+                kept_pages=self.kept_pages,
+                prefill_length=request.prefill_length,
+            )
             self.checked[sequence] = len(tokens)
 
     def is_empty(self) -> bool:
@@ -293,6 +317,125 @@ def test_a_token_more_than_the_plan_samples_is_an_error() -> None:
         engine.scheduler.commit(plan, [1, 2])
 
 
+# ---- with eviction
+
+
+def test_pages_outside_the_window_are_freed_as_soon_as_prefill_has_ended() -> None:
+    engine = Engine(max_num_batched_tokens=30, kept_pages=(1, 2))
+    request = engine.add(tokens_of(100), max_tokens=300)
+    used = [(engine.step(), engine.allocator.used)[1] for _ in range(4)]
+    assert used == [2, 4, 6, 7], "prompt chunks attend to all of the prompt"
+    pages = list(request.sequences[0].pages)
+    for _ in range(200):
+        engine.step()
+        assert engine.allocator.used == 3
+    (sequence,) = request.sequences
+    assert len(sequence.pages) == pages_for(sequence.num_computed, PAGE_SIZE) == 19
+    assert sequence.held_pages == [pages[0], *sequence.pages[-2:]]
+    engine.finish()
+    engine.check_outputs(request)
+    assert engine.is_empty()
+
+
+def test_a_context_that_the_window_covers_loses_nothing() -> None:
+    engine = Engine(kept_pages=(1, 3))
+    engine.add(tokens_of(40), max_tokens=60)
+    used = [(engine.step(), engine.allocator.used)[1] for _ in range(40)]
+    assert (used[0], used[23], used[24], used[25], used[39]) == (3, 4, 4, 4, 4)
+    engine = Engine(kept_pages=(1, 3))
+    covered = engine.add(tokens_of(40), max_tokens=24)
+    engine.step()
+    for _ in range(20):
+        engine.step()
+        assert covered.sequences[0].held_pages == covered.sequences[0].pages
+
+
+def test_two_requests_run_together_that_only_fit_because_of_eviction() -> None:
+    kept = (1, 1)
+    for kept_pages, together in ((kept, 2), (None, 1)):
+        engine = Engine(num_pages=15, kept_pages=kept_pages)
+        requests = [engine.add(tokens_of(20, seed), max_tokens=150) for seed in range(2)]  # 11 pages each
+        engine.step()
+        assert len(engine.scheduler.running) == together
+        engine.finish()
+        for request in requests:
+            engine.check_outputs(request)
+
+
+def test_a_request_longer_than_the_cache_runs_where_its_window_fits() -> None:
+    with pytest.raises(ValueError, match=r"needs 32 pages .* the cache has 7"):
+        Engine(num_pages=8).add(tokens_of(10), max_tokens=500)
+    engine = Engine(num_pages=8, kept_pages=(1, 3))
+    request = engine.add(tokens_of(10), max_tokens=500)
+    engine.finish()
+    assert len(request.sequences[0].output_token_ids) == 500
+    engine.check_outputs(request)
+    with pytest.raises(ValueError, match=r"needs 10 pages .* the cache has 7"):
+        engine.add(tokens_of(100), max_tokens=500)
+
+
+def test_a_page_that_samples_share_is_free_when_the_last_of_them_has_evicted_it() -> None:
+    engine = Engine(kept_pages=(1, 2))
+    request = engine.add(tokens_of(64), max_tokens=60, n=3)
+    engine.step()
+    assert engine.allocator.used == 4
+    engine.step()  # context 65: the fifth page begins, and each sample lets the second and the third go
+    first, *others = request.sequences
+    assert all(sequence.pages[:4] == [first.pages[0], 0, 0, first.pages[3]] for sequence in others)
+    assert engine.allocator.used == 2 + 3
+    engine.finish()
+    engine.check_outputs(request)
+    assert engine.is_empty()
+
+
+def test_samples_fork_from_a_prompt_whose_pages_have_been_evicted() -> None:
+    for forks_copy_pages in (False, True):
+        engine = Engine(max_num_batched_tokens=80, kept_pages=(1, 2), forks_copy_pages=forks_copy_pages)
+        request = engine.add(tokens_of(72), max_tokens=60, n=3, decode_last_prompt_tokens=5)
+        for _ in range(6):
+            engine.step()
+        assert [sequence.pages[1:3] for sequence in request.sequences] == [[0, 0]] * 3
+        assert all(len(sequence.held_pages) == 3 for sequence in request.sequences)
+        assert engine.allocator.used == (9 if forks_copy_pages else 2 + 3)
+        engine.finish()
+        engine.check_outputs(request)
+        assert engine.is_empty()
+
+
+@given(
+    prompt=st.integers(1, 200),
+    max_tokens=st.integers(0, 200),
+    n=st.integers(1, 4),
+    kept_pages=st.tuples(st.integers(0, 3), st.integers(1, 5)),
+    forks_copy_pages=st.booleans(),
+)
+@settings(deadline=None, derandomize=True)
+def test_eviction_never_reserves_more_than_no_eviction(
+    prompt: int, max_tokens: int, n: int, kept_pages: tuple[int, int], forks_copy_pages: bool
+) -> None:
+    reserved = []
+    for kept in (kept_pages, None):
+        engine = Engine(num_pages=200, kept_pages=kept, forks_copy_pages=forks_copy_pages)
+        engine.add(tokens_of(prompt), max_tokens=max_tokens, n=n)
+        engine.plan()
+        reserved.append(engine.allocator.reserved)
+    assert reserved[0] <= reserved[1]
+
+
+def test_samples_share_no_page_where_the_method_changes_what_it_keeps_in_them() -> None:
+    engine = Engine(forks_copy_pages=True)
+    request = engine.add(tokens_of(40), max_tokens=20, n=3)
+    engine.step()
+    assert engine.allocator.used == 9
+    first, *others = request.sequences
+    plan = engine.plan()
+    assert plan.page_copies == [pair for sequence in others for pair in zip(first.pages, sequence.pages)]
+    engine.run(plan)
+    engine.finish()
+    engine.check_outputs(request)
+    assert engine.is_empty()
+
+
 # ---- in any order
 
 
@@ -303,11 +446,21 @@ class AnyOrder(RuleBasedStateMachine):
         num_pages=st.integers(3, 24),
         max_num_seqs=st.integers(1, 6),
         spare_budget=st.integers(0, 40),
+        kept_pages=st.none() | st.tuples(st.integers(0, 2), st.integers(1, 3)),
+        forks_copy_pages=st.booleans(),
     )
-    def start(self, num_pages: int, max_num_seqs: int, spare_budget: int) -> None:
+    def start(
+        self,
+        num_pages: int,
+        max_num_seqs: int,
+        spare_budget: int,
+        kept_pages: tuple[int, int] | None,
+        forks_copy_pages: bool,
+    ) -> None:
+        self.kept_pages, self.forks_copy_pages = kept_pages, forks_copy_pages
         self.max_num_seqs = max_num_seqs
         self.budget = max_num_seqs + spare_budget
-        self.engine = Engine(num_pages, max_num_seqs, self.budget)
+        self.engine = Engine(num_pages, max_num_seqs, self.budget, kept_pages, forks_copy_pages)
         self.requests: list[Request] = []
         self.admitted: list[Request] = []
         self.chunk_ends: dict[Sequence, list[int]] = {}
@@ -377,6 +530,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.check_prefill(plan)
         self.check_that_the_head_of_the_queue_had_to_wait(plan)
         self.check_pages()
+        self.check_window(plan)
         self.engine.run(plan)
         assert plan.parts or not scheduler.has_work, "work is left, and nobody runs"
         self.check_finished()
@@ -443,9 +597,12 @@ class AnyOrder(RuleBasedStateMachine):
         allocator = self.engine.allocator
         holders: dict[int, list[tuple[Sequence, int]]] = {}
         for sequence in self.admitted_sequences():
-            assert len(set(sequence.pages)) == len(sequence.pages)
+            assert len(set(sequence.held_pages)) == len(sequence.held_pages)
             assert len(sequence.pages) >= pages_for(sequence.num_computed, PAGE_SIZE)
             for place, page in enumerate(sequence.pages):
+                if page == NULL_PAGE:
+                    assert not sequence.in_prefill
+                    continue
                 holders.setdefault(page, []).append((sequence, place))
         for page, held in holders.items():
             assert 0 < page <= allocator.total
@@ -453,12 +610,15 @@ class AnyOrder(RuleBasedStateMachine):
                 assert len({(sequence.request, place) for sequence, place in held}) == 1
                 assert len({sequence for sequence, _ in held}) == len(held)
                 assert held[0][1] < len(held[0][0].request.prompt_token_ids) // PAGE_SIZE
+                assert not self.forks_copy_pages
         assert allocator.used == len(holders), "a page is lost"
         reserved = 0
         for request in self.engine.scheduler.running:
-            shared = len(request.prompt_token_ids) // PAGE_SIZE
+            shared = 0 if self.forks_copy_pages else len(request.prompt_token_ids) // PAGE_SIZE
             own = (self.most_pages(request) - shared) // len(request.sequences)
-            reserved += shared + own * sum(sequence.finish_reason is None for sequence in request.sequences)
+            most = shared + own * sum(sequence.finish_reason is None for sequence in request.sequences)
+            assert len({page for sequence in request.sequences for page in sequence.held_pages}) <= most
+            reserved += most
         assert allocator.reserved == reserved
         assert allocator.used <= allocator.reserved <= allocator.total
 
@@ -471,11 +631,26 @@ class AnyOrder(RuleBasedStateMachine):
         """Those that hold pages: a sample > 0 does when the prompt has been computed."""
         return [sequence for sequence in self.admitted_sequences() if sequence.index == 0 or sequence.output_token_ids]
 
-    @staticmethod
-    def most_pages(request: Request) -> int:
+    def check_window(self, plan: StepPlan) -> None:
+        """What a decode row reads is held, and nothing else."""
+        for row in plan.decode:
+            pages = self.engine.scheduler.sequence_at(row.slot).pages
+            assert len(pages) == pages_for(row.end, PAGE_SIZE)
+            held = [place for place, page in enumerate(pages) if page != NULL_PAGE]
+            places = list(range(len(pages)))
+            if self.kept_pages is not None and len(pages) > sum(self.kept_pages):
+                sink, recent = self.kept_pages
+                places = places[:sink] + places[-recent:]
+            assert held == places
+
+    def most_pages(self, request: Request) -> int:
         prompt, samples = len(request.prompt_token_ids), request.num_samples
-        shared = prompt // PAGE_SIZE
-        return shared + samples * (pages_for(prompt + request.max_tokens, PAGE_SIZE) - shared)
+        shared = 0 if self.forks_copy_pages else prompt // PAGE_SIZE
+        own = pages_for(prompt + request.max_tokens, PAGE_SIZE) - shared
+        if self.kept_pages is not None:
+            window = sum(self.kept_pages)
+            own = min(own, max(window, pages_for(prompt, PAGE_SIZE)) if self.forks_copy_pages else window)
+        return shared + samples * own
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):
@@ -489,4 +664,4 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
+TestAnyOrder.settings = settings(max_examples=250, stateful_step_count=30, deadline=None, derandomize=True)

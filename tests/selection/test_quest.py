@@ -94,7 +94,7 @@ def test_heads_of_one_sequence_read_different_pages() -> None:
 def test_a_key_along_the_query_is_found_wherever_it_lies() -> None:
     """One outstanding key per head, each in another page, at the smallest budget that leaves a choice."""
     rows = decode_rows([900], group=1)
-    bounds = rows.cache.page_min_max
+    bounds = rows.cache.metadata["page_min_max"]
     assert bounds is not None
     for head, logical in enumerate((1, 20, 33, 55)):
         page = int(rows.batch.page_table[0, logical])
@@ -171,7 +171,7 @@ def test_a_row_is_the_same_wherever_its_pages_lie() -> None:
     rows = decode_rows([700])
     moved = decode_rows([700])
     order = torch.randperm(moved.cache.k_pages.shape[0], generator=torch.Generator().manual_seed(8))
-    cache, bounds = moved.cache, moved.cache.page_min_max
+    cache, bounds = moved.cache, moved.cache.metadata["page_min_max"]
     assert bounds is not None
     for pages in (cache.k_pages, cache.v_pages, bounds):
         pages[order] = pages.clone()
@@ -183,7 +183,7 @@ def test_a_row_is_the_same_wherever_its_pages_lie() -> None:
 
 def test_equal_scores_go_to_the_lower_page() -> None:
     rows = decode_rows([320], group=1)
-    bounds = rows.cache.page_min_max
+    bounds = rows.cache.metadata["page_min_max"]
     assert bounds is not None
     bounds[rows.batch.page_table[0].long()] = bounds[int(rows.batch.page_table[0, 0])].clone()
     table = rows.batch.page_table[0].tolist()

@@ -10,7 +10,7 @@ import torch
 
 from distributed_sparse import SamplingParams
 from distributed_sparse.selection import POLICIES, build_policies, layer_configs, resolve_sparse_config
-from distributed_sparse.selection.base import Geometry, PageMinMax
+from distributed_sparse.selection.metadata import Geometry, PageMinMax
 from distributed_sparse.selection.dense import DenseConfig, DensePolicy
 from distributed_sparse.selection.quest import QuestConfig, QuestPolicy
 from tests.support.checkpoints import tiny_checkpoint
@@ -148,7 +148,7 @@ def test_layers_of_equal_settings_share_a_policy_and_only_sparse_ones_keep_metad
     policies = build_policies("quest", config, 6, GEOMETRY)
     assert [type(policy) for policy in policies] == [DensePolicy] * 2 + [QuestPolicy] * 4
     assert policies[0] is policies[1] and policies[2] is policies[4] is policies[5] and policies[3] is not policies[2]
-    assert [policy.metadata for policy in policies] == [()] * 2 + [(PageMinMax,)] * 4
+    assert [policy.metadata for policy in policies] == [()] * 2 + [(PageMinMax(),)] * 4
 
 
 def test_every_registered_method_is_named_as_its_config_says() -> None:
@@ -194,7 +194,8 @@ def test_a_method_may_live_in_any_module_on_the_path(path: Path, tmp_path: Path,
         """
 from dataclasses import dataclass
 from typing import ClassVar
-from distributed_sparse.selection.base import PageMinMax, Policy, Selection, SparseConfig
+from distributed_sparse.selection.base import Policy, Selection, SparseConfig
+from distributed_sparse.selection.metadata import PageMinMax
 
 @dataclass(frozen=True, kw_only=True)
 class NewestConfig(SparseConfig):
@@ -202,10 +203,10 @@ class NewestConfig(SparseConfig):
 
 class NewestPolicy(Policy):
     config_class = NewestConfig
-    metadata = (PageMinMax,)
+    metadata = (PageMinMax(),)
 
     def select(self, q, cache, batch):
-        assert cache.page_min_max is not None
+        assert cache.metadata["page_min_max"] is not None
         last = (batch.num_pages - 1).long()[:, None]
         pages = batch.page_table.gather(1, last)[:, None].expand(-1, self.geometry.num_kv_heads, -1)
         return Selection(pages, pages.new_ones(pages.shape[:2]))

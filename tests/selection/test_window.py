@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distributed_sparse import SamplingParams
+from distributed_sparse.selection import layer_configs, resolve_sparse_config
 from distributed_sparse.selection.base import Policy
 from distributed_sparse.selection.window import WindowConfig, WindowPolicy
 from tests.support.checkpoints import tiny_checkpoint
@@ -67,6 +68,62 @@ def test_a_row_is_the_same_alone_in_another_order_and_on_fewer_heads() -> None:
         own = part.select(window(part, token_budget=80))
         assert lists(own) == [lists(selection)[row][1:3] for row in some]
         assert torch.equal(part.attend(own), output[some, 2:6])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "evict=true frees pages that the dense_layers=2 dense layers would read; set dense_layers: 0"),
+        (
+            {"dense_layers": 0, "token_budget": 64, "min_context": 65},
+            "frees pages that contexts below min_context=65 would read beyond token_budget=64; set min_context to 64 or less",
+        ),
+        (
+            {"dense_layers": 0, "token_budget": 64, "layers": [{"range": "1", "token_budget": 80}]},
+            "layers range '1' sets token_budget=80, but with evict=true all layers keep the same pages; leave it at 64",
+        ),
+        ({"dense_layers": 0, "layers": [{"range": "0-1", "sink_pages": 0}]}, "sets sink_pages=0, .* leave it at 1"),
+        ({"dense_layers": 0, "layers": [{"range": "0-1", "evict": False}]}, "sets evict=False, .* leave it at True"),
+        ({"dense_layers": 0, "layers": [{"range": "0", "dense_layers": 1}]}, "the dense_layers=1 dense layers would read"),
+        (
+            {"dense_layers": 0, "token_budget": 64, "layers": [{"range": "2", "min_context": 70}]},
+            "contexts below min_context=70 would read beyond token_budget=64",
+        ),
+        (
+            {"dense_layers": 0, "evict": False, "layers": [{"range": "2", "evict": True}]},
+            "layers range '2' sets evict=true, but a page is freed in all layers or in none; set evict: true beside",
+        ),
+        ({"evict": "yes"}, "bool.*evict"),
+    ],
+)
+def test_eviction_is_refused_where_a_layer_would_read_what_another_frees(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_sparse_config({"method": "window", "evict": True, **settings})
+
+
+def test_overrides_that_keep_the_same_pages_go_with_eviction() -> None:
+    override = {"range": "1-2", "evict": True, "token_budget": 70, "sink_pages": 1, "recent_pages": 2, "min_context": 70}
+    config = resolve_sparse_config(
+        {"method": "window", "evict": True, "dense_layers": 0, "token_budget": 70, "layers": [override]}
+    )
+    layer_configs(config, 3, 16)
+    assert config.kept_pages(16) == (1, 4)
+    assert config.kept_pages(64) == (1, 1)
+
+
+@pytest.mark.parametrize(("token_budget", "sink_pages", "min_context"), [(32, 1, 0), (70, 1, 70), (96, 0, 96), (96, 4, 50)])
+def test_only_kept_pages_are_read(token_budget: int, sink_pages: int, min_context: int) -> None:
+    rows = decode_rows(CONTEXTS)
+    settings = {"token_budget": token_budget, "sink_pages": sink_pages, "min_context": min_context}
+    before = rows.select(window(rows, **settings))
+    policy = window(rows, **settings, evict=True, dense_layers=0)
+    kept_pages = policy.config.kept_pages(16)
+    assert kept_pages is not None
+    sink, recent = kept_pages
+    for row, count in enumerate(rows.batch.num_pages.tolist()):
+        rows.batch.page_table[row, sink : max(sink, count - recent)] = 0  # the null page, which holds NaN here
+    assert lists(rows.select(policy)) == lists(before)
+    assert torch.isfinite(rows.attend(rows.select(policy))).all()
 
 
 @pytest.mark.parametrize("settings", [{"token_budget": 64}, {"token_budget": 48, "dense_layers": 0, "sink_pages": 0}])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.driver.sequence import Sequence
-from distributed_sparse.selection.base import Geometry, PageMinMax
+from distributed_sparse.selection.metadata import Geometry, PageMinMax
 from distributed_sparse.selection.dense import DenseConfig, DensePolicy
 from distributed_sparse.selection.quest import QuestConfig, QuestPolicy
 from distributed_sparse.shard.cache import PagedCache
@@ -59,7 +59,7 @@ def assert_metadata_is_exact(engine: SteppedEngine) -> int:
     held = held_pages(engine)
     for shard in engine.group.shards:
         for layer, cache in enumerate(shard.cache.layers):
-            bounds = cache.page_min_max
+            bounds = cache.metadata["page_min_max"]
             assert bounds is not None
             for page, count in held.items():
                 keys = cache.k_pages[page, :, :count]
@@ -224,15 +224,15 @@ def mixed_cache(num_pages: int) -> PagedCache:
     policies = [DensePolicy(DenseConfig(), GEOMETRY), QuestPolicy(QuestConfig(), GEOMETRY)]
     cache = PagedCache(num_pages, GEOMETRY, policies)
     for layer in cache.layers:
-        for pages in (layer.k_pages, layer.v_pages, *layer.metadata.values()):
+        for pages in layer.pages:
             pages.copy_(torch.randn(pages.shape))
     return cache
 
 
 def test_only_layers_whose_method_asks_for_metadata_keep_it() -> None:
     cache = mixed_cache(7)
-    assert [list(layer.metadata) for layer in cache.layers] == [[], [PageMinMax]]
-    assert cache.layers[0].page_min_max is None
+    assert [list(layer.metadata) for layer in cache.layers] == [[], ["page_min_max"]]
+    
     kv_bytes, metadata_bytes = PagedCache.page_bytes(
         GEOMETRY, [DensePolicy(DenseConfig(), GEOMETRY), QuestPolicy(QuestConfig(), GEOMETRY)]
     )
@@ -242,11 +242,11 @@ def test_only_layers_whose_method_asks_for_metadata_keep_it() -> None:
 
 def test_a_copied_page_takes_keys_values_and_metadata_along_and_changes_no_other() -> None:
     cache = mixed_cache(9)
-    before = [[pages.clone() for pages in (layer.k_pages, layer.v_pages, *layer.metadata.values())] for layer in cache.layers]
+    before = [[pages.clone() for pages in layer.pages] for layer in cache.layers]
     # One page twice, and one that is read and written in the same step: all are read before any is written.
     cache.copy_pages([(3, 5), (3, 6), (5, 1)])
     cache.copy_pages([])
     source = [0, 5, 2, 3, 4, 3, 3, 7, 8]
     for layer, old in zip(cache.layers, before):
-        for pages, expected in zip((layer.k_pages, layer.v_pages, *layer.metadata.values()), old):
+        for pages, expected in zip(layer.pages, old):
             assert torch.equal(pages, expected[source])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.kernels.attend import attend
-from distributed_sparse.selection.base import DecodeBatch, Geometry, LayerCache, PageMinMax, Policy, Selection
+from distributed_sparse.selection.base import DecodeBatch, Policy, Selection
+from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata, PageMinMax
 
 ANY_BITS = 2**31 - 1
 """What stands in a page table past its count: an id that no cache has."""
@@ -16,31 +17,37 @@ ANY_BITS = 2**31 - 1
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """One decode batch on one rank's heads. q [B, H_q, d]; keys of each sequence [H_kv, n, d], in logical order."""
+    """One decode batch on one rank's heads. q [B, H_q, d]; keys, values of each sequence [H_kv, n, d], in logical order."""
 
     q: Tensor
     cache: LayerCache
     batch: DecodeBatch
     keys: list[Tensor]
+    values: list[Tensor]
+    first_kv_head: int = 0
 
     @property
     def geometry(self) -> Geometry:
         _, heads, page_size, dim = self.cache.k_pages.shape
         group = self.q.shape[1] // heads
-        return Geometry(heads, group, dim, page_size, self.q.dtype, self.q.device, first_kv_head=0)
+        return Geometry(heads, group, dim, page_size, self.q.dtype, self.q.device, self.first_kv_head)
 
     def of_heads(self, first: int, last: int) -> DecodeRows:
         """KV heads first .. last - 1, as the rank that owns them holds them."""
         group = self.geometry.group_size
-        bounds = self.cache.page_min_max
-        assert bounds is not None
         cache = LayerCache(
+            self.cache.layer,
             self.cache.k_pages[:, first:last].contiguous(),
             self.cache.v_pages[:, first:last].contiguous(),
-            {PageMinMax: bounds[:, first:last].contiguous()},
+            self.cache.kinds,
+            {name: kept[:, first:last].contiguous() for name, kept in self.cache.metadata.items()},
         )
         q = self.q[:, first * group : last * group].contiguous()
-        return DecodeRows(q, cache, self.batch, [key[first:last] for key in self.keys])
+        keys, values = ([kept[first:last] for kept in of_heads] for of_heads in (self.keys, self.values))
+        part = DecodeRows(q, cache, self.batch, keys, values, self.first_kv_head + first)
+        for kind in cache.kinds:
+            cache.constants |= kind.constants(cache.layer, part.geometry)
+        return part
 
     def of_sequences(self, rows: list[int], spare_columns: int = 0) -> DecodeRows:
         """Some sequences in some order, in a page table that is no wider than they need, or wider."""
@@ -53,18 +60,30 @@ class DecodeRows:
             num_pages=batch.num_pages[rows],
             context_lens=batch.context_lens[rows],
             last_page_len=batch.last_page_len[rows],
+            random_key=batch.random_key[:, rows],
             max_context_len=int(batch.context_lens[rows].max()),
         )
-        return DecodeRows(self.q[rows].contiguous(), self.cache, some, [self.keys[row] for row in rows])
+        keys, values = ([kept[row] for row in rows] for kept in (self.keys, self.values))
+        return DecodeRows(self.q[rows].contiguous(), self.cache, some, keys, values, self.first_kv_head)
 
     def select(self, policy: Policy) -> Selection:
         return policy.select(self.q, self.cache, self.batch)
 
     def attend(self, selection: Selection) -> Tensor:
         """[B, H_q, d]."""
-        cache, batch = self.cache, self.batch
-        pages, counts = selection.pages, selection.num_pages
-        return attend(self.q, cache.k_pages, cache.v_pages, pages, counts, batch.last_page_len, self.geometry.scale)
+        return attend(
+            self.q,
+            self.cache.k_pages,
+            self.cache.v_pages,
+            selection.pages,
+            selection.num_pages,
+            self.batch.last_page_len,
+            self.geometry.scale,
+            tokens=selection.tokens,
+            num_tokens=selection.num_tokens,
+            log_weight=selection.log_weight,
+            partial=selection.partial,
+        )
 
 
 def decode_rows(
@@ -76,33 +95,48 @@ def decode_rows(
     page_size: int = 16,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    kinds: tuple[Metadata, ...] = (PageMinMax(),),
+    layer: int = 0,
 ) -> DecodeRows:
-    """Sequences whose pages lie scattered over a cache with some pages to spare, which hold NaN like every unused slot."""
+    """Sequences whose pages lie scattered over a cache with some pages to spare, which hold NaN like every unused slot.
+
+    `kinds` are the metadata that the method under test asks for, written by the same append as the engine's.
+    """
     generator = torch.Generator().manual_seed(seed)
     num_pages = [-(-n // page_size) for n in context_lens]
     total = sum(num_pages) + 5
     order = (torch.randperm(total - 1, generator=generator) + 1).tolist()
-    k_pages = torch.full((total, kv_heads, page_size, head_dim), float("nan"), dtype=dtype)
-    v_pages = k_pages.clone()
-    bounds = torch.full((total, kv_heads, 2, head_dim), float("nan"), dtype=dtype)
+    geometry = Geometry(kv_heads, group, head_dim, page_size, dtype, torch.device("cpu"), first_kv_head=0)
+    cache = LayerCache.allocate(layer, total, geometry, kinds)
+    for pages in cache.pages:
+        if pages.is_floating_point():
+            pages.fill_(float("nan"))
     table = torch.full((len(context_lens), max(num_pages)), ANY_BITS, dtype=torch.int32)
-    keys = []
+    keys, values = [], []
     for row, (n, count) in enumerate(zip(context_lens, num_pages)):
         own = [order.pop() for _ in range(count)]
         table[row, :count] = torch.tensor(own)
         key = torch.randn(kv_heads, n, head_dim, generator=generator).to(dtype)
         value = torch.randn(kv_heads, n, head_dim, generator=generator).to(dtype)
         keys.append(key)
-        for logical, page in enumerate(own):
-            some = slice(logical * page_size, min((logical + 1) * page_size, n))
-            filled = some.stop - some.start
-            k_pages[page, :, :filled], v_pages[page, :, :filled] = key[:, some], value[:, some]
-            bounds[page] = torch.stack([key[:, some].amin(1), key[:, some].amax(1)], dim=1)
+        values.append(value)
+        first = torch.arange(count, dtype=torch.int32) * page_size
+        runs = AppendRuns(table[row, :count], first, torch.zeros_like(first), (n - first).clamp_max(page_size))
+        cache.append(key.transpose(0, 1), value.transpose(0, 1), runs)
     lengths, pages = torch.tensor(context_lens, dtype=torch.int32), torch.tensor(num_pages, dtype=torch.int32)
     last_page_len = lengths - (pages - 1) * page_size
-    batch = DecodeBatch(table, pages, lengths, last_page_len, max(context_lens), page_size)
+    rows = torch.arange(len(context_lens))
+    batch = DecodeBatch(
+        page_table=table,
+        num_pages=pages,
+        context_lens=lengths,
+        last_page_len=last_page_len,
+        random_key=torch.stack([rows * 7919 + seed, rows, rows % 2, lengths - 1]),
+        max_context_len=max(context_lens),
+        page_size=page_size,
+    )
     q = torch.randn(len(context_lens), kv_heads * group, head_dim, generator=generator).to(dtype)
-    return DecodeRows(q, LayerCache(k_pages, v_pages, {PageMinMax: bounds}), batch, keys)
+    return DecodeRows(q, cache, batch, keys, values)
 
 
 def listed(selection: Selection, row: int, head: int) -> list[int]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
-from distributed_sparse.driver.messages import LogprobBlock, SlotSetup, StepPlan, StepResult
+from distributed_sparse.driver.messages import DecodeRow, LogprobBlock, SlotSetup, StepPlan, StepResult
 from distributed_sparse.driver.shard_group import RankInfo, ShardFailure, ShardGroup
 
 VOCAB_SIZE = 97
+T = TypeVar("T")
 
 
 def next_token(context: Sequence[int | None], sample_index: int) -> int:
@@ -22,19 +24,41 @@ def next_token(context: Sequence[int | None], sample_index: int) -> int:
     return zlib.crc32(repr((sample_index, list(context))).encode()) % VOCAB_SIZE
 
 
-def expected_tokens(prompt: Sequence[int], count: int, sample_index: int = 0) -> list[int]:
-    """The first `count` tokens that a request gets when nothing goes wrong with its pages."""
+def in_window(tokens: Sequence[T], page_size: int, kept_pages: tuple[int, int]) -> list[T]:
+    """What a decode step reads of a context: its first pages and its newest ones."""
+    sink, recent = kept_pages
+    start = max(-(-len(tokens) // page_size) - recent, sink)
+    return [*tokens[: sink * page_size], *tokens[start * page_size :]]
+
+
+def expected_tokens(
+    prompt: Sequence[int],
+    count: int,
+    sample_index: int = 0,
+    *,
+    kept_pages: tuple[int, int] | None = None,
+    prefill_length: int = 0,
+    page_size: int = 16,
+) -> list[int]:
+    """The first `count` tokens that a request gets when nothing goes wrong with its pages.
+
+    With `kept_pages`, contexts longer than `prefill_length` are read through that window.
+    """
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(next_token(tokens, sample_index))
+        read = tokens
+        if kept_pages is not None and len(tokens) > prefill_length:
+            read = in_window(tokens, page_size, kept_pages)
+        tokens.append(next_token(read, sample_index))
     return tokens[len(prompt) :]
 
 
 class CacheModel:
     """Does with plans what a shard does, with tokens in place of keys: what it samples comes from what lies in the pages."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, kept_pages: tuple[int, int] | None = None) -> None:
         self.page_size = page_size
+        self.kept_pages = kept_pages
         self.pages: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
         self.tables: dict[int, list[int]] = {}
         self.setups: dict[int, SlotSetup] = {}
@@ -46,7 +70,9 @@ class CacheModel:
             self.setups[setup.slot], self.tables[setup.slot] = setup, []
             self.last_token.pop(setup.slot, None)
         for slot, pages in plan.new_pages:
-            assert all(0 < page < len(self.pages) for page in pages), f"slot {slot} is given {pages}"
+            # only a fork from a sequence that has evicted pages is told of the null page
+            least = 1 if self.kept_pages is None else 0
+            assert all(least <= page < len(self.pages) for page in pages), f"slot {slot} is given {pages}"
             self.tables[slot] += pages
         copied = [list(self.pages[source]) for source, _ in plan.page_copies]
         for (_, target), page in zip(plan.page_copies, copied):
@@ -60,6 +86,8 @@ class CacheModel:
         sampled: dict[int, int] = {}
         for part in plan.parts:
             context = self.read(part.slot, part.end)
+            if self.kept_pages is not None and isinstance(part, DecodeRow):
+                context = in_window(context, self.page_size, self.kept_pages)
             for slot in part.samples:
                 sampled[slot] = next_token(context, self.setups[slot].sample_index)
                 result.tokens.append(sampled[slot])

@@ -1,0 +1,186 @@
+"""What the cache of one layer keeps beside K and V, for the methods that ask for it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from distributed_sparse.kernels.append import append
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of one rank's attention."""
+
+    num_kv_heads: int
+    group_size: int
+    head_dim: int
+    page_size: int
+    dtype: torch.dtype
+    device: torch.device
+    first_kv_head: int
+    """Global index of this rank's first KV head: random numbers are keyed by the global head."""
+
+    @property
+    def scale(self) -> float:
+        return float(self.head_dim**-0.5)
+
+
+class Metadata(ABC):
+    """Something that the cache keeps per page beside K and V, for the methods that ask for it. It describes; the cache owns."""
+
+    changes_when_read: ClassVar[bool] = False
+    """Whether a policy's `select` writes to it: then no two sequences may share a page."""
+
+    @abstractmethod
+    def allocate(self, num_pages: int, geometry: Geometry) -> dict[str, Tensor]:
+        """The tensors of one layer by name, each [num_pages, ...]. On the meta device they are only counted."""
+
+    def constants(self, layer: int, geometry: Geometry) -> dict[str, Tensor]:
+        """What the layer needs once, and not per page, by name.
+
+        Raises:
+            ValueError: a file that the settings name lacks it.
+        """
+        return {}
+
+    def append(self, cache: LayerCache, k: Tensor, runs: AppendRuns) -> None:  # noqa: B027
+        """Write what new keys add, after K and V are in the pages.
+
+        Nothing to do for what the append kernel writes itself (`PageMinMax`, `QuantizedKeys`).
+
+        Args:
+            cache: the layer's cache; this metadata's tensors are in `cache.metadata`.
+            k: [N, H_kv, d] post-RoPE keys of the batch.
+            runs: where they went.
+        """
+
+
+@dataclass(frozen=True)
+class AppendRuns:
+    """Where a batch's tokens go: see `kernels/append.py`. Each int32 [T]."""
+
+    pages: Tensor
+    starts: Tensor
+    offsets: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class PageMinMax(Metadata):
+    """Channel-wise min and max of the page's keys: [num_pages, H_kv, 2, d] in the cache's dtype, so exact (Quest)."""
+
+    def allocate(self, num_pages: int, geometry: Geometry) -> dict[str, Tensor]:
+        shape = (num_pages, geometry.num_kv_heads, 2, geometry.head_dim)
+        return {"page_min_max": torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)}
+
+
+@dataclass(frozen=True)
+class QuantizedKeys(Metadata):
+    """A low-bit copy of every key: codes, and a scale and a minimum per (token, KV head) in fp16 (Twilight, section 4.2).
+
+    bits: 2, 4 or 8 per channel.
+    offsets: safetensors file with `model.layers.{i}.key_offset` [H_kv of the model, d], subtracted from the keys before they
+        are quantised: the same for every key of a row, so that no softmax changes. None: nothing is subtracted.
+    """
+
+    bits: int = 4
+    offsets: str | None = None
+
+    def allocate(self, num_pages: int, geometry: Geometry) -> dict[str, Tensor]:
+        shape = (num_pages, geometry.num_kv_heads, geometry.page_size)
+        return {
+            "key_codes": torch.zeros((*shape, geometry.head_dim * self.bits // 8), dtype=torch.uint8, device=geometry.device),
+            "key_scales": torch.zeros((*shape, 2), dtype=torch.float16, device=geometry.device),
+        }
+
+    def constants(self, layer: int, geometry: Geometry) -> dict[str, Tensor]:
+        """key_offset: float32 [H_kv, d]."""
+        if self.offsets is None:
+            return {}
+        heads = slice(geometry.first_kv_head, geometry.first_kv_head + geometry.num_kv_heads)
+        offset = read_tensor(self.offsets, f"model.layers.{layer}.key_offset", heads, geometry.head_dim)
+        return {"key_offset": offset.to(geometry.device)}
+
+
+@dataclass
+class LayerCache:
+    """One layer's cache on one rank: K and V [num_pages, H_kv, page_size, d] and the metadata that its method asked for.
+
+    kinds:     what keeps the metadata.
+    metadata:  name -> [num_pages, ...]: copied with its page.
+    constants: name -> what belongs to the layer and to no page.
+    """
+
+    layer: int
+    k_pages: Tensor
+    v_pages: Tensor
+    kinds: tuple[Metadata, ...] = ()
+    metadata: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def allocate(layer: int, num_pages: int, geometry: Geometry, kinds: tuple[Metadata, ...]) -> LayerCache:
+        """An empty cache of one layer. Raises ValueError as `Metadata.constants` does."""
+        shape = (num_pages, geometry.num_kv_heads, geometry.page_size, geometry.head_dim)
+        cache = LayerCache(
+            layer,
+            torch.zeros(shape, dtype=geometry.dtype, device=geometry.device),
+            torch.zeros(shape, dtype=geometry.dtype, device=geometry.device),
+            kinds,
+        )
+        for kind in kinds:
+            cache.metadata |= kind.allocate(num_pages, geometry)
+            cache.constants |= kind.constants(layer, geometry)
+        return cache
+
+    def append(self, k: Tensor, v: Tensor, runs: AppendRuns) -> None:
+        """Write a batch's post-RoPE k and v [N, H_kv, d] into their pages, and what the metadata keeps of them."""
+        append(
+            k,
+            v,
+            runs.pages,
+            runs.starts,
+            runs.offsets,
+            runs.counts,
+            self.k_pages,
+            self.v_pages,
+            page_min_max=self.metadata.get("page_min_max"),
+            key_codes=self.metadata.get("key_codes"),
+            key_scales=self.metadata.get("key_scales"),
+            key_offset=self.constants.get("key_offset"),
+        )
+        for kind in self.kinds:
+            kind.append(self, k, runs)
+
+    @property
+    def pages(self) -> list[Tensor]:
+        """Everything that is kept per page, each [num_pages, ...]."""
+        return [self.k_pages, self.v_pages, *self.metadata.values()]
+
+
+def read_tensor(path: str, name: str, heads: slice, *shape: int | None) -> Tensor:
+    """Some heads of a tensor [heads, *shape] in a safetensors file, as float32; None in `shape` is any size.
+
+    Raises:
+        ValueError: the file or the tensor is missing, or it has another shape; names what and which.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            if name not in file.keys():  # noqa: SIM118
+                raise ValueError(f"{path} has no tensor {name!r}; docs/methods says what the file holds")
+            tensor = file.get_slice(name)[heads.start : heads.stop].float()
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+    wanted = (heads.stop - heads.start, *shape)
+    if tensor.dim() != len(wanted) or any(size not in (None, found) for found, size in zip(tensor.shape, wanted)):
+        raise ValueError(
+            f"{name!r} in {path} has shape {list(tensor.shape)} for heads {heads.start} to {heads.stop - 1}, not "
+            f"{['any' if size is None else size for size in wanted]}"
+        )
+    return tensor

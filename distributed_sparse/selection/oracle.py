@@ -1,0 +1,51 @@
+"""oracle_topk: the tokens of the largest exact attention weights: what a perfect predictor would read. A control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from distributed_sparse.selection.base import DecodeBatch, SparseConfig
+from distributed_sparse.selection.exact import exact_row
+from distributed_sparse.selection.metadata import Geometry, LayerCache
+from distributed_sparse.selection.predictor import Predictor, TopKConfig, TopKPolicy
+
+
+class OraclePredictor(Predictor):
+    """Scores every token by the largest softmax probability that a query head of the group gives it."""
+
+    per_token = True
+    graph_safe = False
+
+    def scores(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Tensor:
+        rows, width = batch.page_table.shape
+        scores = torch.zeros(rows, self.geometry.num_kv_heads, width * batch.page_size, device=q.device)
+        for b, (n, pages) in enumerate(zip(batch.context_lens.tolist(), batch.num_pages.tolist())):
+            weights, _ = exact_row(q[b], cache, batch.page_table[b, :pages], n, self.geometry.scale)
+            scores[b, :, :n] = weights.amax(1)
+        return scores
+
+    def bytes_scored(self, context_lens: list[int]) -> int:
+        geometry = self.geometry
+        return sum(context_lens) * geometry.num_kv_heads * geometry.head_dim * geometry.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleConfig(TopKConfig):
+    """`token_budget` tokens per KV head and step, the first `sink_pages` and last `recent_pages` pages' worth included."""
+
+    method: ClassVar[str] = "oracle_topk"
+
+
+class OraclePolicy(TopKPolicy):
+    """The tokens of the largest exact attention weights."""
+
+    config_class = OracleConfig
+    graph_safe = False
+
+    def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
+        super().__init__(config, geometry)
+        self.predictor = OraclePredictor(geometry)

@@ -1,0 +1,43 @@
+"""random: pages drawn anew in every step and head. The control that knows nothing, not even what is recent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from distributed_sparse.kernels.philox import RANDOM_PAGES, philox, uniform
+from distributed_sparse.selection.base import DecodeBatch, SparseConfig
+from distributed_sparse.selection.metadata import Geometry, LayerCache
+from distributed_sparse.selection.predictor import Predictor, TopKConfig, TopKPolicy
+
+
+class RandomPredictor(Predictor):
+    """Scores pages by Philox: key (request seed), counter (page, sample index, position, use | layer | global KV head)."""
+
+    def scores(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Tensor:
+        geometry, device = self.geometry, q.device
+        seed_low, seed_high, sample, position = batch.random_key[:, :, None, None]
+        head = torch.arange(geometry.num_kv_heads, device=device)[:, None] + geometry.first_kv_head
+        page = torch.arange(batch.page_table.shape[1], device=device)
+        words = philox((seed_low, seed_high), (page, sample, position, RANDOM_PAGES | cache.layer << 8 | head << 20))
+        return uniform(words[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomConfig(TopKConfig):
+    """`token_budget` tokens per KV head and step, in whole pages, the forced ones included."""
+
+    method: ClassVar[str] = "random"
+
+
+class RandomPolicy(TopKPolicy):
+    """Forced pages, and others at random."""
+
+    config_class = RandomConfig
+
+    def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
+        super().__init__(config, geometry)
+        self.predictor = RandomPredictor(geometry)

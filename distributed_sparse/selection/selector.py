@@ -1,0 +1,21 @@
+"""Selectors: the predictors that Twilight and vAttention build on, by name."""
+
+from __future__ import annotations
+
+from distributed_sparse.selection.hash import HashPredictor
+from distributed_sparse.selection.metadata import Geometry
+from distributed_sparse.selection.oracle import OraclePredictor
+from distributed_sparse.selection.predictor import Predictor
+from distributed_sparse.selection.quest import QuestPredictor
+
+SELECTORS = ("quest", "hash", "oracle")
+
+
+def make_selector(name: str, geometry: Geometry, hash_weights: str | None) -> Predictor:
+    """The predictor of a name in `SELECTORS`."""
+    if name == "quest":
+        return QuestPredictor(geometry)
+    if name == "hash":
+        return HashPredictor(geometry, hash_weights)
+    assert name == "oracle", name
+    return OraclePredictor(geometry)

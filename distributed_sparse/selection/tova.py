@@ -1,0 +1,134 @@
+"""tova: the tokens that the newest queries attended most; what falls out is never seen again (TOVA, arXiv 2401.06104).
+
+The control for score-based eviction: is a token that one query did not need wanted by a later one?
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, SparseConfig, dense_selection
+from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class TovaConfig(SparseConfig):
+    """`token_budget` tokens stay visible per (sequence, KV head), the query's own included.
+
+    The method forces nothing else to stay, no sinks either (section 3): `sink_pages` is 0, and of the `recent_pages: 1` only
+    the query's own token is certain. Contexts below `min_context` drop nothing.
+    """
+
+    method: ClassVar[str] = "tova"
+    sink_pages: int = 0
+    token_budget: int = 2048
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.token_budget < 1:
+            raise ValueError(
+                f"sparse.token_budget={self.token_budget} is below 1: the query's own token is always attended; set 1 or more"
+            )
+        for name, only in (("sink_pages", 0), ("recent_pages", 1)):
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"sparse.{name}={getattr(self, name)}, but tova keeps tokens by their weight alone; leave it at {only}"
+                )
+
+
+@dataclass(frozen=True)
+class Visible(Metadata):
+    """Which tokens have not fallen out: uint8 [num_pages, H_kv, page_size], 1 from the append on, cleared by the policy.
+
+    Unlike other metadata no function of the page's content: it depends on the queries of the sequence that holds the page.
+    """
+
+    changes_when_read = True
+
+    def allocate(self, num_pages: int, geometry: Geometry) -> dict[str, Tensor]:
+        shape = (num_pages, geometry.num_kv_heads, geometry.page_size)
+        return {"visible": torch.zeros(shape, dtype=torch.uint8, device=geometry.device)}
+
+    def append(self, cache: LayerCache, k: Tensor, runs: AppendRuns) -> None:
+        counts, num_tokens = runs.counts.long(), len(k)
+        pages, offsets = (each.long().repeat_interleave(counts, output_size=num_tokens) for each in (runs.pages, runs.offsets))
+        before = (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=num_tokens)
+        offsets = offsets + torch.arange(num_tokens, device=k.device) - before
+        cache.metadata["visible"][pages, :, offsets] = 1
+
+
+class TovaPolicy(Policy):
+    """Drop, then attend: the newest query's weights over the visible tokens decide which `token_budget` of them it attends.
+
+    Weights are softmax probabilities per query head, averaged over the KV head's group; of equal ones the older token falls.
+    The paper attends before it drops: then each step would attend one token more than the budget, and the first one after a
+    prefill the whole prompt. Here every step of a context beyond the budget attends exactly `token_budget` tokens.
+
+    No memory is freed: heads drop different tokens of pages that they share. Samples of one request share no pages, since
+    each drops tokens of its own. Eager torch, one row at a time, so that a row's bits depend on the row alone.
+    """
+
+    config_class = TovaConfig
+    config: TovaConfig
+    metadata = (Visible(),)
+    graph_safe = False
+
+    def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
+        num_kv_heads, budget = self.geometry.num_kv_heads, self.config.token_budget
+        dense = dense_selection(batch, num_kv_heads)
+        lengths = batch.context_lens.tolist()
+        sparse_rows = [row for row, length in enumerate(lengths) if self._drops(length)]
+        if not sparse_rows:
+            return dense
+        tokens = batch.page_table.new_zeros((len(lengths), num_kv_heads, budget))
+        num_tokens = batch.num_pages.new_zeros((len(lengths), num_kv_heads))
+        for row in sparse_rows:
+            slots = self._slots(batch, row, lengths[row])
+            group_queries = q[row].float().view(num_kv_heads, self.geometry.group_size, -1)
+            for head in range(num_kv_heads):
+                kept = self._drop(group_queries[head], cache, head, slots)
+                tokens[row, head, : len(kept)], num_tokens[row, head] = kept.int(), len(kept)
+        num_pages = dense.num_pages.where(num_tokens == 0, 0)
+        return Selection(dense.pages, num_pages, tokens, num_tokens)
+
+    def _drops(self, context_len: int) -> bool:
+        return context_len > self.config.token_budget and context_len >= self.config.min_context
+
+    @staticmethod
+    def _slots(batch: DecodeBatch, row: int, context_len: int) -> Tensor:
+        """The sequence's token slots, int64 [context_len], in logical order."""
+        position = torch.arange(context_len, device=batch.page_table.device)
+        pages = batch.page_table[row].long()[position // batch.page_size]
+        return pages * batch.page_size + position % batch.page_size
+
+    def _drop(self, queries: Tensor, cache: LayerCache, head: int, slots: Tensor) -> Tensor:
+        """Hide all but `token_budget` of a row's visible tokens; the slots of those, int64 [token_budget], ascending positions.
+
+        (Fewer on the null page alone, where kernels are warmed up: most of its tokens were never written.)
+
+        Args:
+            queries: float32 [G, d].
+            slots: int64 [n], the newest token last.
+        """
+        budget, page_size = self.config.token_budget, self.geometry.page_size
+        visible = cache.metadata["visible"]
+        pages, offsets = slots // page_size, slots % page_size
+        seen = visible[pages, head, offsets].nonzero().flatten()
+        keys = cache.k_pages[pages[seen], head, offsets[seen]].float()
+        weights = (queries @ keys.T * self.geometry.scale).softmax(dim=1).mean(dim=0)
+        weights[-1] = torch.inf
+        newest_first = weights.flip(0).sort(descending=True, stable=True).indices
+        order = len(seen) - 1 - newest_first
+        fallen, kept = slots[seen[order[budget:]]], slots[seen[order[:budget].sort().values]]
+        visible[fallen // page_size, head, fallen % page_size] = 0
+        return kept
+
+    def bytes_scored(self, context_lens: list[int]) -> int:
+        """What is visible, and the keys of visible tokens; of all keys in a row's first such step, which is not counted."""
+        sparse = [length for length in context_lens if self._drops(length)]
+        key_bytes = (self.config.token_budget + 1) * self.geometry.head_dim * self.geometry.dtype.itemsize
+        return self.geometry.num_kv_heads * (sum(sparse) + len(sparse) * key_bytes)

@@ -1,0 +1,165 @@
+"""twilight: as few of a selector's candidates as hold a share p of the attention mass (Twilight, arXiv 2502.02770).
+
+Selector, then pruner, then attention over what is left, with the original keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from distributed_sparse.kernels.attend import attend
+from distributed_sparse.kernels.int4_logits import int4_logits
+from distributed_sparse.kernels.top_k_pages import top_k_pages
+from distributed_sparse.kernels.top_p import top_p
+from distributed_sparse.selection.base import (
+    DecodeBatch,
+    Policy,
+    Selection,
+    SparseConfig,
+    dense_selection,
+    token_selection,
+)
+from distributed_sparse.selection.hash import check_hash_weights
+from distributed_sparse.selection.metadata import Geometry, LayerCache, QuantizedKeys
+from distributed_sparse.selection.selector import SELECTORS, make_selector
+from distributed_sparse.validation import check_choice, check_float, check_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwilightConfig(SparseConfig):
+    """`selector` offers `candidate_fraction` of the context, at least `min_candidates` tokens; `p` says how much is kept."""
+
+    method: ClassVar[str] = "twilight"
+    p: float = 0.95
+    selector: str = "quest"
+    candidate_fraction: float = 0.25
+    min_candidates: int = 1024
+    key_bits: int = 4
+    key_offset: str | None = None
+    hash_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_float("sparse.p", self.p, 0.0, 1.0, low_excluded=True, remedy="0.95 suits Llama-class models; 1 prunes nothing")
+        check_choice("sparse.selector", self.selector, (*SELECTORS, "full"))
+        check_float(
+            "sparse.candidate_fraction",
+            self.candidate_fraction,
+            0.0,
+            1.0,
+            low_excluded=True,
+            remedy="give the share of the context that the selector offers to the pruner; 0.25 is usual",
+        )
+        check_int("sparse.min_candidates", self.min_candidates, 1, remedy="give a number of tokens")
+        if self.key_bits not in (2, 4, 8):
+            raise ValueError(f"sparse.key_bits={self.key_bits} has no kernel; use 2, 4 or 8")
+        if self.selector == "hash":
+            check_hash_weights(self.hash_weights)
+
+
+class TwilightPolicy(Policy):
+    """Estimates the candidates' logits from low-bit keys; keeps, per query head, the smallest set of mass >= p (algorithm 1).
+
+    A KV head reads the union of its query heads' sets, with the sink pages and the newest pages.
+    """
+
+    config_class = TwilightConfig
+    config: TwilightConfig
+
+    def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
+        super().__init__(config, geometry)
+        name = self.config.selector
+        self.selector = None if name == "full" else make_selector(name, geometry, self.config.hash_weights)
+        self.metadata = (QuantizedKeys(self.config.key_bits, self.config.key_offset),)
+        if self.selector is not None:
+            self.metadata += self.selector.metadata
+            self.graph_safe = self.selector.graph_safe
+
+    def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
+        config, heads = self.config, self.geometry.num_kv_heads
+        if batch.max_context_len < config.min_context or (config.p >= 1 and self.candidates(batch.max_context_len) is None):
+            return dense_selection(batch, heads)
+        pages, counts = self._candidate_pages(q, cache, batch)
+        codes, scales = cache.metadata["key_codes"], cache.metadata["key_scales"]
+        with self.timer("estimate"):
+            logits = int4_logits(q, codes, scales, pages, counts, batch.last_page_len, self.geometry.scale)
+        with self.timer("prune"):
+            tokens, num_tokens, threshold = top_p(
+                logits,
+                pages,
+                counts,
+                batch.last_page_len,
+                config.p,
+                page_size=batch.page_size,
+                sink_pages=config.sink_pages,
+                recent_pages=config.recent_pages,
+            )
+        too_short = (batch.context_lens < config.min_context)[:, None]
+        selection = token_selection(batch, tokens, num_tokens, too_short)
+        if batch.trace:
+            candidates = Selection(pages, counts)
+            selection.details = {
+                "candidates": candidates.attended(batch.last_page_len, batch.page_size).float(),
+                "candidate_mass": self._mass(q, cache, batch, candidates),
+                "kept": (logits >= threshold[..., None]).sum(-1).float(),
+            }
+        return selection
+
+    def candidates(self, context_len: int) -> int | None:
+        """Pages that the selector offers of a context; None: all of it."""
+        config, size = self.config, self.geometry.page_size
+        pages = max(
+            math.ceil(config.candidate_fraction * context_len / size),
+            -(-config.min_candidates // size),
+            config.sink_pages + config.recent_pages,
+        )
+        return None if self.selector is None or pages >= -(-context_len // size) else pages
+
+    def _candidate_pages(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
+        config, size = self.config, batch.page_size
+        capacity = self.candidates(batch.max_context_len)
+        if self.selector is None or capacity is None:
+            dense = dense_selection(batch, self.geometry.num_kv_heads)
+            return dense.pages, dense.num_pages
+        least = max(-(-config.min_candidates // size), config.sink_pages + config.recent_pages)
+        k = (batch.context_lens.double() * config.candidate_fraction / size).ceil().to(torch.int32).clamp_min(least)
+        with self.timer("score"):
+            scores = self.selector.page_scores(q, cache, batch)
+        with self.timer("top_k"):
+            return top_k_pages(
+                scores,
+                batch.page_table,
+                batch.num_pages,
+                k,
+                sink_pages=config.sink_pages,
+                recent_pages=config.recent_pages,
+                capacity=capacity,
+            )
+
+    def _mass(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, selection: Selection) -> Tensor:
+        """Share of the exact softmax mass that a selection of pages holds: float32 [B, H_q]."""
+
+        def lse(of: Selection) -> Tensor:
+            scale = self.geometry.scale
+            return attend(q, cache.k_pages, cache.v_pages, of.pages, of.num_pages, batch.last_page_len, scale, return_lse=True)[
+                1
+            ]
+
+        return (lse(selection) - lse(dense_selection(batch, self.geometry.num_kv_heads))).exp()
+
+    def bytes_scored(self, context_lens: list[int]) -> int:
+        geometry = self.geometry
+        of_key = geometry.head_dim * self.config.key_bits // 8 + 4  # codes, and two fp16
+        estimated = 0
+        for n in context_lens:
+            pages = self.candidates(n)
+            estimated += n if pages is None else pages * geometry.page_size
+        scored = 0
+        if self.selector is not None and self.candidates(max(context_lens)) is not None:
+            scored = self.selector.bytes_scored(context_lens)
+        return scored + estimated * of_key * geometry.num_kv_heads

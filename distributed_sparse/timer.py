@@ -1,0 +1,38 @@
+"""Timer: times of the parts of a step."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Timer:
+    """Times of the parts of a step, in profile steps only: it waits for the device before and after each part."""
+
+    def __init__(self, device: torch.device, enabled: bool = False) -> None:
+        self.enabled = enabled
+        self._device = device
+        self._seconds: dict[str, float] = defaultdict(float)
+        self.steps = 0
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        if not self.enabled:
+            yield
+            return
+        started = self._now()
+        yield
+        self._seconds[part] += self._now() - started
+
+    @property
+    def ms_per_step(self) -> dict[str, float]:
+        return {part: seconds * 1e3 / max(self.steps, 1) for part, seconds in self._seconds.items()}
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
