@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distributed_sparse.kernels.attend import CHUNK_TOKENS
@@ -20,11 +22,11 @@ CHUNK_WIDTHS = (64, 128, 256, CHUNK_TOKENS)
 class _Chunks:
     """Rows' lists cut into chunks of CHUNK_TOKENS and flattened: item i is one chunk of one row."""
 
-    per_row: Tensor  # int64 [R]
-    row: Tensor  # int64 [I]
-    index: Tensor  # int64 [I] place in its row's list of chunks
-    length: Tensor  # int64 [I] tokens, 1..CHUNK_TOKENS
-    blocks: Tensor  # int64 [I, CHUNK_TOKENS // block_tokens], 0 past the list
+    per_row: NDArray[np.int64]  # [R]
+    row: NDArray[np.int64]  # [I]
+    index: NDArray[np.int64]  # [I] place in its row's list of chunks
+    length: NDArray[np.int64]  # [I] tokens, 1..CHUNK_TOKENS
+    blocks: NDArray[np.int64]  # [I, CHUNK_TOKENS // block_tokens], 0 past the list
     block_tokens: int  # K and V are seen as [num_blocks, block_tokens, d]: a page of one KV head, or one slot of it
 
 
@@ -49,30 +51,27 @@ def attend_torch(
     num_rows, group = batch * num_kv_heads, num_q_heads // num_kv_heads
     q_rows = q.reshape(num_rows, 1, group, head_dim)
 
-    listed = num_pages.reshape(num_rows).long()
-    in_last_page = last_page_len.long().repeat_interleave(num_kv_heads)
-    chunks = _cut(pages, listed, (listed - 1) * page_size + in_last_page, page_size, page_size)
-    num_partials = chunks.per_row
-    token_chunks = None
+    listed = num_pages.reshape(num_rows).numpy().astype(np.int64)
+    in_last_page = last_page_len.numpy().astype(np.int64).repeat(num_kv_heads)
+    lists = [_cut(pages, listed, (listed - 1) * page_size + in_last_page, page_size, page_size)]
     if tokens is not None and num_tokens is not None:
-        listed = num_tokens.reshape(num_rows).long()
-        token_chunks = _cut(tokens, listed, listed, 1, page_size)
-        num_partials = num_partials + token_chunks.per_row
+        listed = num_tokens.reshape(num_rows).numpy().astype(np.int64)
+        lists.append(_cut(tokens, listed, listed, 1, page_size))
 
-    capacity = int(num_partials.max())
+    num_partials = np.zeros(num_rows, dtype=np.int64)
+    capacity = int(np.sum([chunks.per_row for chunks in lists], axis=0).max())
     outs, lses = torch.empty(num_rows * capacity, group, head_dim), torch.empty(num_rows * capacity, group)
-    _attend_chunks(q_rows, k_pages, v_pages, chunks, scale, outs, lses, chunks.row * capacity + chunks.index)
-    if token_chunks is not None:
-        row = token_chunks.row
-        places = row * capacity + chunks.per_row[row] + token_chunks.index
-        _attend_chunks(q_rows, k_pages, v_pages, token_chunks, scale, outs, lses, places)
-        if log_weight is not None:  # the same for all tokens of a row: it moves a chunk's sum and not its mean
-            lses[places] += log_weight.reshape(num_rows, 1)[row]
+    for chunks in lists:
+        places = chunks.row * capacity + num_partials[chunks.row] + chunks.index
+        _attend_chunks(q_rows, k_pages, v_pages, chunks, scale, outs, lses, places)
+        num_partials = num_partials + chunks.per_row
+    if log_weight is not None and len(lists) == 2:  # the same for all tokens of a row: it moves a chunk's sum, not its mean
+        lses[torch.from_numpy(places)] += log_weight.reshape(num_rows, 1)[torch.from_numpy(chunks.row)]
 
     if partial is not None:
         partial = (partial[0].reshape(num_rows, group, head_dim), partial[1].reshape(num_rows, group))
     outs, lses = outs.view(num_rows, capacity, group, head_dim), lses.view(num_rows, capacity, group)
-    out, lse = combine_torch(outs, lses, num_partials, partial)
+    out, lse = combine_torch(outs, lses, torch.from_numpy(num_partials), partial)
     out = out.view(batch, num_q_heads, head_dim)
     return (out, lse.view(batch, num_q_heads)) if return_lse else out.to(q.dtype)
 
@@ -90,43 +89,53 @@ def combine_torch(
     highest = highest.masked_fill(highest == float("-inf"), 0.0)
     weights = (lses - highest[:, None]).exp()
     live = (lses > float("-inf"))[..., None]
-    out, total = torch.zeros(num_rows, group, head_dim), torch.zeros(num_rows, group)
-    parts = list(enumerate(outs.unbind(dim=1)[: int(num_partials.max())]))
+    most = int(num_partials.max())
+    weighted = [*(weights[:, :most, :, None] * outs[:, :most]).where(live[:, :most], 0.0).unbind(1)]  # an empty one may be NaN
     if partial is not None:
-        parts.append((capacity, partial[0]))
-    for i, part in parts:  # one by one in index order: the order of torch.sum would change with the capacity
-        out += (weights[:, i, :, None] * part).where(live[:, i], 0.0)  # an empty partial's output may be NaN
-        total += weights[:, i]
+        weighted.append((weights[:, -1, :, None] * partial[0]).where(live[:, -1], 0.0))
+    out, total = torch.zeros(num_rows, group, head_dim), torch.zeros(num_rows, group)
+    for part in weighted:  # one by one in index order: the order of torch.sum would change with the capacity
+        out += part
+    for weight in (*weights[:, :most].unbind(1), weights[:, -1]):
+        total += weight
     return out / total.where(total > 0, 1.0)[..., None], highest + total.log()
 
 
-def _cut(entries: Tensor, counts: Tensor, lengths: Tensor, block_tokens: int, page_size: int) -> _Chunks:
-    """Cut lists of pages (block_tokens = page_size) or of tokens (1) into chunks.
+def _cut(entries: Tensor, counts: NDArray[np.int64], lengths: NDArray[np.int64], block_tokens: int, page_size: int) -> _Chunks:
+    """Cut lists of pages (block_tokens = page_size) or of tokens (1) into chunks. In numpy: its calls on so little are cheaper.
 
     Args:
         entries: int32 [B, H_kv, E] page ids or token slots; past the count any bits.
-        counts: int64 [R] entries listed; R = B * H_kv.
-        lengths: int64 [R] tokens in them.
+        counts: [R] entries listed; R = B * H_kv.
+        lengths: [R] tokens in them.
     """
     num_kv_heads, width = entries.shape[1:]
     per_chunk = CHUNK_TOKENS // block_tokens
     per_row = (counts + per_chunk - 1) // per_chunk
-    row = torch.arange(len(counts)).repeat_interleave(per_row)
-    index = torch.arange(len(row)) - (per_row.cumsum(0) - per_row)[row]
-    length = (lengths[row] - index * CHUNK_TOKENS).clamp(max=CHUNK_TOKENS)
+    row = np.arange(len(counts)).repeat(per_row)
+    index = np.arange(len(row)) - (per_row.cumsum() - per_row)[row]
+    length = np.minimum(lengths[row] - index * CHUNK_TOKENS, CHUNK_TOKENS)
 
-    place = index[:, None] * per_chunk + torch.arange(per_chunk)  # [I, per_chunk]
+    place = index[:, None] * per_chunk + np.arange(per_chunk)  # [I, per_chunk]
     head = (row % num_kv_heads)[:, None]
-    ids = entries[(row // num_kv_heads)[:, None], head, place.clamp(max=width - 1)].long()
+    ids = entries.numpy()[(row // num_kv_heads)[:, None], head, np.minimum(place, width - 1)].astype(np.int64)
     if block_tokens == 1:
         blocks = (ids // page_size * num_kv_heads + head) * page_size + ids % page_size
     else:
         blocks = ids * num_kv_heads + head
-    return _Chunks(per_row, row, index, length, blocks.masked_fill(place >= counts[row, None], 0), block_tokens)
+    blocks[place >= counts[row, None]] = 0
+    return _Chunks(per_row, row, index, length, blocks, block_tokens)
 
 
 def _attend_chunks(
-    q_rows: Tensor, k_pages: Tensor, v_pages: Tensor, chunks: _Chunks, scale: float, outs: Tensor, lses: Tensor, places: Tensor
+    q_rows: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    chunks: _Chunks,
+    scale: float,
+    outs: Tensor,
+    lses: Tensor,
+    places: NDArray[np.int64],
 ) -> None:
     """Attend q_rows [R, 1, G, d] over every chunk; item i goes to outs[places[i]] [G, d] and lses[places[i]] [G].
 
@@ -143,26 +152,28 @@ def _attend_chunks(
     # Allocated once a call: were there a second one, malloc would return both to the system, to be faulted in anew each time.
     scratch = k_pages.new_empty(2, chunks_at_once * CHUNK_TOKENS * head_dim)
     wide_scratch = scratch if is_wide else scratch.new_empty(scratch.shape, dtype=torch.float32)
-    width_class = torch.bucketize(chunks.length, torch.tensor(CHUNK_WIDTHS))
-    for i, width in enumerate(CHUNK_WIDTHS):
-        for is_full in (True, False):
-            items = ((width_class == i) & ((chunks.length == width) == is_full)).nonzero().flatten()
-            if not len(items):
-                continue  # split would make one empty part of it
-            for some in items.split(chunks_at_once * (CHUNK_TOKENS // width)):
-                blocks = chunks.blocks[some, : width // chunks.block_tokens].flatten()
+    width_class = np.searchsorted(CHUNK_WIDTHS, chunks.length)
+    for i in np.unique(width_class):
+        width = CHUNK_WIDTHS[i]
+        of_class, is_full = width_class == i, chunks.length == width
+        for items in ((of_class & is_full).nonzero()[0], (of_class & ~is_full).nonzero()[0]):
+            for start in range(0, len(items), at_once := chunks_at_once * (CHUNK_TOKENS // width)):
+                some = items[start : start + at_once]
+                blocks = torch.from_numpy(chunks.blocks[some, : width // chunks.block_tokens].ravel())
                 used = len(some) * width * head_dim
                 torch.index_select(k_blocks, 0, blocks, out=scratch[0, :used].view(-1, block_elements))
                 torch.index_select(v_blocks, 0, blocks, out=scratch[1, :used].view(-1, block_elements))
                 if not is_wide:
                     wide_scratch[:, :used].copy_(scratch[:, :used])
                 keys, values = wide_scratch[:, :used].view(2, len(some), width, head_dim)
-                mask = None if is_full else _mask_past(chunks.length[some], keys, values)
+                mask = None if is_full[some[0]] else _mask_past(torch.from_numpy(chunks.length[some]), keys, values)
+                q = q_rows[torch.from_numpy(chunks.row[some])].float()
                 out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q_rows[chunks.row[some]].float(), keys[:, None], values[:, None], 0.0, False, attn_mask=mask, scale=scale
+                    q, keys[:, None], values[:, None], 0.0, False, attn_mask=mask, scale=scale
                 )
-                outs.index_copy_(0, places[some], out[:, 0])
-                lses.index_copy_(0, places[some], lse[:, 0])
+                at = torch.from_numpy(places[some])
+                outs.index_copy_(0, at, out[:, 0])
+                lses.index_copy_(0, at, lse[:, 0])
 
 
 def _mask_past(length: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ class ResidualStatistics(NamedTuple):
     weight_kurtosis:     E(w - mean)^4 / (E(w - mean)^2)^2 over the pilot; 1 where the variance is 0.
     trace:               Tr Sigma, Sigma the covariance over the residual of r_i = w_i (v_i - c) (divided by m - 1).
     trace_of_square:     Tr(Sigma^2), from the first min(m, 128) pilot tokens ("rows"): the sum over all pairs i, j of them of
-                         ((r_i - mean) . (r_j - mean))^2, over rows^2, minus its bias (Tr Sigma)^2 / rows; never below (Tr Sigma)^2 / d.
+                         ((r_i - mean) . (r_j - mean))^2 over rows^2, minus its bias (Tr Sigma)^2 / rows; never below
+                         (Tr Sigma)^2 / d.
     kurtosis:            E||r - mean||^4 / (E||r - mean||^2)^2 over the pilot; 1 where the trace is 0.
     """
 

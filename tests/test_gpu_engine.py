@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,13 @@ def share_right(llm: LLM) -> float:
     assert output.prompt_logprobs is not None, output.error
     score = score_quiz(quiz, output.prompt_logprobs)
     return score.right / score.total
+
+
+@pytest.mark.parametrize("sparse", [{"method": "twilight"}, {"method": "vattention"}])
+def test_the_adaptive_methods_answer_on_the_gpu(checkpoint: Path, sparse: dict[str, Any]) -> None:
+    with LLM(str(checkpoint), device="cuda", sparse=sparse, max_model_len=8192, gpu_memory_utilization=0.3) as llm:
+        assert share_right(llm) >= 0.95
+        assert llm.stats()["attention"]["rows_sparse"] > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -44,6 +44,8 @@ class LayerSettings:
     p: float = 0.95
     epsilon: float = 0.1
     delta: float = 0.1
+    top_k_fraction: float = 0.05
+    base_fraction: float = 0.02
     heavy_tokens: int = 16
     heavy_logit: float = 10.0
     key_spread: float = 0.5
@@ -223,7 +225,7 @@ def _methods(settings: LayerSettings) -> dict[str, dict[str, Any]]:
         "dense": {},
         "quest": budget,
         "twilight": {"p": settings.p},
-        "vattention": {"epsilon": settings.epsilon, "delta": settings.delta},
+        "vattention": {key: getattr(settings, key) for key in ("epsilon", "delta", "top_k_fraction", "base_fraction")},
         "window": budget,
     }
 

@@ -66,9 +66,9 @@ def round_up(size: Tensor, num_pilot: Tensor, num_residual: Tensor) -> Tensor:
     Not finite becomes all of the residual.
     """
     most = num_residual.float()
-    largest = size.amax(-1).nan_to_num(nan=torch.inf, posinf=torch.inf).minimum(most)
+    largest = size.amax(-1).nan_to_num(nan=torch.inf, posinf=torch.inf).maximum(num_pilot.float()).minimum(most)
     rounded = (largest / ROUND_TO).ceil() * ROUND_TO
-    return rounded.to(torch.int32).maximum(num_pilot).minimum(num_residual)
+    return rounded.to(torch.int32).minimum(num_residual)
 
 
 def _norm_sq(statistics: ResidualStatistics, n_s: Tensor, m: Tensor, factor: Tensor) -> Tensor:

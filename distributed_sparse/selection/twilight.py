@@ -106,19 +106,19 @@ class TwilightPolicy(Policy):
             selection.details = {
                 "candidates": candidates.attended(batch.last_page_len, batch.page_size).float(),
                 "candidate_mass": self._mass(q, cache, batch, candidates),
-                "kept": (logits >= threshold[..., None]).sum(-1).float(),
+                "kept": ((logits >= threshold[..., None]) & (logits > -torch.inf)).sum(-1).float(),
             }
         return selection
 
     def candidates(self, context_len: int) -> int | None:
-        """Pages that the selector offers of a context; None: all of it."""
+        """Pages that the selector offers of a context; None: all of it, and of every shorter one."""
         config, size = self.config, self.geometry.page_size
-        pages = max(
-            math.ceil(config.candidate_fraction * context_len / size),
-            -(-config.min_candidates // size),
-            config.sink_pages + config.recent_pages,
-        )
-        return None if self.selector is None or pages >= -(-context_len // size) else pages
+        pages = -(-context_len // size)
+        least = max(-(-config.min_candidates // size), config.sink_pages + config.recent_pages)
+        # A fraction below 1 may round up to all pages of this context, and to fewer than all of a shorter one.
+        if self.selector is None or config.candidate_fraction == 1 or least >= pages:
+            return None
+        return min(max(math.ceil(config.candidate_fraction * context_len / size), least), pages)
 
     def _candidate_pages(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
         config, size = self.config, batch.page_size
