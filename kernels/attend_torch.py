@@ -14,7 +14,7 @@ from distributed_sparse.kernels.attend import CHUNK_TOKENS
 SCRATCH_BYTES = 8 << 20
 """Float32 keys and values gathered at a time: large enough to hide the cost of a call, small enough to stay in the cache."""
 
-CHUNK_WIDTHS = (64, 128, 256, CHUNK_TOKENS)
+CHUNK_WIDTHS = (64, 128, 256, 384, CHUNK_TOKENS)
 """Tokens that a row's last chunk is padded to: the smallest that holds it. No page is larger than the first."""
 
 

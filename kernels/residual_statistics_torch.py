@@ -85,9 +85,10 @@ def _of_rows(q: Tensor, keys: Tensor, values: Tensor, ratio: Tensor, out: Tensor
     v_c, v_y = dots.chunk(2, dim=1)
     v_v = torch.linalg.vector_norm(values, dim=-1).square_()[:, None]  # [R, 1, m], without a square of all values
     c_c, c_y, y_y = _dot(c, c)[..., None], _dot(c, y)[..., None], _dot(y, y)[..., None]
-    # |w v - a c - y|^2
-    norms = w.square() * v_v - 2 * w * (a * v_c + v_y) + a_squared * c_c + 2 * a * c_y + y_y
-    norms.clamp_(min=0)
+    # |w v - a c - y|^2 = w (w v.v - 2 (a v.c + v.y)) + a (a c.c + 2 c.y) + y.y, in few calls
+    of_w = torch.add(w * v_v, torch.addcmul(v_y, a, v_c), alpha=-2)
+    of_a = torch.addcmul(c_y + c_y, a, c_c)
+    norms = torch.addcmul(torch.addcmul(y_y, w, of_w), a, of_a).clamp_(min=0)
     norm_sum = norms.sum(dim=-1)
     trace = norm_sum / (m - 1)
 

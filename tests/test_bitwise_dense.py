@@ -16,11 +16,14 @@ from distributed_sparse.llm import LLM
 from distributed_sparse.outputs import ScoreOutput
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import make_llm
+from tests.support.hash_weights import random_hash_weights
 from tests.support.prompts import random_tokens
 
 PAGE, LAYERS, KV_HEADS, HEAD_DIM = 16, 4, 2, 16
 TOKEN_BYTES = 2 * HEAD_DIM * 4  # K and V of one KV head
-METHODS = ["quest", "window"]
+METHODS = ["quest", "window", "random", "oracle_topk", "hash"]
+PER_TOKEN = ["oracle_topk", "hash"]
+"""These fill the budget's pages with single tokens; the newest page may be partial for the others."""
 DECODED = 12
 
 
@@ -41,7 +44,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_key_value_heads": KV_HEADS,
         "hidden_size": 32,
     }
-    return tiny_checkpoint(tmp_path_factory.mktemp("long"), max_position_embeddings=8192, **sizes)
+    folder = tmp_path_factory.mktemp("long")
+    random_hash_weights(folder / "hash.safetensors", range(LAYERS), sizes["num_attention_heads"], HEAD_DIM)
+    return tiny_checkpoint(folder / "model", max_position_embeddings=8192, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +57,10 @@ def dense(path: Path) -> Iterator[LLM]:
 
 def sparse_llm(path: Path, method: str, token_budget: int, **settings: Any) -> LLM:
     """All layers follow the method, unless told otherwise."""
-    return make_llm(
-        path, max_num_seqs=4, sparse={"method": method, "token_budget": token_budget, "dense_layers": 0, **settings}
-    )
+    sparse = {"method": method, "token_budget": token_budget, "dense_layers": 0, **settings}
+    if method == "hash":
+        sparse["hash_weights"] = str(path.parent / "hash.safetensors")
+    return make_llm(path, max_num_seqs=4, sparse=sparse)
 
 
 def score(llm: LLM, *lengths: int, decoded: int = DECODED) -> list[ScoreOutput]:
@@ -74,14 +80,16 @@ def contexts(length: int, decoded: int = DECODED) -> range:
     return range(length - decoded + 1, length + 1)
 
 
-def attended(context: int, token_budget: int) -> int:
-    """Tokens that a row reads: all, or whole pages up to the budget, of which the newest may be partial."""
+def attended(method: str, context: int, token_budget: int) -> int:
+    """Tokens that a row reads: all, or whole pages up to the budget, of which the newest may be partial; or as many tokens."""
     pages, budget = -(-context // PAGE), -(-token_budget // PAGE)
-    return context if pages <= budget else budget * PAGE - (pages * PAGE - context)
+    if pages <= budget:
+        return context
+    return budget * PAGE - (0 if method in PER_TOKEN else pages * PAGE - context)
 
 
-def density(lengths: range, token_budget: int) -> float:
-    return sum(attended(context, token_budget) for context in lengths) / sum(lengths)
+def density(method: str, lengths: range, token_budget: int) -> float:
+    return sum(attended(method, context, token_budget) for context in lengths) / sum(lengths)
 
 
 # ---- a budget that covers the context
@@ -127,7 +135,7 @@ def test_one_page_less_than_the_context_is_sparse(path: Path, dense: LLM, method
     with sparse_llm(path, method, token_budget) as llm:
         (found,) = score(llm, length)
         attention = llm.stats()["attention"]
-    sparse_rows = sum(attended(context, token_budget) < context for context in contexts(length))
+    sparse_rows = sum(attended(method, context, token_budget) < context for context in contexts(length))
     assert 0 < sparse_rows < DECODED  # the context outgrows the budget on the way
     assert attention["rows_sparse"] == sparse_rows * LAYERS * KV_HEADS
     assert attention["rows_dense"] == (DECODED - sparse_rows) * LAYERS * KV_HEADS
@@ -150,6 +158,66 @@ def test_sampling_under_a_covering_budget_draws_the_dense_tokens(path: Path, den
         assert output.outputs[0].cumulative_logprob == expected.outputs[0].cumulative_logprob
 
 
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "twilight": {"p": 0.5, "candidate_fraction": 0.5, "min_candidates": 32},
+    "vattention": {"epsilon": 0.5, "delta": 0.5, "sink_tokens": 16, "window_tokens": 16, "guarantee": "denominator"},
+}
+COVERING: list[tuple[str, dict[str, Any], int]] = [
+    ("twilight", {"p": 1.0, "selector": "full"}, 700),
+    ("twilight", {"p": 1.0, "candidate_fraction": 1.0, "min_candidates": 1}, 700),
+    ("twilight", {"p": 1.0, "min_candidates": 705}, 700),
+    ("twilight", {"p": 0.1, "sink_pages": 43, "recent_pages": 1}, 700),
+    ("vattention", {}, 560),
+    ("vattention", {"max_sample": 256, "epsilon": 0.01}, 700),
+    ("vattention", {"epsilon": 0.0001}, 700),
+    ("vattention", {"sink_tokens": 700}, 700),
+]
+"""Settings of the adaptive methods under which a context of so many tokens is read whole, for one reason each."""
+
+
+@pytest.mark.parametrize(("method", "settings", "length"), COVERING)
+def test_settings_that_cover_the_context_are_bitwise_dense(
+    path: Path, dense: LLM, method: str, settings: dict[str, Any], length: int
+) -> None:
+    with adaptive_llm(path, method, **settings) as llm:
+        (found,) = score(llm, length)
+        assert llm.stats()["attention"]["rows_sparse"] == 0
+    assert_same_bits(score(dense, length)[0], found)
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_adaptive_rows_that_are_covered_stay_bitwise_dense_beside_rows_that_are_not(
+    path: Path, dense: LLM, method: str
+) -> None:
+    lengths = (30, 1500, 17, 1100)
+    expected = score(dense, *lengths)
+    with adaptive_llm(path, method) as llm:
+        found = score(llm, *lengths)
+        assert llm.stats()["attention"]["rows_sparse"] > 0
+    for place in (0, 2):
+        assert_same_bits(expected[place], found[place])
+    for place in (1, 3):
+        assert (expected[place].token_logprobs[-DECODED + 1 :] != found[place].token_logprobs[-DECODED + 1 :]).any()
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_adaptive_rows_below_min_context_are_bitwise_dense(path: Path, dense: LLM, method: str) -> None:
+    """Of the last 12 contexts of 1205 the first seven are below 1201; alone, the host knows it, beside 1500 the device."""
+    expected = score(dense, 1205, 1500)
+    with adaptive_llm(path, method, min_context=1201) as llm:
+        together = score(llm, 1205, 1500)
+        (alone,) = score(llm, 1200)
+        assert llm.stats()["attention"]["rows_sparse"] > 0
+    assert_same_bits(score(dense, 1200)[0], alone)
+    assert expected[0].logprobs is not None and together[0].logprobs is not None
+    assert (expected[0].logprobs == together[0].logprobs).all(axis=1)[:1200].all()
+
+
+def adaptive_llm(path: Path, method: str, **settings: Any) -> LLM:
+    """All layers follow the method."""
+    return make_llm(path, max_num_seqs=4, sparse={"method": method, "dense_layers": 0, **ADAPTIVE[method], **settings})
+
+
 # ---- a budget that is kept
 
 
@@ -160,8 +228,8 @@ def test_density_is_the_budget_in_whole_pages_over_the_context(path: Path, metho
         score(llm, 150, decoded=70)  # contexts 81 to 150: some of them are covered by the larger budgets
         attention = llm.stats()["attention"]
     lengths = contexts(150, 70)
-    assert attention["density"] == [[density(lengths, token_budget)] * KV_HEADS] * LAYERS
-    sparse_rows = sum(attended(context, token_budget) < context for context in lengths)
+    assert attention["density"] == [[density(method, lengths, token_budget)] * KV_HEADS] * LAYERS
+    sparse_rows = sum(attended(method, context, token_budget) < context for context in lengths)
     assert attention["rows_sparse"] == sparse_rows * LAYERS * KV_HEADS
     assert attention["rows_dense"] == (70 - sparse_rows) * LAYERS * KV_HEADS
 
@@ -172,9 +240,14 @@ def test_bytes_read_are_those_of_the_attended_tokens_and_of_the_scored_metadata(
         score(llm, 150, decoded=20)
         attention = llm.stats()["attention"]
     lengths = contexts(150, 20)
-    read = sum(context + (LAYERS - 1) * attended(context, 48) for context in lengths) * KV_HEADS * TOKEN_BYTES
-    scored = sum(-(-context // PAGE) for context in lengths) * (LAYERS - 1) * KV_HEADS * 2 * HEAD_DIM * 4
-    assert attention["bytes_read"] == read + (scored if method == "quest" else 0)
+    read = sum(context + (LAYERS - 1) * attended(method, context, 48) for context in lengths) * KV_HEADS * TOKEN_BYTES
+    pages = sum(-(-context // PAGE) for context in lengths)
+    per_head = {
+        "quest": pages * 2 * HEAD_DIM * 4,  # two bounds per page
+        "oracle_topk": sum(lengths) * HEAD_DIM * 4,  # every key
+        "hash": sum(lengths) * 2 * 4,  # one word per token and query head
+    }
+    assert attention["bytes_read"] == read + per_head.get(method, 0) * (LAYERS - 1) * KV_HEADS
 
 
 @pytest.mark.parametrize("dense_layers", [0, 1, 3, 4])
@@ -183,7 +256,7 @@ def test_the_first_dense_layers_stay_dense(path: Path, method: str, dense_layers
     with sparse_llm(path, method, 48, dense_layers=dense_layers) as llm:
         score(llm, 200)
         attention = llm.stats()["attention"]
-    kept = density(contexts(200), 48)
+    kept = density(method, contexts(200), 48)
     assert attention["density"] == [[1.0 if layer < dense_layers else kept] * KV_HEADS for layer in range(LAYERS)]
     assert attention["rows_sparse"] == DECODED * (LAYERS - dense_layers) * KV_HEADS
 
@@ -218,7 +291,7 @@ def test_layers_have_budgets_of_their_own(path: Path, method: str) -> None:
         score(llm, 200)
         found = llm.stats()["attention"]["density"]
     lengths = contexts(200)
-    expected = [density(lengths, 32), density(lengths, 64), 1.0, density(lengths, 32)]
+    expected = [density(method, lengths, 32), density(method, lengths, 64), 1.0, density(method, lengths, 32)]
     assert found == [[kept] * KV_HEADS for kept in expected]
 
 

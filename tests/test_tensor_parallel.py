@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from distributed_sparse import EngineConfig, SamplingParams
 from distributed_sparse.llm import LLM
 from distributed_sparse.outputs import RequestOutput
 from tests.support.checkpoints import tiny_checkpoint, transformers_model
 from tests.support.engine import make_llm
+from tests.support.hash_weights import random_hash_weights
 from tests.support.promise_b import count_ties
 from tests.support.prompts import random_tokens
 from tests.support.stepped_engine import ThreadShardGroup
@@ -25,8 +27,13 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "quest": {"method": "quest", "token_budget": 48, "dense_layers": 1},
     "window": {"method": "window", "token_budget": 48, "dense_layers": 1},
+    "random": {"method": "random", "token_budget": 48, "dense_layers": 1},
+    "oracle_topk": {"method": "oracle_topk", "token_budget": 48, "dense_layers": 1},
+    "hash": {"method": "hash", "token_budget": 48, "dense_layers": 1},
+    "twilight": {"method": "twilight", "p": 0.8, "min_candidates": 64, "dense_layers": 1},
     "outside": {"method": "tests.support.outside_policy:EveryOtherPolicy", "stride": 3, "dense_layers": 1},
 }
+VATTENTION = {"method": "vattention", "sink_tokens": 16, "window_tokens": 16, "epsilon": 0.5, "delta": 0.5, "dense_layers": 1}
 PROMPTS = [random_tokens(length, seed=length) for length in (150, 1, 16, 97, 33, 64, 120, 49)]
 GREEDY = [SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)] * len(PROMPTS)
 SEEDED = [
@@ -55,15 +62,33 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engines(path: Path) -> Iterator[Engines]:
+def hash_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return random_hash_weights(tmp_path_factory.mktemp("hash") / "hash.safetensors", range(LAYERS), 8, HEAD_DIM)
+
+
+@pytest.fixture(scope="module")
+def new_engine(path: Path, hash_weights: str) -> Engines:
+    """new_engine(method, tensor_parallel_size): the caller's to shut down."""
+
+    def engine(method: str, tensor_parallel_size: int) -> LLM:
+        sparse = METHODS[method]
+        if method == "hash":
+            sparse = {**(sparse or {}), "hash_weights": hash_weights}
+        limits = {"max_num_seqs": 12, "max_num_batched_tokens": 100, "max_model_len": 256}
+        return make_llm(path, tensor_parallel_size, sparse=sparse, **limits)
+
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engines(new_engine: Engines) -> Iterator[Engines]:
     """engines(method, tensor_parallel_size): made when first asked for, and shared by the module's tests."""
     made: dict[tuple[str, int], LLM] = {}
 
     def engine(method: str, tensor_parallel_size: int) -> LLM:
         key = (method, tensor_parallel_size)
         if key not in made:
-            limits = {"max_num_seqs": 12, "max_num_batched_tokens": 100, "max_model_len": 256}
-            made[key] = make_llm(path, tensor_parallel_size, sparse=METHODS[method], **limits)
+            made[key] = new_engine(method, tensor_parallel_size)
         return made[key]
 
     yield engine
@@ -105,13 +130,41 @@ def test_ranks_together_draw_the_tokens_of_one_rank(
     assert ties <= 0.01 * len(PROMPTS), f"{ties} of {len(PROMPTS)} requests met a tie"
 
 
-@pytest.mark.parametrize("method", ["window", "outside"])
-def test_two_ranks_draw_the_tokens_of_one_rank_with_other_methods(engines: Engines, references: Callable, method: str) -> None:
-    found = generate(engines(method, 2), GREEDY)
+OTHERS = [method for method in METHODS if method not in ("dense", "quest")]
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_two_ranks_draw_the_tokens_of_one_rank_with_other_methods(
+    new_engine: Engines, references: Callable, method: str
+) -> None:
+    with new_engine(method, 2) as llm:
+        found = generate(llm, GREEDY)
     assert count_ties(references(method, "greedy"), found, GREEDY) == 0
 
 
-@pytest.mark.parametrize("method", ["dense", "quest"])
+@pytest.mark.parametrize("method", ["twilight", "random", "hash"])
+def test_four_ranks_draw_the_seeded_tokens_of_one_rank(new_engine: Engines, references: Callable, method: str) -> None:
+    params = [replace(own, max_tokens=6) for own in SEEDED]
+    with new_engine(method, 4) as llm:
+        found = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert count_ties(shortened(references(method, "seeded"), 6), found, params) == 0
+
+
+def shortened(outputs: list[RequestOutput], max_tokens: int) -> list[RequestOutput]:
+    """What the same requests answer when they may draw no more than so many tokens."""
+    return [
+        replace(
+            output,
+            outputs=[
+                replace(own, token_ids=own.token_ids[:max_tokens], logprobs=own.logprobs and own.logprobs[:max_tokens])
+                for own in output.outputs
+            ],
+        )
+        for output in outputs
+    ]
+
+
+@pytest.mark.parametrize("method", ["dense", "quest", "twilight", "random", "hash", "oracle_topk"])
 def test_a_request_alone_draws_the_tokens_that_it_draws_in_a_batch(engines: Engines, references: Callable, method: str) -> None:
     llm = engines(method, 1)
     found = [llm.generate([prompt], own, use_tqdm=False)[0] for prompt, own in zip(PROMPTS, SEEDED)]
@@ -130,6 +183,76 @@ def test_a_real_difference_is_not_taken_for_a_tie(references: Callable) -> None:
         count_ties(greedy, references("quest", "greedy"), GREEDY)
     with pytest.raises(AssertionError, match="differs"):
         count_ties(seeded, references("quest", "seeded"), SEEDED)
+
+
+# ---- promise B for a method that samples: its contexts must be long enough to be sampled
+
+
+@pytest.fixture(scope="module")
+def long_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Values with a mean, else no sample of them is small enough to be drawn."""
+    path = tiny_checkpoint(tmp_path_factory.mktemp("long"), "qwen2", max_position_embeddings=2048)
+    weights = load_file(path / "model.safetensors")
+    scaled = {name: 5.0 * tensor if name.endswith("v_proj.bias") else tensor for name, tensor in weights.items()}
+    save_file(scaled, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+LONG_PROMPTS = [random_tokens(length, seed=length) for length in (1500, 40, 1203, 1100)]
+LONG_PARAMS = [
+    SamplingParams(temperature=temperature, n=n, seed=seed, max_tokens=8, ignore_eos=True)
+    for seed, (temperature, n) in enumerate([(1.0, 2), (0.7, 1), (1.3, 1), (0.0, 1)], start=1)
+]
+
+
+@pytest.fixture(scope="module")
+def sampled_reference(long_path: Path) -> tuple[list[RequestOutput], dict[str, Any]]:
+    """What one rank answers, all requests together, with the log-probabilities of the whole vocabulary; and what it read."""
+    with long_engine(long_path, 1) as llm:
+        asked = [replace(own, logprobs=VOCAB_SIZE) for own in LONG_PARAMS]
+        outputs = llm.generate(LONG_PROMPTS, asked, use_tqdm=False)
+        return outputs, llm.stats()["attention"]
+
+
+def long_engine(path: Path, tensor_parallel_size: int) -> LLM:
+    return make_llm(path, tensor_parallel_size, sparse=VATTENTION, max_num_seqs=8, max_model_len=1600)
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [2, 4])
+def test_ranks_together_draw_the_sample_of_one_rank(
+    long_path: Path, sampled_reference: tuple[list[RequestOutput], dict[str, Any]], tensor_parallel_size: int
+) -> None:
+    expected, attention = sampled_reference
+    with long_engine(long_path, tensor_parallel_size) as llm:
+        found = llm.generate(LONG_PROMPTS, LONG_PARAMS, use_tqdm=False)
+        assert llm.stats()["attention"] == attention
+    assert attention["rows_sparse"] > 100
+    assert count_ties(expected, found, LONG_PARAMS) == 0
+
+
+def test_a_request_alone_draws_the_sample_that_it_draws_in_a_batch(
+    long_path: Path, sampled_reference: tuple[list[RequestOutput], dict[str, Any]]
+) -> None:
+    """In another engine, after other requests: a sample depends on the request's seed and position, not on slot or arrival."""
+    expected, _ = sampled_reference
+    with long_engine(long_path, 1) as llm:
+        found = [
+            llm.generate([prompt], own, use_tqdm=False)[0] for prompt, own in reversed(list(zip(LONG_PROMPTS, LONG_PARAMS)))
+        ]
+    assert count_ties(expected, found[::-1], LONG_PARAMS) == 0
+
+
+def test_another_seed_draws_another_sample(long_path: Path) -> None:
+    """Teacher-forced by one token: the same context under two seeds gives other logits, and under one seed the same."""
+    params = [SamplingParams(temperature=0.0, max_tokens=2, seed=seed, logprobs=VOCAB_SIZE) for seed in (1, 2, 1)]
+    with long_engine(long_path, 1) as llm:
+        first, other, again = (llm.generate([LONG_PROMPTS[0]], own, use_tqdm=False)[0].outputs[0] for own in params)
+    assert first.logprobs is not None and other.logprobs is not None and again.logprobs is not None
+    assert first.logprobs[0] == other.logprobs[0] and first.token_ids[0] == other.token_ids[0]  # of the dense prefill
+    assert first.logprobs[1] != other.logprobs[1] and first.logprobs[1] == again.logprobs[1]
+
+
+# ---- logits, and what is read
 
 
 @pytest.mark.parametrize("method", ["dense", "quest"])
@@ -201,7 +324,7 @@ def test_weights_and_cache_are_split_evenly(tmp_path: Path, family: str, overrid
         group = ThreadShardGroup(config)
         held[ranks] = [info.as_dict() for info in group.start()]
         for info, shard in zip(held[ranks], group.shards):
-            kept = [(cache.k_pages, cache.v_pages, cache.page_min_max) for cache in shard.cache.layers]
+            kept = [(cache.k_pages, cache.v_pages, cache.metadata.get("page_min_max")) for cache in shard.cache.layers]
             assert info["cache_bytes"] == sum(k.nbytes + v.nbytes for k, v, _ in kept)
             assert info["metadata_bytes"] == sum(bounds.nbytes for _, _, bounds in kept if bounds is not None) > 0
         group.stop()

@@ -67,6 +67,7 @@ class Inputs:
     batch: DecodeBatch
 
 
+@torch.inference_mode()  # as the engine decodes
 def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
     """Time SDPA, paged dense, Quest, Twilight, vAttention and the window; one row each.
 

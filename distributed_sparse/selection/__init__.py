@@ -136,4 +136,5 @@ def _typed(config_class: type[SparseConfig], settings: dict[str, Any], where: st
     try:
         return msgspec.convert(settings, config_class)
     except msgspec.ValidationError as error:
-        raise ValueError(f"{where}: {error}") from error
+        named = str(error).startswith("sparse.")  # by the config itself
+        raise ValueError(str(error) if named else f"{where}: {error}") from error

@@ -42,14 +42,17 @@ class KeySignatures(Metadata):
         """hash.{q,k}.{0,1,2}.{weight,bias}: float64 [H_q, out, in] and [H_q, 1, out] of this rank's heads."""
         first = geometry.first_kv_head * geometry.group_size
         heads = slice(first, first + geometry.num_kv_heads * geometry.group_size)
+        total = None if geometry.model_kv_heads is None else geometry.model_kv_heads * geometry.group_size
         found = {}
         for side in "qk":
             width = geometry.head_dim
             for number in range(LINEARS):
                 name = f"hash.{side}.{number}"
-                bias = read_tensor(self.weights, f"model.layers.{layer}.{name}.bias", heads, None)
-                out = bias.shape[1] if number < LINEARS - 1 else self.bits
-                weight = read_tensor(self.weights, f"model.layers.{layer}.{name}.weight", heads, out, width)
+                where = f"model.layers.{layer}.{name}"
+                out = None if number < LINEARS - 1 else self.bits
+                bias = read_tensor(self.weights, f"{where}.bias", heads, out, num_heads=total)
+                out = bias.shape[1]
+                weight = read_tensor(self.weights, f"{where}.weight", heads, out, width, num_heads=total)
                 found[f"{name}.weight"] = weight.to(geometry.device, torch.float64)
                 found[f"{name}.bias"] = bias[:, None].to(geometry.device, torch.float64)
                 width = out
@@ -92,10 +95,10 @@ def signature_bits(weights: str) -> int:
             last = next((name for name in file.keys() if name.endswith(f".hash.k.{LINEARS - 1}.weight")), None)  # noqa: SIM118
             if last is None:
                 raise ValueError(f"sparse.hash_weights={weights!r} holds no hash; docs/methods/hash.md says what it must hold")
-            bits = int(file.get_slice(last).get_shape()[1])
+            bits = int((*file.get_slice(last).get_shape(), 0)[1])
     except (OSError, SafetensorError) as error:
         raise ValueError(f"sparse.hash_weights={weights!r} is no readable safetensors file: {error}") from error
-    if bits % 32:
+    if bits % 32 or bits == 0:
         raise ValueError(f"sparse.hash_weights={weights!r} has signatures of {bits} bits; use a multiple of 32")
     return bits
 
@@ -121,7 +124,7 @@ class HashPredictor(Predictor):
 
 @dataclass(frozen=True, kw_only=True)
 class HashConfig(TopKConfig):
-    """`token_budget` tokens per KV head and step, the first `sink_pages` and last `recent_pages` pages' worth included."""
+    """`token_budget` tokens per KV head and step, in whole pages' worth, as the sink and recent ones are that it includes."""
 
     method: ClassVar[str] = "hash"
     hash_weights: str | None = None

@@ -25,6 +25,8 @@ class Geometry:
     device: torch.device
     first_kv_head: int
     """Global index of this rank's first KV head: random numbers are keyed by the global head."""
+    model_kv_heads: int | None = None
+    """KV heads of the whole model, where a file that a method reads is to be held against them."""
 
     @property
     def scale(self) -> float:
@@ -104,7 +106,8 @@ class QuantizedKeys(Metadata):
         if self.offsets is None:
             return {}
         heads = slice(geometry.first_kv_head, geometry.first_kv_head + geometry.num_kv_heads)
-        offset = read_tensor(self.offsets, f"model.layers.{layer}.key_offset", heads, geometry.head_dim)
+        name = f"model.layers.{layer}.key_offset"
+        offset = read_tensor(self.offsets, name, heads, geometry.head_dim, num_heads=geometry.model_kv_heads)
         return {"key_offset": offset.to(geometry.device)}
 
 
@@ -164,8 +167,8 @@ class LayerCache:
         return [self.k_pages, self.v_pages, *self.metadata.values()]
 
 
-def read_tensor(path: str, name: str, heads: slice, *shape: int | None) -> Tensor:
-    """Some heads of a tensor [heads, *shape] in a safetensors file, as float32; None in `shape` is any size.
+def read_tensor(path: str, name: str, heads: slice, *shape: int | None, num_heads: int | None) -> Tensor:
+    """Some heads of a tensor [num_heads, *shape] in a safetensors file, as float32; None is any size.
 
     Raises:
         ValueError: the file or the tensor is missing, or it has another shape; names what and which.
@@ -174,13 +177,12 @@ def read_tensor(path: str, name: str, heads: slice, *shape: int | None) -> Tenso
         with safe_open(path, framework="pt") as file:
             if name not in file.keys():  # noqa: SIM118
                 raise ValueError(f"{path} has no tensor {name!r}; docs/methods says what the file holds")
-            tensor = file.get_slice(name)[heads.start : heads.stop].float()
+            part = file.get_slice(name)
+            found, wanted = part.get_shape(), (num_heads, *shape)
+            fits = len(found) == len(wanted) and all(size in (None, own) for own, size in zip(found, wanted))
+            if not fits or found[0] < heads.stop:
+                sizes = ["any" if size is None else size for size in wanted]
+                raise ValueError(f"{name!r} in {path} has shape {found}, but this model needs {sizes}; is it another model's?")
+            return part[heads.start : heads.stop].float()
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from error
-    wanted = (heads.stop - heads.start, *shape)
-    if tensor.dim() != len(wanted) or any(size not in (None, found) for found, size in zip(tensor.shape, wanted)):
-        raise ValueError(
-            f"{name!r} in {path} has shape {list(tensor.shape)} for heads {heads.start} to {heads.stop - 1}, not "
-            f"{['any' if size is None else size for size in wanted]}"
-        )
-    return tensor

@@ -35,7 +35,7 @@ class OraclePredictor(Predictor):
 
 @dataclass(frozen=True, kw_only=True)
 class OracleConfig(TopKConfig):
-    """`token_budget` tokens per KV head and step, the first `sink_pages` and last `recent_pages` pages' worth included."""
+    """`token_budget` tokens per KV head and step, in whole pages' worth, as the sink and recent ones are that it includes."""
 
     method: ClassVar[str] = "oracle_topk"
 

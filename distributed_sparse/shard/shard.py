@@ -72,6 +72,7 @@ class Shard:
             dtype=dtype,
             device=self.device,
             first_kv_head=sizes.first_key_value_head,
+            model_kv_heads=model.num_key_value_heads,
         )
         check_kernels(self.geometry)
         sparse = config.resolve_sparse()

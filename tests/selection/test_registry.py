@@ -10,8 +10,8 @@ import torch
 
 from distributed_sparse import SamplingParams
 from distributed_sparse.selection import POLICIES, build_policies, layer_configs, resolve_sparse_config
-from distributed_sparse.selection.metadata import Geometry, PageMinMax
 from distributed_sparse.selection.dense import DenseConfig, DensePolicy
+from distributed_sparse.selection.metadata import Geometry, PageMinMax
 from distributed_sparse.selection.quest import QuestConfig, QuestPolicy
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import make_llm
@@ -23,24 +23,28 @@ GEOMETRY = Geometry(
     num_kv_heads=4, group_size=2, head_dim=64, page_size=16, dtype=torch.float32, device=torch.device("cpu"), first_kv_head=0
 )
 
+REQUIRED = {"hash": {"hash_weights": "weights.safetensors"}}
+"""Settings without which a method is refused."""
+
 # ---- names and values
 
 
 @pytest.mark.parametrize(
     ("sparse", "message"),
     [
-        ({"method": "qest"}, "sparse.method='qest' is not known; use one of 'dense', 'quest', 'window'"),
+        ({"method": "qest"}, "sparse.method='qest' is not known; use one of 'dense', 'quest', 'twilight', 'vattention'"),
+        ({"method": "oracle"}, "sparse.method='oracle' is not known; .*'random', 'oracle_topk'"),
         ({"method": "Quest"}, "sparse.method='Quest' is not known"),
         ({"method": 3}, "sparse.method=3 is not known"),
-        ({"token_budget": 64}, "sparse has no method; use one of dense, quest, window"),
+        ({"token_budget": 64}, "sparse has no method; use one of dense, quest, twilight, vattention, hash, window"),
         ({"method": "quest", "token_buget": 64}, "sparse: unknown key 'token_buget'; did you mean 'token_budget'"),
         ({"method": "quest", "sink": 1}, "sparse: unknown key 'sink'"),
         ({"method": "window", "group_reduction": "max"}, "sparse: unknown key 'group_reduction'"),
         ({"method": "dense", "token_budget": 64}, "sparse: unknown key 'token_budget'"),
         ({"method": "quest", "token_budget": "many"}, "sparse: .*int.*token_budget"),
         ({"method": "quest", "token_budget": 64.5}, "sparse: .*int.*token_budget"),
-        ({"method": "quest", "bound": "mean"}, "sparse.bound='mean' is unknown; use 'minmax'"),
-        ({"method": "quest", "group_reduction": "mean"}, "sparse.group_reduction='mean' is unknown; use 'max' or 'sum'"),
+        ({"method": "quest", "bound": "mean"}, "sparse.bound='mean' is not known; use one of 'minmax'"),
+        ({"method": "quest", "group_reduction": "mean"}, "sparse.group_reduction='mean' is not known; use one of 'max', 'sum'"),
         ({"method": "quest", "recent_pages": 0}, "sparse.recent_pages=0 is below 1: the page being written"),
         ({"method": "quest", "sink_pages": -1}, "sparse.sink_pages=-1 is below 0"),
         ({"method": "quest", "min_context": -5}, "sparse.min_context=-5 is below 0"),
@@ -74,11 +78,11 @@ def test_wrong_settings_are_refused_by_name(sparse: dict[str, Any], message: str
         ({"layers": [{"range": "3-4", "token_budget": 64}]}, 16, "range '3-4' goes beyond the model's last layer, 3"),
     ],
 )
-@pytest.mark.parametrize("method", ["quest", "window"])
+@pytest.mark.parametrize("method", ["quest", "window", "random", "oracle_topk", "hash"])
 def test_settings_that_do_not_hold_for_the_model_are_refused(
     method: str, settings: dict[str, Any], page_size: int, message: str
 ) -> None:
-    config = resolve_sparse_config({"method": method, **settings})
+    config = resolve_sparse_config({"method": method, **REQUIRED.get(method, {}), **settings})
     with pytest.raises(ValueError, match=message):
         layer_configs(config, 4, page_size)
 
@@ -152,9 +156,10 @@ def test_layers_of_equal_settings_share_a_policy_and_only_sparse_ones_keep_metad
 
 
 def test_every_registered_method_is_named_as_its_config_says() -> None:
-    assert set(POLICIES) >= {"dense", "quest", "window"}
+    methods = {"dense", "quest", "twilight", "vattention", "hash", "window", "tova", "random", "oracle_topk"}
+    assert set(POLICIES) == methods
     for name, policy in POLICIES.items():
-        config = resolve_sparse_config({"method": name})
+        config = resolve_sparse_config({"method": name, **REQUIRED.get(name, {})})
         assert type(config) is policy.config_class and config.method == name
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distributed_sparse.kernels.attend import attend
-from distributed_sparse.selection.base import DecodeBatch, Policy, Selection
+from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, SparseConfig
 from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata, PageMinMax
 
 ANY_BITS = 2**31 - 1
@@ -66,6 +67,15 @@ class DecodeRows:
         keys, values = ([kept[row] for row in rows] for kept in (self.keys, self.values))
         return DecodeRows(self.q[rows].contiguous(), self.cache, some, keys, values, self.first_kv_head)
 
+    def with_batch(self, **changes: Any) -> DecodeRows:
+        """The same rows with other fields of their `DecodeBatch`."""
+        return replace(self, batch=replace(self.batch, **changes))
+
+    def policy(self, kind: type[Policy], config: SparseConfig) -> Policy:
+        """A method on the rank that holds these heads."""
+        config.check(self.batch.page_size)
+        return kind(config, self.geometry)
+
     def select(self, policy: Policy) -> Selection:
         return policy.select(self.q, self.cache, self.batch)
 
@@ -97,6 +107,7 @@ def decode_rows(
     seed: int = 0,
     kinds: tuple[Metadata, ...] = (PageMinMax(),),
     layer: int = 0,
+    value_mean: float = 0.0,
 ) -> DecodeRows:
     """Sequences whose pages lie scattered over a cache with some pages to spare, which hold NaN like every unused slot.
 
@@ -106,7 +117,9 @@ def decode_rows(
     num_pages = [-(-n // page_size) for n in context_lens]
     total = sum(num_pages) + 5
     order = (torch.randperm(total - 1, generator=generator) + 1).tolist()
-    geometry = Geometry(kv_heads, group, head_dim, page_size, dtype, torch.device("cpu"), first_kv_head=0)
+    geometry = Geometry(
+        kv_heads, group, head_dim, page_size, dtype, torch.device("cpu"), first_kv_head=0, model_kv_heads=kv_heads
+    )
     cache = LayerCache.allocate(layer, total, geometry, kinds)
     for pages in cache.pages:
         if pages.is_floating_point():
@@ -117,7 +130,7 @@ def decode_rows(
         own = [order.pop() for _ in range(count)]
         table[row, :count] = torch.tensor(own)
         key = torch.randn(kv_heads, n, head_dim, generator=generator).to(dtype)
-        value = torch.randn(kv_heads, n, head_dim, generator=generator).to(dtype)
+        value = (torch.randn(kv_heads, n, head_dim, generator=generator) + value_mean).to(dtype)
         keys.append(key)
         values.append(value)
         first = torch.arange(count, dtype=torch.int32) * page_size
@@ -137,6 +150,24 @@ def decode_rows(
     )
     q = torch.randn(len(context_lens), kv_heads * group, head_dim, generator=generator).to(dtype)
     return DecodeRows(q, cache, batch, keys, values)
+
+
+def rows_for(kind: type[Policy], config: SparseConfig, context_lens: list[int], **shape: Any) -> DecodeRows:
+    """`decode_rows` in a cache that keeps what a method asks for."""
+    small = decode_rows([1], **shape, kinds=())
+    return decode_rows(context_lens, **shape, kinds=small.policy(kind, config).metadata)
+
+
+def positions_read(rows: DecodeRows, selection: Selection, row: int, head: int) -> list[int]:
+    """What a row attends, as positions in the order of its lists: its pages, its tokens, then those of its partial."""
+    size, n = rows.batch.page_size, int(rows.batch.context_lens[row])
+    logical = {page: place for place, page in enumerate(rows.batch.page_table[row, : rows.batch.num_pages[row]].tolist())}
+    pages = [logical[page] for page in listed(selection, row, head)]
+    found = [i for page in pages for i in range(page * size, min((page + 1) * size, n))]
+    if selection.tokens is not None and selection.num_tokens is not None:
+        slots = selection.tokens[row, head, : int(selection.num_tokens[row, head])].tolist()
+        found += [logical[slot // size] * size + slot % size for slot in slots]
+    return found if selection.partial_of is None else found + positions_read(rows, selection.partial_of, row, head)
 
 
 def listed(selection: Selection, row: int, head: int) -> list[int]:

@@ -1,9 +1,9 @@
-"""transformers as the truth: logits and greedy tokens of one sequence, densely or with a page method emulated beside it."""
+"""transformers as the truth: logits and greedy tokens of one sequence, densely or with a sparse method emulated beside it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -89,28 +89,49 @@ class PageMethod:
         return sorted(pages, key=lambda page: (-scores[page], page))[:count]
 
 
+class Emulation(Protocol):
+    """A sparse method beside a transformers model: what one decoded token attends, from the keys alone.
+
+    A method that weighs tokens has `log_weights(layer, query, key, value) -> float64 [H_q, n]` instead: 0 for a token that is
+    seen, -inf for one that is not, log(n_s / b) for one that stands for others.
+    """
+
+    def visible(self, layer: int, query: Tensor, key: Tensor) -> Tensor:
+        """query [H_q, d], key [H_kv, n, d] -> bool [H_kv, n]: the tokens that each KV head reads."""
+        ...
+
+
+def log_weights(emulation: Any, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """float64 [H_q, n]: what is added to the logits of each query head. query [H_q, d], key and value [H_kv, n, d]."""
+    weigh = getattr(emulation, "log_weights", None)
+    if weigh is not None:
+        return weigh(layer, query, key, value)
+    visible = emulation.visible(layer, query, key).repeat_interleave(len(query) // len(key), 0)
+    return torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf"))
+
+
 def page_method_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    """An attention function of transformers: causal, and what ``emulation`` lets a decoded token see. Batch 1.
+    """An attention function of transformers: causal, and what ``emulation`` lets a decoded token attend. Batch 1.
 
-    query [1, H_q, m, d], key and value [1, H_kv, n, d] -> ([1, m, H_q, d], None).
+    query [1, H_q, m, d], key and value [1, H_kv, n, d] -> ([1, m, H_q, d], None). ``emulation`` is an `Emulation`, or weighs.
     """
-    emulation: PageMethod | None = kwargs.get("emulation")
+    emulation = kwargs.get("emulation")
     m, n, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    visible = (torch.arange(n) <= torch.arange(n - m, n)[:, None]).expand(query.shape[1], m, n)
-    if emulation is not None and m == 1:
-        visible = emulation.visible(module.layer_idx, query[0, :, 0], key[0]).repeat_interleave(group, 0)[:, None]
     logits = query[0] @ key[0].repeat_interleave(group, 0).transpose(1, 2) * module.scaling
-    weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
-    return (weights @ value[0].repeat_interleave(group, 0)).transpose(0, 1)[None], None
+    if emulation is not None and m == 1:
+        logits = logits + log_weights(emulation, module.layer_idx, query[0, :, 0], key[0], value[0])[:, None].to(logits.dtype)
+    else:
+        logits = logits.masked_fill(torch.arange(n) > torch.arange(n - m, n)[:, None], float("-inf"))
+    return (logits.softmax(-1) @ value[0].repeat_interleave(group, 0)).transpose(0, 1)[None], None
 
 
 AttentionInterface.register("page_method", page_method_attention)
 
 
 @torch.no_grad()
-def greedy_tokens_of_method(model: PreTrainedModel, prompt: list[int], max_tokens: int, emulation: PageMethod) -> list[int]:
+def greedy_tokens_of_method(model: PreTrainedModel, prompt: list[int], max_tokens: int, emulation: Any) -> list[int]:
     """Greedy decoding of a model whose attention is ``page_method``: dense prefill, then the method for every further token."""
     cache, new, tokens = DynamicCache(config=model.config), prompt, []
     for _ in range(max_tokens):
