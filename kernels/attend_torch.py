@@ -53,19 +53,21 @@ def attend_torch(
 
     listed = num_pages.reshape(num_rows).numpy().astype(np.int64)
     in_last_page = last_page_len.numpy().astype(np.int64).repeat(num_kv_heads)
-    lists = [_cut(pages, listed, (listed - 1) * page_size + in_last_page, page_size, page_size)]
+    lists = []
+    if listed.any():
+        lists.append(_cut(pages, listed, (listed - 1) * page_size + in_last_page, page_size, page_size))
     if tokens is not None and num_tokens is not None:
         listed = num_tokens.reshape(num_rows).numpy().astype(np.int64)
         lists.append(_cut(tokens, listed, listed, 1, page_size))
 
     num_partials = np.zeros(num_rows, dtype=np.int64)
-    capacity = int(np.sum([chunks.per_row for chunks in lists], axis=0).max())
+    capacity = int(sum((chunks.per_row for chunks in lists), start=num_partials).max())
     outs, lses = torch.empty(num_rows * capacity, group, head_dim), torch.empty(num_rows * capacity, group)
     for chunks in lists:
         places = chunks.row * capacity + num_partials[chunks.row] + chunks.index
         _attend_chunks(q_rows, k_pages, v_pages, chunks, scale, outs, lses, places)
         num_partials = num_partials + chunks.per_row
-    if log_weight is not None and len(lists) == 2:  # the same for all tokens of a row: it moves a chunk's sum, not its mean
+    if log_weight is not None and tokens is not None:  # the same for all tokens of a row: it moves a chunk's sum, not its mean
         lses[torch.from_numpy(places)] += log_weight.reshape(num_rows, 1)[torch.from_numpy(chunks.row)]
 
     if partial is not None:

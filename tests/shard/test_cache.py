@@ -232,7 +232,7 @@ def mixed_cache(num_pages: int) -> PagedCache:
 def test_only_layers_whose_method_asks_for_metadata_keep_it() -> None:
     cache = mixed_cache(7)
     assert [list(layer.metadata) for layer in cache.layers] == [[], ["page_min_max"]]
-    
+
     kv_bytes, metadata_bytes = PagedCache.page_bytes(
         GEOMETRY, [DensePolicy(DenseConfig(), GEOMETRY), QuestPolicy(QuestConfig(), GEOMETRY)]
     )

@@ -1,0 +1,173 @@
+"""The report puts every method beside its controls and says where it loses; plots are made of the same records."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from distributed_sparse.evaluation.methods import parse_methods
+from distributed_sparse.evaluation.plots import write_plots
+from distributed_sparse.evaluation.profile_report import layer_budgets, tokens_needed, write_layers
+from distributed_sparse.evaluation.report import report
+from distributed_sparse.evaluation.suites.needle import NeedleSuite
+from distributed_sparse.evaluation.suites.ppl import PplSuite
+from distributed_sparse.evaluation.suites.profile import ProfileSuite
+from distributed_sparse.evaluation.suites.recall import RecallSuite
+from distributed_sparse.evaluation.summary import attended_of, summarise_run
+from tests.support.evaluation_records import answers_record, trace_record
+
+DENSE: dict[str, Any] = {"method": "dense"}
+QUEST: dict[str, Any] = {"method": "quest", "token_budget": 32}
+TWILIGHT: dict[str, Any] = {"method": "twilight", "p": 0.9}
+ENGINE = {"model": "m", "tensor_parallel_size": 1, "dtype": "auto", "device": "cpu", "page_size": 16, "seed": 0}
+
+
+def control(method: str, budget: int) -> dict[str, Any]:
+    return {"method": method, "token_budget": budget}
+
+
+RECORDS = [
+    answers_record(DENSE, [1.0, 1.0], 100, layers=(0, 1), kl=(0.0, 0.0)),
+    trace_record(DENSE, 1.0, 1e-6, layers=(0, 1)),
+    answers_record(QUEST, [1.0, 0.0], 27),
+    trace_record(QUEST, 0.75, 0.5),
+    answers_record(control("window", 32), [0.0, 0.0], 30),
+    answers_record(control("oracle_topk", 32), [1.0, 0.95], 32),
+    answers_record(TWILIGHT, [0.5, 0.25], 60),
+    answers_record(control("quest", 64), [0.5, 0.5], 59),
+]
+
+
+def text_of(suite: Any, methods: list[dict[str, Any]], records: list[dict[str, Any]]) -> str:
+    return report({"engine": ENGINE, suite.name: suite.options()}, suite, methods, records)
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return {cells[0]: cells[1:] for cells in reversed(lines)}  # the first table's rows win
+
+
+def test_a_summary_counts_the_layers_that_select() -> None:
+    run = summarise_run(RECORDS, RECORDS[2]["run"], "g")
+    assert run is not None
+    assert (run.score, run.density, run.attended, run.sparse_share) == (0.5, 0.27, 27, 1.0)
+    assert run.layer_density is not None and run.layer_density.tolist() == [[1.0, 1.0], [0.27, 0.27]]
+    assert (run.held_kv, run.held_metadata, run.read_per_step) == (8 * 64, 8 * 4, 1000)
+    assert (run.mass, run.error, run.kl, run.top1, run.compared) == (0.75, 0.5, 0.375, 0.5, 4)
+    assert run.question_tokens == 3
+
+
+def test_the_score_is_the_mean_over_tasks() -> None:
+    record = answers_record(QUEST, [1.0, 1.0, 0.0], 27, tasks=["a", "a", "b"])
+    run = summarise_run([record], record["run"], "g")
+    assert run is not None and run.score == 0.5 and run.task_scores == {"a": 1.0, "b": 0.0}
+
+
+def test_an_infinite_divergence_is_not_forgotten() -> None:
+    record = answers_record(QUEST, [1.0], 27, kl=(0.5, None))
+    run = summarise_run([record], record["run"], "g")
+    assert run is not None and math.isinf(run.kl)
+
+
+def test_heads_without_an_output_have_no_error() -> None:
+    """A head that attends to a token without a value: its relative error is rounding over rounding, in the dense run, too."""
+    noise = trace_record(DENSE, 1.0, 1e-6, layers=(0, 1))
+    noise["trace"]["relative_error"][0][1] = [1e-6, 0.9, None, 1e-6]
+    sparse = trace_record(QUEST, 0.75, 0.5)
+    sparse["trace"]["relative_error"][0][1] = [0.2, 7.0, 7.0, 0.4]
+    run = summarise_run([noise, sparse], sparse["run"], "g")
+    assert run is not None and run.error == pytest.approx(0.3)
+
+
+def test_a_dense_run_has_no_controls() -> None:
+    record = answers_record(QUEST, [1.0], 100)
+    assert attended_of([record], record["run"], "g") is None
+    assert attended_of(RECORDS, RECORDS[2]["run"], "g") == 27
+
+
+def test_controls_stand_below_their_method_at_its_density() -> None:
+    text = text_of(RecallSuite(), [QUEST, TWILIGHT], RECORDS)
+    runs = [line.split(" | ")[0].lstrip("| ") for line in text.splitlines() if line.startswith("|")]
+    assert runs[2:8] == ["dense", "quest 32", "= window 32", "= oracle_topk 32", "twilight p=0.9", "= quest 64"]
+    assert rows_of(text)["quest 32"] == [
+        *("0.500", "0.270", "27", "1.00", "0.001", "0.000", "0.001"),
+        *("0.5000 / 0.5000", "0.750 / 0.750", "0.3750", "0.500"),
+    ]
+    assert rows_of(text)["= window 32"][-4:-2] == ["- / -", "- / -"]  # it was not traced
+    assert "the question's tokens (at most\n3)" in text and "so the method read the question too" in text
+
+
+def test_a_loss_at_equal_density_is_printed() -> None:
+    text = text_of(RecallSuite(), [TWILIGHT], RECORDS)
+    assert "- twilight p=0.9: gain over quest at equal density: -0.12 (a loss) (0.375 at density 0.600, quest 64 0.500" in text
+    better = [*RECORDS[:-1], answers_record(control("quest", 64), [0.0, 0.0], 59)]
+    assert "gain over quest at equal density: +0.38 (0.375" in text_of(RecallSuite(), [TWILIGHT], better)
+
+
+def test_fewer_bits_are_a_gain() -> None:
+    text = text_of(PplSuite(text="t"), [TWILIGHT], RECORDS)
+    assert "gain over quest at equal density: +0.12 (0.375" in text
+
+
+def test_the_smallest_budget_that_is_enough_is_named() -> None:
+    rows = rows_of(text_of(RecallSuite(), [QUEST, TWILIGHT], RECORDS))
+    assert rows["oracle_topk"] == ["32", "32"]  # .975
+    assert rows["quest"] == ["none of them", "32, 64"]
+
+
+def test_scores_by_task_have_a_table_of_their_own() -> None:
+    records = [answers_record(DENSE, [50.0, 100.0], 100, layers=(0, 1), tasks=["single", "multikey"])]
+    text = text_of(NeedleSuite(), [], records)
+    assert "| task | single | multikey |" in text and "| dense | 50.0 | 100.0 |" in text
+
+
+PROFILE = [
+    trace_record(DENSE, 1.0, 1e-6, layers=(0, 1)),
+    trace_record(control("oracle_topk", 16), 0.75, 0.5, layers=(0, 1)),
+]
+
+
+def test_a_profile_tells_tokens_overlap_and_error_by_entropy() -> None:
+    text = text_of(ProfileSuite(), [control("oracle_topk", 16)], PROFILE)
+    rows = text.splitlines()
+    assert "| 1 | 10 | 20 | 40 | 60 | 60 | 2.50 |" in rows  # layer 1: tokens for .5, .9, .95, .99, most, entropy
+    assert "| 1 | 40 | 40 | 40 | 40 |" in rows  # by query head
+    assert "| oracle_topk 16 | 0.250 | 0.500 | 0.250 | 0.500 |" in rows
+    first = "0.2500 (H 1.00)"  # both layers' rows: one without an error, one with .5
+    assert any(row.startswith(f"| oracle_topk 16 | 0.580 | {first} | ") and row.endswith("(H 4.00) | 0.2500 |") for row in rows)
+
+
+def test_overrides_hold_95_percent_in_whole_pages(tmp_path: Path) -> None:
+    needed = tokens_needed(PROFILE, "g")
+    assert needed is not None
+    assert layer_budgets(needed, 16, dense_layers=0, forced_pages=2) == [
+        {"range": "0", "token_budget": 32},  # 20 tokens
+        {"range": "1", "token_budget": 48},  # 40 tokens
+    ]
+    assert layer_budgets(needed, 64, dense_layers=0, forced_pages=2) == [{"range": "0-1", "token_budget": 128}]
+    overrides = layer_budgets(needed, 16, dense_layers=1, forced_pages=2)
+    write_layers(tmp_path / "layers.yaml", overrides, "g")
+    read = yaml.safe_load((tmp_path / "layers.yaml").read_text())
+    (quest,) = parse_methods(["quest"], [64], base={"method": "quest", "dense_layers": 1, **read})
+    assert quest["layers"] == [{"range": "1", "token_budget": 48}]
+
+
+def test_plots_are_png_files(tmp_path: Path) -> None:
+    written = write_plots(tmp_path, RecallSuite(), [QUEST, TWILIGHT], RECORDS, 16)
+    assert [path.name for path in written] == ["score-g.png", "density-g.png", "mass-g.png", "tokens-g.png"]
+    profile = write_plots(tmp_path / ".", ProfileSuite(), [control("oracle_topk", 16)], PROFILE, 16)
+    assert [path.name for path in profile] == ["mass-g.png", "tokens-g.png", "error-g.png"]
+    for path in (*written, *profile):
+        assert path.read_bytes().startswith(b"\x89PNG\r\n") and path.stat().st_size > 5000
+
+
+def test_numbers_that_were_not_measured_are_dashes() -> None:
+    record = answers_record(QUEST, [1.0], 27, kl=())
+    text = text_of(RecallSuite(), [QUEST], [record])
+    assert rows_of(text)["quest 32"][-4:-1] == ["- / -", "- / -", "-"]
+    assert np.isnan(summarise_run([record], record["run"], "g").kl)  # type: ignore[union-attr]
