@@ -31,8 +31,8 @@ class LayerSettings:
 
     Queries and values are standard normal, keys normal of standard deviation `key_spread`, which is that of the logits, too.
     Beside them every query head finds `heavy_tokens` tokens, anywhere in the context, whose logit is `heavy_logit`. With 0
-    tokens attention is flat: the worst case of the adaptive methods. Few tokens being heavy, vAttention gets a smaller top-k and
-    pilot than its own defaults (.05 and .02).
+    tokens attention is flat: the worst case of the adaptive methods. As few tokens are heavy, vAttention gets a smaller top-k
+    and pilot than by default (.05 and .02).
     """
 
     context: int = 32768

@@ -28,8 +28,8 @@ def test_every_method_is_timed_beside_sdpa_with_its_bytes_and_its_parts() -> Non
 
 def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
-    small = "--context 2048 --num-heads 4 --num-kv-heads 2 --head-dim 64 --token-budget 512 --caches 1 --repeats 1".split()
-    bench.main(["layer", *small, "--threads", "1"])
+    small = {"context": 2048, "num-heads": 4, "num-kv-heads": 2, "head-dim": 64, "token-budget": 512, "caches": 1, "repeats": 1}
+    bench.main(["layer", "--threads", "1", *(f"--{name}={value}" for name, value in small.items())])
     torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     assert "speedup_over_sdpa" in printed and "bytes_ms" in printed

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.driver.sequence import Sequence
-from distributed_sparse.selection.metadata import Geometry, PageMinMax
 from distributed_sparse.selection.dense import DenseConfig, DensePolicy
+from distributed_sparse.selection.metadata import Geometry
 from distributed_sparse.selection.quest import QuestConfig, QuestPolicy
 from distributed_sparse.shard.cache import PagedCache
 from tests.support.checkpoints import tiny_checkpoint
