@@ -165,6 +165,8 @@ class LLM:
         token_ids: Sequence[int] | Sequence[Sequence[int]],
         whole_vocabulary: bool = False,
         decode_last_prompt_tokens: int = 0,
+        seed: int | None = None,
+        trace_steps: Sequence[int] | None = None,
         use_tqdm: bool = False,
     ) -> list[ScoreOutput]:
         """Log-probabilities of given tokens, each under the tokens before it; nothing is sampled.
@@ -173,6 +175,8 @@ class LLM:
             token_ids: one sequence, or a list of sequences.
             whole_vocabulary: also return the log-probabilities of every token at every position.
             decode_last_prompt_tokens: so many last tokens go through sparse decode, one by one, instead of dense prefill.
+            seed: of what a method draws (random, vattention); None is derived at admission, as in `SamplingParams`.
+            trace_steps: of an engine with trace=True, the decode steps to trace; None: all.
 
         Raises:
             ValueError: a sequence is refused.
@@ -186,6 +190,8 @@ class LLM:
             max_tokens=1,
             prompt_logprobs=-1 if whole_vocabulary else 0,
             decode_last_prompt_tokens=decode_last_prompt_tokens,
+            seed=seed,
+            trace_steps=trace_steps,
         )
         requests = [NewRequest(self._new_request_id(), list(sequence), params, score=True) for sequence in sequences]
         for request in requests:

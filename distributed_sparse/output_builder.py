@@ -53,7 +53,9 @@ class OutputBuilder:
             output.prompt_logprobs += parse_block(block, output.prompt_token_ids[block.position :], self._decode_token)
         for trace in update.traces:
             traced = output.outputs[trace.index]
-            traced.trace = [*(traced.trace or []), parse_trace(trace.ranks)]
+            if traced.trace is None:
+                traced.trace = []
+            traced.trace.append(parse_trace(trace.ranks))
         for sample in update.samples:
             completion = output.outputs[sample.index]
             completion.token_ids += sample.token_ids
@@ -81,6 +83,7 @@ class OutputBuilder:
         for completion in shown.outputs:
             completion.token_ids = list(completion.token_ids)
             completion.logprobs = list(completion.logprobs) if completion.logprobs is not None else None
+            completion.trace = list(completion.trace) if completion.trace is not None else None
         return shown
 
 

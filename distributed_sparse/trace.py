@@ -54,21 +54,24 @@ class TraceStep:
 
 def parse_trace(ranks: list[TraceBlock]) -> TraceStep:
     """The ranks' blocks of one row, in rank order, as one."""
-    layers = [_parse_layer(blocks) for blocks in zip(*(rank.layers for rank in ranks), strict=True)]
-    return TraceStep(ranks[0].position, layers)
+    position = ranks[0].position
+    everything = np.arange(position + 1, dtype=np.int32)  # one array for all that is dense
+    layers = [_parse_layer(blocks, everything) for blocks in zip(*(rank.layers for rank in ranks), strict=True)]
+    return TraceStep(position, layers)
 
 
-def _parse_layer(blocks: tuple[LayerTraceBlock, ...]) -> LayerTrace:
+def _parse_layer(blocks: tuple[LayerTraceBlock, ...], everything: np.ndarray) -> LayerTrace:
     def joined(parts: list[bytes], dtype: type = np.float32) -> np.ndarray:
         return np.frombuffer(b"".join(parts), dtype=dtype)
 
     counts = joined([block.counts for block in blocks], np.int32)
-    indices = joined([block.indices for block in blocks], np.int32)
+    sent = counts * (counts < len(everything))  # a head that read all of its context says no indices
+    parts = np.split(joined([block.indices for block in blocks], np.int32), np.cumsum(sent)[:-1])
     return LayerTrace(
         captured_mass=joined([block.captured_mass for block in blocks]),
         relative_error=joined([block.relative_error for block in blocks]),
         entropy=joined([block.entropy for block in blocks]),
         tokens_for_mass=joined([block.tokens_for_mass for block in blocks], np.int32).reshape(-1, len(MASSES)),
-        indices=np.split(indices, np.cumsum(counts)[:-1]),
+        indices=[part if listed else everything for part, listed in zip(parts, sent)],
         details={name: joined([block.details[name] for block in blocks]) for name in blocks[0].details},
     )

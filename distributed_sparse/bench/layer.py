@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distributed_sparse.bench.measure import read_bandwidth, time_in_turn
-from distributed_sparse.kernels.attend import attend
 from distributed_sparse.kernels.reference import attend_reference, page_scores_reference
 from distributed_sparse.selection import policy_class, resolve_sparse_config
-from distributed_sparse.selection.base import DecodeBatch, Policy, Selection
+from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, attend_selection
 from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata
 from distributed_sparse.selection.quest import QuestPolicy
 from distributed_sparse.timer import Timer
@@ -101,10 +101,13 @@ def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
     all_tokens = settings.batch * settings.context * settings.num_kv_heads
     token_bytes = 2 * geometry.head_dim * geometry.dtype.itemsize
     for name in ("sdpa", *methods):
-        read = [all_tokens] if name == "sdpa" else [_tokens_read(one, methods[name]) for one in inputs]
-        tokens = sum(read) / len(read)
+        selections = [] if name == "sdpa" else [_select(one, methods[name]) for one in inputs]
+        tokens = (
+            _mean(s.attended(one.batch.last_page_len, settings.page_size) for one, s in zip(inputs, selections)) or all_tokens
+        )
+        apart = _mean(s.read_apart for s in selections if s.read_apart is not None)
         scored = 0 if name == "sdpa" else methods[name].bytes_scored([settings.context] * settings.batch)
-        num_bytes, seconds = tokens * token_bytes + scored, times[name].median
+        num_bytes, seconds = (tokens + apart) * token_bytes + scored, times[name].median
         low, high = times[name].spread
         rows.append(
             {
@@ -236,8 +239,10 @@ def _policy(method: str, keys: dict[str, Any], geometry: Geometry) -> Policy:
     return policy_class(method)(resolve_sparse_config({"method": method, **keys}), geometry)
 
 
-def _tokens_read(one: Inputs, policy: Policy) -> int:
-    return int(_select(one, policy).attended(one.batch.last_page_len, one.batch.page_size).sum())
+def _mean(counts: Iterable[Tensor]) -> float:
+    """Mean over the caches of the tokens that all rows of one read; 0 without any."""
+    sums = [float(of_rows.sum()) for of_rows in counts]
+    return sum(sums) / len(sums) if sums else 0.0
 
 
 def _reference(
@@ -266,19 +271,7 @@ def _select(one: Inputs, policy: Policy) -> Selection:
 
 
 def _attend(one: Inputs, selection: Selection, geometry: Geometry) -> Tensor:
-    return attend(
-        one.q,
-        one.cache.k_pages,
-        one.cache.v_pages,
-        selection.pages,
-        selection.num_pages,
-        one.batch.last_page_len,
-        geometry.scale,
-        tokens=selection.tokens,
-        num_tokens=selection.num_tokens,
-        log_weight=selection.log_weight,
-        partial=selection.partial,
-    )
+    return attend_selection(one.q, one.cache, one.batch, selection, geometry.scale)
 
 
 def _decode(one: Inputs, policy: Policy, geometry: Geometry) -> Tensor:

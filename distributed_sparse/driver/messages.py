@@ -189,7 +189,7 @@ class LayerTraceBlock(Part):
     counts: bytes
     """int32 [H_kv]."""
     indices: bytes
-    """int32 [sum of counts]: one KV head's after the other's."""
+    """int32: one KV head's after the other's, without those of heads that read all of their context."""
     details: dict[str, bytes]
     """float32 [H_kv] or [H_q]."""
 

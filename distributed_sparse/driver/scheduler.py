@@ -256,7 +256,8 @@ class Scheduler:
         self.allocator.release(sequence.held_pages)
         # A fork that has not reached a shard yet must not be written there: its pages may belong to another by then.
         self._new_pages = [entry for entry in self._new_pages if entry[0] != sequence.slot]
-        self._page_copies = [copy for copy in self._page_copies if copy[1] not in sequence.pages]
+        held = set(sequence.pages)
+        self._page_copies = [copy for copy in self._page_copies if copy[1] not in held]
         sequence.pages = []
         shared, private = self._reservation(request)
         self.allocator.unreserve(private // request.num_samples)

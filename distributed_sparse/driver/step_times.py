@@ -59,11 +59,13 @@ class StepTimes:
 
 
 def kind_of(plan: StepPlan) -> tuple[int, ...]:
-    """What a step's time depends on, each to a factor of two: prompt tokens, decode rows, a prompt's context, logprob rows.
+    """What a step's time depends on, each to a factor of two: prompt tokens, decode rows, a prompt's context, logprob rows,
+    traced rows.
 
     Not the context of decode rows: it grows by a token a step, and the deadline's own factor follows it.
     """
     prompt_tokens = sum(chunk.num_tokens for chunk in plan.prefill)
     logprob_rows = sum(len(chunk.targets or ()) for chunk in plan.prefill)
     longest = max((chunk.end for chunk in plan.prefill), default=0)
-    return tuple(size.bit_length() for size in (prompt_tokens, len(plan.decode), longest, logprob_rows))
+    traced_rows = sum(row.trace for row in plan.decode)  # each reads its whole cache in every layer
+    return tuple(size.bit_length() for size in (prompt_tokens, len(plan.decode), longest, logprob_rows, traced_rows))

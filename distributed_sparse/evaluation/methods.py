@@ -13,6 +13,7 @@ import yaml
 
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.selection import layer_configs, policy_class, resolve_sparse_config
+from distributed_sparse.selection.base import SparseConfig
 from distributed_sparse.selection.dense import DenseConfig
 from distributed_sparse.validation import check_int, shown
 
@@ -98,7 +99,12 @@ def _combinations(values: dict[str, list[Any]]) -> Iterator[Settings]:
 
 def _with_base(given: Settings, base: Mapping[str, Any]) -> Settings:
     """What a method inherits of the configuration's section."""
-    own = base if base.get("method") == given["method"] else {key: base[key] for key in COMMON if key in base}
+    own = base
+    if base.get("method") != given["method"]:
+        config = policy_class(given["method"]).config_class
+        # a method with a default of its own (tova's sink_pages) takes no other value
+        common = [key for key in COMMON if getattr(config, key) == getattr(SparseConfig, key)]
+        own = {key: base[key] for key in common if key in base}
     return {"method": given["method"], **{key: value for key, value in own.items() if key != "method"}, **given}
 
 
@@ -119,11 +125,14 @@ def controls_of(settings: Settings, attended: float, page_size: int) -> list[Set
     Args:
         attended: mean tokens per row that the run attended, in the layers that select; rounded up to whole pages.
     """
-    config = resolve_sparse_config(settings)
-    pages = max(math.ceil(attended / page_size), config.sink_pages + config.recent_pages)
     common = {key: settings[key] for key in COMMON if key in settings}
     names = CONTROLS if has_budget(settings) else ("quest", *CONTROLS)
-    return [{"method": name, **common, "token_budget": pages * page_size} for name in names if name != settings["method"]]
+    found = []
+    for name in names:
+        own = resolve_sparse_config({"method": name, **common})
+        pages = max(math.ceil(attended / page_size), own.sink_pages + own.recent_pages)
+        found.append({"method": name, **common, "token_budget": pages * page_size})
+    return [control for control in found if control["method"] != settings["method"]]
 
 
 def has_budget(settings: Settings) -> bool:

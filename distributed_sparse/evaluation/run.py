@@ -58,7 +58,10 @@ class RunOptions:
     table_bytes: int = field(
         default=2 << 30, metadata={"help": "most memory for log-probabilities over the whole vocabulary; above it no KL"}
     )
-    controls: bool = field(default=True, metadata={"help": "run window, random and oracle_topk at each run's density"})
+    controls: bool = field(
+        default=True,
+        metadata={"help": "run window, random and oracle_topk at each run's density, and quest for methods without a budget"},
+    )
 
     def __post_init__(self) -> None:
         check_int("batch", self.batch, 1, remedy="give the number of examples")
@@ -174,17 +177,15 @@ class Evaluation:
         units = self._units(settings, groups)
         bar.set_description(label(settings))
         bar.update(sum(key in results for key, *_ in units))
-        for kind in ("answers", "trace"):
-            missing = [unit for unit in units if unit[1] == kind and unit[0] not in results]
-            if not missing:
-                continue
-            # two engines in turn: one that traces would trace every step of what is scored
-            with self._session(settings, trace=kind == "trace") as session:
-                for key, _, group, examples in missing:
-                    work = self._answer if kind == "answers" else self._trace
-                    record = {"key": key, "kind": kind, "run": settings_key(settings), "settings": settings, "group": group}
-                    results.append(record | work(session, settings, examples, results))
-                    bar.update()
+        missing = [unit for kind in ("answers", "trace") for unit in units if unit[1] == kind and unit[0] not in results]
+        if not missing:
+            return
+        with self._session(settings, trace=any(kind == "trace" for _, kind, _, _ in missing)) as session:
+            for key, kind, group, examples in missing:
+                work = self._answer if kind == "answers" else self._trace
+                record = {"key": key, "kind": kind, "run": settings_key(settings), "settings": settings, "group": group}
+                results.append(record | work(session, settings, examples, results))
+                bar.update()
 
     @contextmanager
     def _session(self, settings: Settings, trace: bool) -> Iterator[Session]:

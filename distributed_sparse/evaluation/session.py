@@ -49,6 +49,7 @@ class Session:
     def __init__(self, llm: LLM, table_limit: int) -> None:
         self._llm, self._table_limit = llm, table_limit
         self._meter = Meter(llm)
+        self._no_steps: list[int] | None = [] if llm.config.trace else None
         ranks = llm.stats()["ranks"]
         self.page_bytes = page_bytes(ranks)
         self._kept_pages = ranks[0]["kept_pages"]
@@ -71,7 +72,12 @@ class Session:
             [example.token_ids for example in examples],
             [
                 GREEDY.updated(
-                    {"max_tokens": e.max_tokens, "decode_last_prompt_tokens": e.num_question_tokens, "seed": seed_of(e)}
+                    {
+                        "max_tokens": e.max_tokens,
+                        "decode_last_prompt_tokens": e.num_question_tokens,
+                        "seed": seed_of(e),
+                        "trace_steps": self._no_steps,
+                    }
                 )
                 for e in examples
             ],
@@ -93,7 +99,7 @@ class Session:
     def _judge(self, examples: Sequence[Example]) -> tuple[list[Answered], Counters]:
         found = []
         for example in examples:  # one at a time: the tables are large
-            scored, rows = self._score(example.token_ids, example.num_question_tokens, example.positions)
+            scored, rows = self._score(example, example.token_ids, example.num_question_tokens, example.positions)
             top = () if rows is None else tuple(rows.argmax(-1).tolist())
             answer = Answer(token_ids=top, logprobs=scored[[p - 1 for p in example.positions]].astype(np.float64))
             found.append(Answered(answer, rows, self._pages(len(example.token_ids)), 0))
@@ -108,14 +114,22 @@ class Session:
         if not said or table_bytes(len(token_ids), self._llm.model_config.vocab_size) > self._table_limit:
             return None
         num_decoded = example.num_question_tokens + len(said)
-        _, rows = self._score(token_ids, num_decoded, range(len(example.token_ids), len(token_ids)))
+        _, rows = self._score(example, token_ids, num_decoded, range(len(example.token_ids), len(token_ids)))
         self._meter.measure(decode_contexts(len(token_ids), num_decoded))
         return rows
 
-    def _score(self, token_ids: list[int], num_decoded: int, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
+    def _score(
+        self, example: Example, token_ids: list[int], num_decoded: int, positions: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Log-probabilities of the tokens, [n - 1]; and of all tokens at `positions`, where they fit into memory."""
         whole = table_bytes(len(token_ids), self._llm.model_config.vocab_size) <= self._table_limit
-        (scored,) = self._llm.score(token_ids, whole_vocabulary=whole, decode_last_prompt_tokens=num_decoded)
+        (scored,) = self._llm.score(
+            token_ids,
+            whole_vocabulary=whole,
+            decode_last_prompt_tokens=num_decoded,
+            seed=seed_of(example),
+            trace_steps=self._no_steps,
+        )
         return scored.token_logprobs, None if scored.logprobs is None else scored.logprobs[[p - 1 for p in positions]]
 
     def _pages(self, num_tokens: int) -> int:

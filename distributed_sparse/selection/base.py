@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from distributed_sparse.kernels.attend import attend
 from distributed_sparse.selection.metadata import Geometry, LayerCache, Metadata
 from distributed_sparse.timer import Timer
 
@@ -22,9 +23,10 @@ class Selection:
     tokens:     int32 [B, H_kv, T_max] | None   physical token slots (page * page_size + offset), in an order that depends on
                 the row alone, not on where its pages lie (Twilight: ascending positions; a sample: as drawn)
     num_tokens: int32 [B, H_kv] | None
-    log_weight: float32 [B, H_kv] | None        added to the logits of `tokens` (0 for Twilight; log 1/inclusion probability)
+    log_weight: float32 [B, H_kv] | None        added to the logits of `tokens`: log 1/inclusion probability; None: 0
     partial:    (out float32 [B, H_q, d], lse float32 [B, H_q]) | None   already attended by the policy; merged in combine
     partial_of: what `partial` has read, as a Selection of its own (counts of 0 where the row has none)
+    read_apart: int32 [B, H_kv] | None          tokens whose K and V the policy has read and that no list here holds
     is_dense:   the host knows that every row is the identity page list, so nothing needs counting on the device
     details:    the method's own numbers for a trace, name -> float32 [B, H_kv] or [B, H_q]; filled where `batch.trace`
     """
@@ -36,6 +38,7 @@ class Selection:
     log_weight: Tensor | None = None
     partial: tuple[Tensor, Tensor] | None = None
     partial_of: Selection | None = None
+    read_apart: Tensor | None = None
     is_dense: bool = False
     details: dict[str, Tensor] = field(default_factory=dict)
 
@@ -132,9 +135,29 @@ class Policy(ABC):
         """
 
     def bytes_scored(self, context_lens: list[int]) -> int:
-        """Bytes that `select` reads for rows of these contexts, over this rank's KV heads: metadata, and K and V that it looks
-        at without attending them."""
+        """Bytes of metadata that `select` reads for rows of these contexts, over this rank's KV heads. (K and V that it looks
+        at without attending them: `Selection.read_apart`.)"""
         return 0
+
+
+def attend_selection(q: Tensor, cache: LayerCache, batch: DecodeBatch, selection: Selection, scale: float) -> Tensor:
+    """Attention over what a selection lists: [B, H_q, d] in q's dtype."""
+    return attend(q, *_lists(cache, batch, selection), scale, **_weights(selection), return_lse=False)
+
+
+def attend_partially(
+    q: Tensor, cache: LayerCache, batch: DecodeBatch, selection: Selection, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same as another selection's `partial`: out float32 [B, H_q, d], its log-sum-exp float32 [B, H_q]."""
+    return attend(q, *_lists(cache, batch, selection), scale, **_weights(selection), return_lse=True)
+
+
+def _lists(cache: LayerCache, batch: DecodeBatch, selection: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return cache.k_pages, cache.v_pages, selection.pages, selection.num_pages, batch.last_page_len
+
+
+def _weights(selection: Selection) -> dict[str, Any]:
+    return {name: getattr(selection, name) for name in ("tokens", "num_tokens", "log_weight", "partial")}
 
 
 def dense_selection(batch: DecodeBatch, num_kv_heads: int) -> Selection:

@@ -1,4 +1,4 @@
-"""exact: one row's dense attention, written out. For controls and traces, which may read the whole cache."""
+"""exact: dense attention of one row, written out. For controls and traces, which may read the whole cache."""
 
 from __future__ import annotations
 
@@ -8,24 +8,34 @@ from torch import Tensor
 from distributed_sparse.selection.metadata import LayerCache
 
 
-def exact_row(
-    q: Tensor, cache: LayerCache, pages: Tensor, context_len: int, scale: float, dtype: torch.dtype = torch.float32
+def exact_head(
+    q: Tensor,
+    cache: LayerCache,
+    head: int,
+    pages: Tensor,
+    context_len: int,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+    with_values: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention's own weights for one sequence, computed at its own length: its bits do not depend on a batch.
+    """Dense attention's own weights for one (sequence, KV head) row, at its own length: its bits do not depend on a batch.
 
     Args:
-        q: [H_q, d] post-RoPE queries.
+        q: [G, d] post-RoPE queries of the head's group.
         cache: the layer's cache.
+        head: this rank's KV head.
         pages: int [P] the sequence's physical pages in logical order, no more than it has.
         context_len: its tokens.
         scale: multiplies q.k.
         dtype: to compute in.
+        with_values: read the values, too.
 
     Returns:
-        weights [H_kv, G, n], each row a softmax; values [H_kv, n, d].
+        weights [G, n], each row a softmax; values [n, d], or nothing in them.
     """
-    keys, values = (
-        kept[pages.long()].transpose(0, 1).flatten(1, 2)[:, :context_len].to(dtype) for kept in (cache.k_pages, cache.v_pages)
-    )
-    logits = q.to(dtype).unflatten(0, (keys.shape[0], -1)) @ keys.mT * scale
-    return logits.softmax(-1), values
+
+    def of_tokens(kept: Tensor) -> Tensor:
+        return kept[pages.long(), head].flatten(0, 1)[:context_len].to(dtype)
+
+    weights = (q.to(dtype) @ of_tokens(cache.k_pages).mT * scale).softmax(-1)
+    return weights, of_tokens(cache.v_pages) if with_values else weights.new_empty(0)

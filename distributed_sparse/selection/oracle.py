@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.selection.base import DecodeBatch, SparseConfig
-from distributed_sparse.selection.exact import exact_row
+from distributed_sparse.selection.exact import exact_head
 from distributed_sparse.selection.metadata import Geometry, LayerCache
 from distributed_sparse.selection.predictor import Predictor, TopKConfig, TopKPolicy
 
@@ -22,10 +22,14 @@ class OraclePredictor(Predictor):
 
     def scores(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         rows, width = batch.page_table.shape
-        scores = torch.zeros(rows, self.geometry.num_kv_heads, width * batch.page_size, device=q.device)
-        for b, (n, pages) in enumerate(zip(batch.context_lens.tolist(), batch.num_pages.tolist())):
-            weights, _ = exact_row(q[b], cache, batch.page_table[b, :pages], n, self.geometry.scale)
-            scores[b, :, :n] = weights.amax(1)
+        heads, scale = self.geometry.num_kv_heads, self.geometry.scale
+        scores = torch.zeros(rows, heads, width * batch.page_size, device=q.device)
+        groups = q.unflatten(1, (heads, -1))
+        for b, (n, num_pages) in enumerate(zip(batch.context_lens.tolist(), batch.num_pages.tolist())):
+            pages = batch.page_table[b, :num_pages]
+            for head in range(heads):
+                weights, _ = exact_head(groups[b, head], cache, head, pages, n, scale, with_values=False)
+                scores[b, head, :n] = weights.amax(0)
         return scores
 
     def bytes_scored(self, context_lens: list[int]) -> int:

@@ -64,7 +64,11 @@ class Predictor(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TopKConfig(SparseConfig):
-    """`token_budget` tokens per KV head and step, forced pages included; in whole pages where pages are scored."""
+    """`token_budget` tokens per KV head and step, the sink and recent ones included.
+
+    The budget is rounded up to whole pages, and sinks and recent tokens are `sink_pages` and `recent_pages` pages' worth, of
+    methods that choose single tokens too: 33 reads 48 tokens at pages of 16.
+    """
 
     method: ClassVar[str]
     token_budget: int = 2048

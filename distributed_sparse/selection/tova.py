@@ -118,6 +118,8 @@ class TovaPolicy(Policy):
         visible = cache.metadata["visible"]
         pages, offsets = slots // page_size, slots % page_size
         seen = visible[pages, head, offsets].nonzero().flatten()
+        if len(seen) <= budget:
+            return slots[seen]
         keys = cache.k_pages[pages[seen], head, offsets[seen]].float()
         weights = (queries @ keys.T * self.geometry.scale).softmax(dim=1).mean(dim=0)
         weights[-1] = torch.inf

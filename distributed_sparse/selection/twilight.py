@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.attend import attend
 from distributed_sparse.kernels.int4_logits import int4_logits
 from distributed_sparse.kernels.top_k_pages import top_k_pages
 from distributed_sparse.kernels.top_p import top_p
@@ -21,6 +20,7 @@ from distributed_sparse.selection.base import (
     Policy,
     Selection,
     SparseConfig,
+    attend_partially,
     dense_selection,
     token_selection,
 )
@@ -145,10 +145,7 @@ class TwilightPolicy(Policy):
         """Share of the exact softmax mass that a selection of pages holds: float32 [B, H_q]."""
 
         def lse(of: Selection) -> Tensor:
-            scale = self.geometry.scale
-            return attend(q, cache.k_pages, cache.v_pages, of.pages, of.num_pages, batch.last_page_len, scale, return_lse=True)[
-                1
-            ]
+            return attend_partially(q, cache, batch, of, self.geometry.scale)[1]
 
         return (lse(selection) - lse(dense_selection(batch, self.geometry.num_kv_heads))).exp()
 

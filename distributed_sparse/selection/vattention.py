@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.attend import attend
 from distributed_sparse.kernels.residual_statistics import ResidualStatistics, residual_statistics
 from distributed_sparse.kernels.sample_residual import PILOT, SAMPLE, sample_residual
 from distributed_sparse.selection.base import (
@@ -17,6 +16,7 @@ from distributed_sparse.selection.base import (
     Policy,
     Selection,
     SparseConfig,
+    attend_partially,
     dense_selection,
     slots_of,
     token_selection,
@@ -100,7 +100,7 @@ class VAttentionPolicy(Policy):
         chosen, num_chosen = self.choose(q, cache, batch)
         first = self._as_selection(chosen, num_chosen, batch)
         with self.timer("attend_chosen"):
-            partial = self._attend(q, cache, batch, first)
+            partial = attend_partially(q, cache, batch, first, self.geometry.scale)
         n_s = batch.context_lens[:, None] - first.attended(batch.last_page_len, batch.page_size)  # [B, H_kv]
         sampled = n_s >= 2 * MIN_PILOT
         m = self.pilot_size(n_s) * sampled
@@ -120,6 +120,7 @@ class VAttentionPolicy(Policy):
         selection.partial_of = replace(first, num_pages=first.num_pages * fits)
         if first.num_tokens is not None:
             selection.partial_of.num_tokens = first.num_tokens * fits
+        selection.read_apart = m + (n - n_s) * ~fits  # the pilot; what was chosen before a row turned out dense
         if batch.trace:
             selection.details = {
                 "chosen": (n - n_s).float(),
@@ -215,22 +216,5 @@ class VAttentionPolicy(Policy):
         table = batch.page_table[:, None].expand(-1, chosen.shape[1], -1)
         return Selection(table.gather(2, pages), counts)
 
-    def _attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, selection: Selection) -> tuple[Tensor, Tensor]:
-        return attend(
-            q,
-            cache.k_pages,
-            cache.v_pages,
-            selection.pages,
-            selection.num_pages,
-            batch.last_page_len,
-            self.geometry.scale,
-            tokens=selection.tokens,
-            num_tokens=selection.num_tokens,
-            return_lse=True,
-        )
-
     def bytes_scored(self, context_lens: list[int]) -> int:
-        geometry = self.geometry
-        sampled = [n for n in context_lens if not self.is_dense(n)]
-        of_token = 2 * geometry.head_dim * geometry.dtype.itemsize * geometry.num_kv_heads
-        return self.selector.bytes_scored(context_lens) + sum(map(self._pilot_capacity, sampled)) * of_token
+        return self.selector.bytes_scored(context_lens)

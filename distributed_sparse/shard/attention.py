@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.attend import attend
 from distributed_sparse.kernels.prefill_attend import prefill_attend
-from distributed_sparse.selection.base import Policy, Selection
+from distributed_sparse.selection.base import Policy, Selection, attend_selection
 from distributed_sparse.selection.metadata import Geometry, LayerCache
 from distributed_sparse.shard.batch import StepBatch
 from distributed_sparse.shard.cache import PagedCache
@@ -27,6 +26,7 @@ class SparseAttention:
             policy.timer = self.timer
         self._counters = torch.zeros((len(policies), geometry.num_kv_heads), dtype=torch.int64, device=geometry.device)
         self._sparse_rows = torch.zeros((), dtype=torch.int64, device=geometry.device)
+        self._read_apart = torch.zeros((), dtype=torch.int64, device=geometry.device)
         self._dense_tokens = [0] * len(policies)
         self._rows = 0
         self._context_tokens = 0
@@ -78,19 +78,7 @@ class SparseAttention:
             selection = self.policies[layer].select(q, cache, batch)
         self._count(layer, selection)
         with self.timer("attend"):
-            out = attend(
-                q,
-                cache.k_pages,
-                cache.v_pages,
-                selection.pages,
-                selection.num_pages,
-                batch.last_page_len,
-                self.geometry.scale,
-                tokens=selection.tokens,
-                num_tokens=selection.num_tokens,
-                log_weight=selection.log_weight,
-                partial=selection.partial,
-            )
+            out = attend_selection(q, cache, batch, selection, self.geometry.scale)
         if self.tracer is not None:
             self.tracer.record(q, cache, batch, selection, out)
         return out
@@ -105,6 +93,8 @@ class SparseAttention:
         attended = selection.attended(batch.last_page_len, batch.page_size)
         self._counters[layer] += attended.sum(0)
         self._sparse_rows += (attended < batch.context_lens[:, None]).sum()
+        if selection.read_apart is not None:
+            self._read_apart += selection.read_apart.sum()
         self._scored_bytes += self.policies[layer].bytes_scored(self.batch.context_lens)
 
     # ---- what a ShardReport says
@@ -128,4 +118,4 @@ class SparseAttention:
     def bytes_read(self) -> int:
         """K and V of the attended tokens, and what the methods scored."""
         token_bytes = 2 * self.geometry.head_dim * self.geometry.dtype.itemsize
-        return token_bytes * sum(map(sum, self.tokens_attended)) + self._scored_bytes
+        return token_bytes * (sum(map(sum, self.tokens_attended)) + int(self._read_apart)) + self._scored_bytes

@@ -123,8 +123,9 @@ class Shard:
     def _warm_up(self) -> None:
         """Run every kernel once, on the null page; on a GPU this compiles them, the sparse path at its full width."""
         context_len = self.max_model_len if self.device.type == "cuda" else min(self.max_model_len, 2)
-        for num_decode, chunk_lens in ((1, [min(self.max_model_len, 32)]), (min(2, self.config.max_num_seqs), [])):
-            self.run(warm_up_plan(num_decode, context_len, chunk_lens))
+        self.run(warm_up_plan(1, context_len, [min(self.max_model_len, 32)]))
+        for length in {context_len, 1}:  # a context of one token is dense with every method
+            self.run(warm_up_plan(min(2, self.config.max_num_seqs), length, []))
         self.attention = SparseAttention(self.geometry, self.policies, self.cache)  # counts nothing of it
         self.collectives.reset_counts()
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distributed_sparse.driver.messages import DecodeRow, LayerTraceBlock, TraceBlock
 from distributed_sparse.selection.base import DecodeBatch, Selection
-from distributed_sparse.selection.exact import exact_row
+from distributed_sparse.selection.exact import exact_head
 from distributed_sparse.selection.metadata import Geometry, LayerCache
 from distributed_sparse.trace import MASSES
 
@@ -38,21 +38,29 @@ class Tracer:
     ) -> LayerTraceBlock:
         n = int(batch.context_lens[row])
         pages = batch.page_table[row, : int(batch.num_pages[row])]
-        weights, values = exact_row(q[row], cache, pages, n, self._geometry.scale, torch.float64)  # [H_kv, G, n], [H_kv, n, d]
-        dense = weights @ values
         read = positions_read(selection, row, pages, batch, cache.k_pages.shape[0])
-        mass = torch.stack([of_head[:, index].sum(-1) for of_head, index in zip(weights, read)])
-        error = (out[row].view_as(dense) - dense).norm(dim=-1) / dense.norm(dim=-1)
-        best = weights.sort(-1, descending=True).values.cumsum(-1).contiguous()
-        wanted = torch.tensor(MASSES, dtype=best.dtype, device=best.device).expand(*best.shape[:2], -1)
-        needed = (torch.searchsorted(best, wanted.contiguous()) + 1).clamp_max(n)
+        group = self._geometry.group_size
+        heads = []
+        for head, index in enumerate(read):  # one at a time: in float64 a long context is large
+            own = slice(head * group, (head + 1) * group)
+            weights, values = exact_head(
+                q[row, own], cache, head, pages, n, self._geometry.scale, torch.float64
+            )  # [G, n], [n, d]
+            dense = weights @ values
+            error = (out[row, own] - dense).norm(dim=-1) / dense.norm(dim=-1)
+            best = weights.sort(-1, descending=True).values.cumsum(-1).contiguous()
+            wanted = torch.tensor(MASSES, dtype=best.dtype, device=best.device).expand(group, -1).contiguous()
+            needed = (torch.searchsorted(best, wanted) + 1).clamp_max(n)
+            heads.append((weights[:, index].sum(-1), error, torch.special.entr(weights).sum(-1), needed))
+        mass, error, entropy, needed = (torch.cat(part) for part in zip(*heads))
+        partly = [index for index in read if len(index) < n]
         return LayerTraceBlock(
             captured_mass=_bytes(mass),
             relative_error=_bytes(error),
-            entropy=_bytes(torch.special.entr(weights).sum(-1)),
+            entropy=_bytes(entropy),
             tokens_for_mass=_bytes(needed, torch.int32),
             counts=_bytes(torch.tensor([len(index) for index in read]), torch.int32),
-            indices=_bytes(torch.cat(read), torch.int32),
+            indices=_bytes(torch.cat(partly), torch.int32) if partly else b"",
             details={name: _bytes(value[row]) for name, value in selection.details.items()},
         )
 

@@ -36,6 +36,15 @@ def test_fast_steps_have_the_floor_and_slow_ones_twenty_times_their_p99() -> Non
     assert times.timeout(decode(64)) == pytest.approx(20.0)
 
 
+def test_a_traced_step_is_not_held_to_the_deadline_of_the_others() -> None:
+    """It reads the whole cache of its rows in every layer: a hundred times what the step takes otherwise."""
+    times = StepTimes(None)
+    after(decode(4), 0.001, times)
+    traced = decode(4)
+    traced.decode[2].trace = True
+    assert times.timeout(traced) == FIRST_STEPS_TIMEOUT_S
+
+
 def test_the_users_deadline_holds_for_every_step() -> None:
     times = StepTimes(2.5)
     after(decode(4), 1.0, times)

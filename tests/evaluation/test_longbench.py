@@ -108,6 +108,14 @@ def test_what_does_not_hold_is_refused(tmp_path: Path, settings: dict[str, Any],
         LongBenchSuite(**{"data": str(tmp_path), **settings}).examples(MODEL)
 
 
+def test_longbench_e_is_taken_only_where_longbench_is_not(tmp_path: Path) -> None:
+    for file in ("qasper", "qasper_e", "trec_e"):
+        write(tmp_path, file, {"input": file, "answers": ["a"]})
+    suite = LongBenchSuite(data=str(tmp_path))
+    assert {name: path.name for name, path in suite._files().items()} == {"qasper": "qasper.jsonl", "trec": "trec_e.jsonl"}
+    assert list(suite.options()["data_sha256"]) == ["qasper.jsonl", "trec_e.jsonl"]
+
+
 def test_a_row_without_answers_is_refused_by_line(tmp_path: Path) -> None:
     write(tmp_path, "hotpotqa", {}, {"answers": []})
     with pytest.raises(ValueError, match=r"hotpotqa.jsonl, line 2: .* has not all of input, context, answers"):

@@ -143,14 +143,14 @@ def test_one_engine_is_open_at_a_time_and_units_that_are_there_open_none(recall:
     first = evaluation(recall, suite, methods, RunOptions(trace_examples=1, trace_steps=1, controls=False))
     records = run(tmp_path, first)
     assert first._open_engine.most_open == 1
-    assert first._open_engine.methods == [("dense", False), ("dense", True), ("quest", False), ("quest", True)]
+    assert first._open_engine.methods == [("dense", True), ("quest", True)]
     again = evaluation(recall, suite, methods, RunOptions(trace_examples=1, trace_steps=1, controls=False))
     assert run(tmp_path, again) == records and again._open_engine.methods == []
     more = evaluation(
         recall, suite, parse_methods(["quest"], [64, 48]), RunOptions(trace_examples=1, trace_steps=1, controls=False)
     )
     assert run(tmp_path, more).items() > records.items()
-    assert more._open_engine.methods == [("quest", False), ("quest", True)]
+    assert more._open_engine.methods == [("quest", True)]
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_as_an_uninterrupted_one(

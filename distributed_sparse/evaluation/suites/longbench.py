@@ -60,9 +60,11 @@ class LongBenchSuite(Suite):
         folder = Path(self.data)
         if not self.data or not folder.is_dir():
             raise ValueError(f"longbench: data={self.data!r} is no folder; give --data DIR with LongBench's JSONL files")
-        there = {
-            name: path for name in DATASETS for path in (folder / f"{name}.jsonl", folder / f"{name}_e.jsonl") if path.is_file()
-        }
+        there = {}
+        for name in DATASETS:
+            for path in (folder / f"{name}_e.jsonl", folder / f"{name}.jsonl"):  # LongBench-E only where LongBench is not
+                if path.is_file():
+                    there[name] = path
         if self.datasets:
             check_names(self.name, "datasets", self.datasets, list(DATASETS))
             missing = [name for name in self.datasets if name not in there]
@@ -107,7 +109,7 @@ class LongBenchSuite(Suite):
         return {"score": 100 * max(dataset.metric(text, wanted, example.meta["all_classes"]) for wanted in example.references)}
 
     def options(self) -> dict[str, Any]:
-        files = {name: digest(path) for name, path in self._files().items()}
+        files = {path.name: digest(path) for path in self._files().values()}
         own = read_templates(self.templates, Path(self.data))
         return super().options() | {"data_sha256": files, "templates": "the benchmark's" if own else "own words"}
 
