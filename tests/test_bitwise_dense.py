@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from distributed_sparse import SamplingParams
 from distributed_sparse.llm import LLM
@@ -19,21 +18,14 @@ from tests.support.engine import make_llm
 from tests.support.hash_weights import random_hash_weights
 from tests.support.prompts import random_tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
+
 PAGE, LAYERS, KV_HEADS, HEAD_DIM = 16, 4, 2, 16
 TOKEN_BYTES = 2 * HEAD_DIM * 4  # K and V of one KV head
 METHODS = ["quest", "window", "random", "oracle_topk", "hash"]
 PER_TOKEN = ["oracle_topk", "hash"]
 """These fill the budget's pages with single tokens; the newest page may be partial for the others."""
 DECODED = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On CPU, equal bits are promised at one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ from tests.support.hash_weights import random_hash_weights
 from tests.support.prompts import random_tokens
 from tests.support.transformers_reference import PageMethod, assert_close_to, reference_logits
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
+
 LAYERS, KV_HEADS, HEAD_DIM, DECODED = 3, 2, 16, 6
 GROUPS = [1, 4, 8]
 CLEAR = {"code": 2e-5, "signature": 1e-5, "mass": 2e-5, "sample_size": 3e-5}
@@ -55,6 +57,7 @@ METHODS = {
     "vattention": Case(VATTENTION, covered=500, ragged=1607),  # too short to be sampled
     "hash": Case({"method": "hash", "token_budget": 48}),
     "window": Case({"method": "window", "token_budget": 48, "dense_layers": 1}),
+    "tova": Case({"method": "tova", "token_budget": 48, "dense_layers": 1}),
     "random": Case({"method": "random", "token_budget": 48, "dense_layers": 1}),
     "oracle_topk": Case({"method": "oracle_topk", "token_budget": 48, "dense_layers": 1}),
 }
@@ -176,15 +179,6 @@ def dense_engines(models: Models) -> Iterator[Callable[[int, int], LLM]]:
     yield engine
     for llm in made.values():
         llm.shutdown()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On CPU, equal bits are promised at one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def engine_of(model: Model, sparse: dict[str, Any] | None, ranks: int) -> LLM:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from distributed_sparse import SamplingParams
-from distributed_sparse.evaluation.recall import make_prompts, make_quiz, score, score_quiz
+from distributed_sparse.evaluation.recall import make_majority_prompts, make_prompts, make_quiz, score, score_quiz
 from distributed_sparse.evaluation.recall_model import save_recall_checkpoint
 from tests.support.engine import make_llm
 
@@ -42,6 +42,27 @@ def test_40_one_hop_questions_at_4k(checkpoint, sparse, least, most):
         attention = llm.stats()["attention"]
     print(f"{sparse}: density of the layers that select {np.mean(attention['density'][2:]):.3f}")
     assert (attention["rows_sparse"] > 0) == (sparse["method"] != "dense")
+
+
+def majority(checkpoint, sparse):
+    """(share of majority questions answered, mean tokens that a row of the selecting layers attended)."""
+    prompts = make_majority_prompts(4096, 3, 96, 0.4, 1)
+    params = SamplingParams(temperature=0.0, max_tokens=1, decode_last_prompt_tokens=1)
+    with make_llm(checkpoint, sparse=sparse, **ENGINE) as llm:
+        outputs = llm.generate([prompt.token_ids for prompt in prompts], params, use_tqdm=False)
+        density = np.mean(llm.stats()["attention"]["density"][2:])
+    return score(prompts, [output.outputs[0].token_ids for output in outputs]).accuracy, density * 4096
+
+
+@pytest.mark.parametrize("method", ["twilight", "vattention"])
+def test_the_adaptive_methods_count_mentions_and_say_what_they_gain_over_quest(checkpoint, method):
+    """96 mentions lie all over the text: here a budget must fit the question. A loss at equal density is printed as one."""
+    found, attended = majority(checkpoint, {"method": method})
+    budget = 16 * max(2, -(-int(attended) // 16))
+    quest, _ = majority(checkpoint, {"method": "quest", "token_budget": budget})
+    gain = f"{found - quest:+.2f} ({'a loss' if found < quest else 'no loss'})"
+    print(f"majority of 96 mentions at 4K: {method} {found:.2f}, quest {budget} {quest:.2f}: gain {gain}")
+    assert found >= 0.6 and attended < 4096
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [2, 4])

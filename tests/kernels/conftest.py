@@ -58,12 +58,3 @@ def _runs_here(item: pytest.Item) -> bool:
 def uninitialised_memory_is_poisoned() -> Iterator[None]:
     with poisoned_memory():
         yield
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """On CPU, equal bits are promised at one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,14 +157,6 @@ def mixed_case(dtype: torch.dtype = torch.float32, dim: int = 64, group: int = 3
     out = torch.randn(batch, q_heads, dim)
     case.partial = (torch.where((lse == float("-inf"))[..., None], float("nan"), out), lse)
     return case
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

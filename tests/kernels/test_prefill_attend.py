@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -94,14 +93,6 @@ def make_case(
     poison_(q[int(query_start[-1]) :])
     contexts = torch.tensor([context for context, _ in chunks], dtype=torch.int32)
     return Case(q.to(dtype), k_pages, v_pages, page_table, query_start, contexts)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,9 @@ from tests.support.transformers_reference import (
     reference_logits,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
+
 CONTEXTS = [333, 5, 64, 65, 17, 200, 1, 1100]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On CPU, equal bits are promised at one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def quest(rows: DecodeRows, **settings: Any) -> Policy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,16 +15,9 @@ from tests.support.decode_rows import DecodeRows, decode_rows, lists, positions_
 from tests.support.eager_methods import EagerRandom
 from tests.support.promise_a import assert_rows_depend_on_themselves
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
+
 CONTEXTS = [333, 5, 64, 65, 17, 200, 1, 700]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On CPU, equal bits are promised at one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random(rows: DecodeRows, **settings: Any) -> Policy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,13 @@ from tests.support.eager_methods import EagerTwilight
 from tests.support.hash_weights import random_hash_weights
 from tests.support.promise_a import all_rows, assert_rows_depend_on_themselves
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
+
 CONTEXTS = [333, 5, 64, 65, 17, 200, 1, 700]
 SETTINGS: dict[str, Any] = {"p": 0.8, "candidate_fraction": 0.5, "min_candidates": 64}
 CLEAR = {"code": -1.0, "mass": 1e-6, "threshold": 1e-6, "probability": 1e-6}
 """The keys are the engine's own, so that codes are equal however they are decided."""
 COMMON = ("p", "selector", "candidate_fraction", "min_candidates", "key_bits", "sink_pages", "recent_pages", "min_context")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On CPU, equal bits are promised at one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows_of(config: TwilightConfig, contexts: list[int] = CONTEXTS, **shape: Any) -> DecodeRows:

@@ -6,7 +6,6 @@ That the sample keeps its promise, `test_vattention_statistics.py` shows over th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,14 @@ from tests.support.eager_methods import EagerVAttention
 from tests.support.hash_weights import random_hash_weights
 from tests.support.promise_a import assert_rows_depend_on_themselves, row_bits
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
+
 CONTEXTS = [1500, 5, 1100, 64, 2003, 512]
 SPARSE = [0, 2, 4]
 """The sequences that are long enough to be sampled."""
 SETTINGS: dict[str, Any] = {"sink_tokens": 16, "window_tokens": 16, "epsilon": 0.2, "delta": 0.2}
 SHAPE: dict[str, Any] = {"value_mean": 1.0, "head_dim": 32}
 """Values with a mean: the output's norm is known, and a sample pays."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On CPU, equal bits are promised at one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows_of(config: VAttentionConfig, contexts: list[int] = CONTEXTS, **shape: Any) -> DecodeRows:

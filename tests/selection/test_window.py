@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,9 @@ from tests.support.engine import make_llm
 from tests.support.prompts import random_tokens
 from tests.support.transformers_reference import PageMethod, assert_close_to, greedy_tokens_of_method, reference_logits
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
+
 CONTEXTS = [333, 5, 64, 65, 17, 200, 1, 1100]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On CPU, equal bits are promised at one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def window(rows: DecodeRows, **settings: Any) -> Policy:

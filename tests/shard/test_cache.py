@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,18 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.driver.sequence import Sequence
+from distributed_sparse.kernels.reference import quantise_reference, signatures_reference
 from distributed_sparse.selection.dense import DenseConfig, DensePolicy
 from distributed_sparse.selection.metadata import Geometry
 from distributed_sparse.selection.quest import QuestConfig, QuestPolicy
 from distributed_sparse.shard.cache import PagedCache
 from tests.support.checkpoints import tiny_checkpoint
+from tests.support.eager_selectors import HashScores, Margins
+from tests.support.hash_weights import random_hash_weights
 from tests.support.prompts import random_tokens
 from tests.support.stepped_engine import SteppedEngine
 
-PAGE = 16
+PAGE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 16, 3, 8, 4, 16
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 QUEST = {"method": "quest", "token_budget": 48, "dense_layers": 0}
 
@@ -33,9 +39,71 @@ def ranks(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-def quest_engine(path: Path, ranks: int = 1, **engine_args: Any) -> SteppedEngine:
+@dataclass(frozen=True)
+class Kept:
+    """A method's settings, the bytes that it keeps per page and KV head, and what it keeps, from the definition.
+
+    `metadata(layer, first_kv_head, keys)`: keys [H_kv, count, d] of one page -> by name [H_kv, count, ...], or [H_kv, 2, d].
+    """
+
+    sparse: dict[str, Any]
+    page_bytes: int
+    metadata: Callable[[int, int, Tensor], dict[str, Tensor]]
+
+
+def page_min_max(layer: int, first_kv_head: int, keys: Tensor) -> dict[str, Tensor]:
+    return {"page_min_max": torch.stack([keys.amin(1), keys.amax(1)], dim=1)}
+
+
+@cache  # the same tokens are looked at after every step
+def quantised(key: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    codes, scales = quantise_reference(torch.tensor(key)[None, None], bits=4)
+    return codes[0, 0], scales[0, 0]
+
+
+def low_bit_keys(layer: int, first_kv_head: int, keys: Tensor) -> dict[str, Tensor]:
+    """Of Twilight over Quest, which keeps bounds, too."""
+    tokens = [quantised(tuple(key)) for of_head in keys.tolist() for key in of_head]
+    codes, scales = (torch.stack(each).unflatten(0, keys.shape[:2]) for each in zip(*tokens))
+    return {"key_codes": codes, "key_scales": scales, **page_min_max(layer, first_kv_head, keys)}
+
+
+def signatures(path: str) -> Callable[[int, int, Tensor], dict[str, Tensor]]:
+    """By the networks of a file."""
+    networks = HashScores(path, Margins())
+    group = HEADS // KV_HEADS
+
+    @cache
+    def signed(layer: int, head: int, key: tuple[float, ...]) -> Tensor:
+        heads = range(head * group, (head + 1) * group)
+        outputs = [networks.outputs(layer, "k", query_head, torch.tensor([key])) for query_head in heads]
+        return signatures_reference(torch.cat(outputs))  # [G, bits / 32]
+
+    def metadata(layer: int, first_kv_head: int, keys: Tensor) -> dict[str, Tensor]:
+        tokens = [
+            signed(layer, head, tuple(key)) for head, of_head in enumerate(keys.tolist(), first_kv_head) for key in of_head
+        ]
+        return {"key_signatures": torch.stack(tokens).unflatten(0, keys.shape[:2])}
+
+    return metadata
+
+
+@pytest.fixture(scope="module", params=["quest", "twilight", "hash"])
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    bounds = 2 * HEAD_DIM * 4
+    if request.param == "quest":
+        return Kept(QUEST, bounds, page_min_max)
+    if request.param == "twilight":
+        sparse = {"method": "twilight", "p": 0.8, "candidate_fraction": 0.5, "min_candidates": 32, "dense_layers": 0}
+        return Kept(sparse, bounds + PAGE * (HEAD_DIM // 2 + 4), low_bit_keys)
+    weights = random_hash_weights(tmp_path_factory.mktemp("hash") / "hash.safetensors", range(LAYERS), HEADS, HEAD_DIM)
+    sparse = {"method": "hash", "token_budget": 48, "dense_layers": 0, "hash_weights": weights}
+    return Kept(sparse, PAGE * (HEADS // KV_HEADS) * 4, signatures(weights))
+
+
+def make_engine(path: Path, ranks: int = 1, sparse: dict[str, Any] = QUEST, **engine_args: Any) -> SteppedEngine:
     limits = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64}
-    return SteppedEngine(path, ranks, **{"sparse": QUEST, **limits, **engine_args})
+    return SteppedEngine(path, ranks, **{"sparse": sparse, **limits, **engine_args})
 
 
 def sequences(engine: SteppedEngine) -> list[Sequence]:
@@ -54,24 +122,28 @@ def held_pages(engine: SteppedEngine) -> dict[int, int]:
     return {page: count for page, count in held.items() if count > 0 and page not in told_next}
 
 
-def assert_metadata_is_exact(engine: SteppedEngine) -> int:
-    """Recompute the bounds of every held page from its keys, in every layer of every rank; how many pages there were."""
+def assert_metadata_is_exact(engine: SteppedEngine, kept: Kept) -> int:
+    """Recompute what every held page keeps from its keys, in every layer of every rank; how many pages there were."""
     held = held_pages(engine)
-    for shard in engine.group.shards:
-        for layer, cache in enumerate(shard.cache.layers):
-            bounds = cache.metadata["page_min_max"]
-            assert bounds is not None
+    for rank, shard in enumerate(engine.group.shards):
+        for layer, own in enumerate(shard.cache.layers):
+            first_kv_head = rank * own.k_pages.shape[1]
             for page, count in held.items():
-                keys = cache.k_pages[page, :, :count]
-                expected = torch.stack([keys.amin(1), keys.amax(1)], dim=1)
-                assert torch.equal(bits(bounds[page]), bits(expected)), f"layer {layer}, page {page} of {count} tokens"
-                assert expected.abs().max() > 0, "no key has been written"
+                keys = own.k_pages[page, :, :count]
+                assert keys.abs().amax(-1).min() > 0, "a key has not been written"
+                expected = kept.metadata(layer, first_kv_head, keys)
+                assert expected.keys() == own.metadata.keys()
+                for name, wanted in expected.items():
+                    found = own.metadata[name][page]
+                    found = found if name == "page_min_max" else found[:, :count]
+                    assert found.dtype == wanted.dtype
+                    assert torch.equal(bits(found), bits(wanted)), f"{name}: layer {layer}, page {page} of {count} tokens"
     return len(held)
 
 
 def bits(x: Tensor) -> Tensor:
     """So that -0.0 and +0.0 differ."""
-    return x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.dtype.itemsize])
 
 
 def keys_of(engine: SteppedEngine, sequence: Sequence) -> Tensor:
@@ -87,34 +159,35 @@ def keys_of(engine: SteppedEngine, sequence: Sequence) -> Tensor:
 # ---- at every moment of a sequence's life
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("chunk", [1, 5, 7, 16, 23])
-def test_after_prompt_chunks_of_odd_sizes(path: Path, ranks: int, chunk: int, dtype: str) -> None:
-    with quest_engine(path, ranks, max_num_batched_tokens=chunk, max_num_seqs=1, dtype=dtype) as engine:
+@pytest.mark.parametrize(
+    ("chunk", "dtype"), [(1, "float32"), (5, "bfloat16"), (7, "float32"), (16, "bfloat16"), (23, "float32")]
+)
+def test_after_prompt_chunks_of_odd_sizes(path: Path, kept: Kept, ranks: int, chunk: int, dtype: str) -> None:
+    with make_engine(path, ranks, kept.sparse, max_num_batched_tokens=chunk, max_num_seqs=1, dtype=dtype) as engine:
         engine.add(random_tokens(55), max_tokens=1, **GREEDY)
         seen = []
         for _ in range(54 // chunk):  # all chunks but the one that ends the prompt, and with it the request
             engine.step()
-            seen.append(assert_metadata_is_exact(engine))
+            seen.append(assert_metadata_is_exact(engine, kept))
         assert seen[0] == -(-chunk // PAGE) and seen[-1] >= 3
 
 
-def test_after_every_decode_step_across_page_borders(path: Path, ranks: int) -> None:
-    with quest_engine(path, ranks) as engine:
+def test_after_every_decode_step_across_page_borders(path: Path, kept: Kept, ranks: int) -> None:
+    with make_engine(path, ranks, kept.sparse) as engine:
         engine.add(random_tokens(30), max_tokens=40, **GREEDY)
         engine.add(random_tokens(17, seed=1), max_tokens=40, **GREEDY)
         counts = set()
         for _ in range(39):
             engine.step()
-            assert_metadata_is_exact(engine)
+            assert_metadata_is_exact(engine, kept)
             counts.add(tuple(len(sequence.pages) for sequence in sequences(engine)))
         assert {(2, 2), (3, 2), (4, 3), (5, 4)} <= counts
 
 
-def test_after_pages_have_been_recycled_by_other_requests(path: Path, ranks: int) -> None:
+def test_after_pages_have_been_recycled_by_other_requests(path: Path, kept: Kept, ranks: int) -> None:
     """A cache of eleven pages: every later request writes over pages of earlier ones, with fewer tokens in the last."""
-    page_bytes = 3 * (4 // ranks) * 16 * 4 * (2 * PAGE + 2)
-    with quest_engine(path, ranks, kv_cache_memory_bytes=12 * page_bytes, max_num_batched_tokens=13) as engine:
+    page_bytes = LAYERS * (KV_HEADS // ranks) * (2 * PAGE * HEAD_DIM * 4 + kept.page_bytes)
+    with make_engine(path, ranks, kept.sparse, kv_cache_memory_bytes=12 * page_bytes, max_num_batched_tokens=13) as engine:
         assert engine.driver.allocator.total == 11
         outputs = [
             engine.add(random_tokens(length, seed=length), max_tokens=max_tokens, **GREEDY)
@@ -123,7 +196,7 @@ def test_after_pages_have_been_recycled_by_other_requests(path: Path, ranks: int
         owners: dict[int, set[str]] = {}
         while engine.driver.has_work:
             engine.step()
-            assert_metadata_is_exact(engine)
+            assert_metadata_is_exact(engine, kept)
             for sequence in sequences(engine):
                 for page in sequence.pages:
                     owners.setdefault(page, set()).add(sequence.request.request_id)
@@ -132,14 +205,14 @@ def test_after_pages_have_been_recycled_by_other_requests(path: Path, ranks: int
 
 
 @pytest.mark.parametrize("length", [32, 37, 47])
-def test_after_a_fork_by_n(path: Path, ranks: int, length: int) -> None:
+def test_after_a_fork_by_n(path: Path, kept: Kept, ranks: int, length: int) -> None:
     """Three samples of one prompt: full pages are shared, the partial one is copied, and each goes on by itself."""
-    with quest_engine(path, ranks) as engine:
-        engine.add(random_tokens(length), n=3, temperature=2.0, seed=1, max_tokens=40, ignore_eos=True)
+    with make_engine(path, ranks, kept.sparse) as engine:
+        engine.add(random_tokens(length), n=3, temperature=2.0, seed=1, max_tokens=22, ignore_eos=True)
         engine.step()
-        for _ in range(38):
+        for _ in range(20):
             engine.step()
-            assert assert_metadata_is_exact(engine) >= 2
+            assert assert_metadata_is_exact(engine, kept) >= 2
             first, *others = sequences(engine)
             assert len(others) == 2
             for other in others:
@@ -150,32 +223,32 @@ def test_after_a_fork_by_n(path: Path, ranks: int, length: int) -> None:
                 assert torch.equal(keys[:, :, :length], expected[:, :, :length])
         tokens = [tuple(sequence.output_token_ids) for sequence in sequences(engine)]
         assert len(set(tokens)) == 3
-        differ = min(i for i in range(38) if len({sample[i] for sample in tokens}) > 1)
+        differ = min(i for i in range(20) if len({sample[i] for sample in tokens}) > 1)
         assert not torch.equal(keys[:, :, length + differ :], expected[:, :, length + differ :])
 
 
-def test_after_a_fork_whose_samples_end_at_once_and_whose_slots_go_to_others(path: Path, ranks: int) -> None:
-    with quest_engine(path, ranks) as engine:
+def test_after_a_fork_whose_samples_end_at_once_and_whose_slots_go_to_others(path: Path, kept: Kept, ranks: int) -> None:
+    with make_engine(path, ranks, kept.sparse) as engine:
         for number in range(6):
             length = 20 + 3 * number
             engine.add(random_tokens(length), n=3, temperature=1.0, seed=number, max_tokens=1 + number % 3, ignore_eos=True)
         late = engine.add(random_tokens(90), max_tokens=9, **GREEDY)
         while engine.driver.has_work:
             engine.step()
-            assert_metadata_is_exact(engine)
+            assert_metadata_is_exact(engine, kept)
         assert engine.driver.allocator.used == engine.driver.allocator.reserved == 0
-    with quest_engine(path, ranks) as engine:
+    with make_engine(path, ranks, kept.sparse) as engine:
         alone = engine.add(random_tokens(90), max_tokens=9, **GREEDY)
         engine.finish()
     assert late.outputs[0].token_ids == alone.outputs[0].token_ids
 
 
-def test_after_requests_have_been_aborted(path: Path) -> None:
-    with quest_engine(path, max_num_batched_tokens=11) as engine:
+def test_after_requests_have_been_aborted(path: Path, kept: Kept) -> None:
+    with make_engine(path, 1, kept.sparse, max_num_batched_tokens=11) as engine:
         outputs = [engine.add(random_tokens(50, seed=seed), max_tokens=30, **GREEDY) for seed in range(4)]
         for step in range(60):
             engine.step()
-            assert_metadata_is_exact(engine)
+            assert_metadata_is_exact(engine, kept)
             if step in (2, 12):
                 engine.abort(outputs[step // 12])
                 engine.add(random_tokens(70, seed=9), max_tokens=20, **GREEDY)
@@ -188,7 +261,7 @@ def test_chunks_change_no_key_by_more_than_rounding(path: Path) -> None:
     """The same prompt, read at once or in chunks of seven: a page does not tell how it was filled."""
     keys = []
     for chunk in (64, 7):
-        with quest_engine(path, max_num_batched_tokens=chunk, max_num_seqs=1) as engine:
+        with make_engine(path, max_num_batched_tokens=chunk, max_num_seqs=1) as engine:
             engine.add(random_tokens(55), max_tokens=2, **GREEDY)
             while not any(sequence.num_computed == 55 for sequence in sequences(engine)):
                 engine.step()
@@ -200,7 +273,7 @@ def test_ranks_hold_their_heads_of_the_same_tokens_in_the_same_pages(path: Path)
     """Two ranks' keys side by side are those of one rank: head by head, page by page."""
     held = {}
     for ranks in (1, 2, 4):
-        with quest_engine(path, ranks, max_num_batched_tokens=19) as engine:
+        with make_engine(path, ranks, max_num_batched_tokens=19) as engine:
             for seed in range(3):
                 engine.add(random_tokens(40 + seed, seed=seed), max_tokens=20, **GREEDY)
             for _ in range(15):

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.attend import attend
-from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, SparseConfig
+from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, SparseConfig, attend_selection
 from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata, PageMinMax
 
 ANY_BITS = 2**31 - 1
@@ -81,19 +80,7 @@ class DecodeRows:
 
     def attend(self, selection: Selection) -> Tensor:
         """[B, H_q, d]."""
-        return attend(
-            self.q,
-            self.cache.k_pages,
-            self.cache.v_pages,
-            selection.pages,
-            selection.num_pages,
-            self.batch.last_page_len,
-            self.geometry.scale,
-            tokens=selection.tokens,
-            num_tokens=selection.num_tokens,
-            log_weight=selection.log_weight,
-            partial=selection.partial,
-        )
+        return attend_selection(self.q, self.cache, self.batch, selection, self.geometry.scale)
 
 
 def decode_rows(

@@ -116,6 +116,30 @@ class EagerRandom(EagerMethod):
 
 
 @dataclass
+class EagerTova(EagerMethod):
+    """The newest query's weights over what is left decide what falls, for ever; it reads the rest. One token after another."""
+
+    token_budget: int = 2048
+    fallen: dict[tuple[int, int], set[int]] = field(default_factory=dict)
+    """(layer, KV head) -> positions."""
+
+    def weigh(self, layer: int, head: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
+        n, fallen = len(keys), self.fallen.setdefault((layer, head), set())
+        left = [i for i in range(n) if i not in fallen]
+        if len(left) <= self.token_budget:
+            return self.seen(left, n)
+        weights = (queries @ keys[left].T / keys.shape[1] ** 0.5).softmax(-1).mean(0)
+        weights[-1] = torch.inf  # the query's own token
+        weight_of = dict(zip(left, weights.tolist()))
+        order = sorted(left, key=lambda i: (-weight_of[i], -i))  # of equal weights the older token falls
+        kept, falls = order[: self.token_budget], order[self.token_budget :]
+        if len(kept) > 1:
+            self.margins.see("weight", 1 - weight_of[falls[0]] / weight_of[kept[-1]])
+        fallen.update(falls)
+        return self.seen(kept, n)
+
+
+@dataclass
 class EagerTwilight(EagerMethod):
     """Candidates; logits estimated from quantised keys; exact top-p per query head by sorting; the union."""
 
@@ -324,6 +348,8 @@ def eager_method(sparse: dict[str, Any], seed: int = 0, **where: Any) -> EagerMe
             return EagerTopK(selector=method.removesuffix("_topk"), **settings)
         case "random":
             return EagerRandom(**settings)
+        case "tova":
+            return EagerTova(**settings)
         case "twilight":
             return EagerTwilight(**settings)
         case "vattention":
