@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distributed_sparse import LLM, SamplingParams
+from distributed_sparse.bench.measure import read_bandwidth
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ def bench_step(settings: StepSettings) -> dict[str, Any]:
     """Medians over decode steps, in ms: the step as the Driver sees it, the slowest shard's own time, the rest.
 
     The rest ("overhead") is what the Driver and the channel add: schedule, encode, send, wake the shards, receive, commit.
+    bytes_ms is what a rank's weights and its attention's bytes would take at the machine's measured read bandwidth.
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(NEGLIGIBLE_MODEL))
@@ -56,4 +60,7 @@ def bench_step(settings: StepSettings) -> dict[str, Any]:
             outputs = llm.generate([[1, 2, 3 + row] for row in range(settings.batch)], params, use_tqdm=False)
             assert all(len(output.outputs[0].token_ids) == settings.tokens for output in outputs)
             stats = llm.stats()
-    return {"steps": stats["steps"], **stats["time_ms"], "settings": asdict(settings)}
+    weights = max(rank["weight_bytes"] for rank in stats["ranks"])
+    cache = stats["attention"]["bytes_read"] / stats["steps"] / settings.tensor_parallel_size
+    bytes_ms = (weights + cache) / read_bandwidth(torch.device("cpu")) * 1e3
+    return {"steps": stats["steps"], **stats["time_ms"], "bytes_ms": bytes_ms, "settings": asdict(settings)}

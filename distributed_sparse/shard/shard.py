@@ -117,7 +117,9 @@ class Shard:
         most, each = self.config.max_num_batched_tokens, self.max_model_len
         chunk_lens = [min(each, most - start) for start in range(0, most, each)]
         num_targets = min(LOGPROB_ROWS, chunk_lens[0])
-        self.run(warm_up_plan(self.config.max_num_seqs, self.max_model_len, chunk_lens, num_targets))
+        plan = warm_up_plan(self.config.max_num_seqs, self.max_model_len, chunk_lens, num_targets)
+        plan.decode[0].trace = self.config.trace  # rows are traced one after the other
+        self.run(plan)
         del self.cache, self.attention, self.slots
 
     def _warm_up(self) -> None:
