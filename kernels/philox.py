@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 TOKEN_SAMPLING, SAMPLE_RESIDUAL, RANDOM_PAGES = 0, 1, 2
@@ -11,6 +15,9 @@ TOKEN_SAMPLING, SAMPLE_RESIDUAL, RANDOM_PAGES = 0, 1, 2
 _MUL_0, _MUL_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
+
+Words = TypeVar("Words", Tensor, NDArray[np.int64])
+"""32-bit words in int64."""
 
 
 def philox(key: tuple[Tensor | int, Tensor | int], counter: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]:
@@ -22,8 +29,13 @@ def philox(key: tuple[Tensor | int, Tensor | int], counter: tuple[Tensor | int, 
     Returns:
         Four int64 tensors of the broadcast shape, each in [0, 2^32).
     """
-    k0, k1 = (torch.as_tensor(word) for word in key)
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
+    return philox_rounds(
+        *(torch.as_tensor(word) for word in key), *torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
+    )
+
+
+def philox_rounds(k0: Words, k1: Words, c0: Words, c1: Words, c2: Words, c3: Words) -> tuple[Words, Words, Words, Words]:
+    """`philox` on int64 tensors, or on numpy's int64 arrays, whose calls on few numbers are cheaper. Counters of one shape."""
     for _ in range(10):
         high_0, low_0 = _multiply(c0, _MUL_0)
         high_1, low_1 = _multiply(c2, _MUL_1)
@@ -37,8 +49,7 @@ def uniform(words: Tensor) -> Tensor:
     return ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low words of the 64-bit product of a word and a constant, without overflowing int64."""
-    low = a * (b & 0xFFFF)  # < 2^48
-    high = a * (b >> 16) + (low >> 16)  # < 2^49
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+def _multiply(a: Words, b: int) -> tuple[Words, Words]:
+    """High and low words of the 64-bit product of a word and a constant: int64 wraps around, and keeps all 64 bits."""
+    product = a * b
+    return (product >> 32) & _MASK, product & _MASK

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distributed_sparse.kernels.philox import SAMPLE_RESIDUAL
+from distributed_sparse.kernels.philox import SAMPLE_RESIDUAL, philox_rounds
 from distributed_sparse.kernels.sample_residual import MIN_WIDTH, ROUNDS
 
 _PAST = torch.iinfo(torch.int32).max
@@ -136,16 +136,9 @@ def _unchosen(ranks: Tensor, chosen: Tensor, num_chosen: Tensor) -> Tensor:
 
 
 def _round_keys(random_key: NDArray[np.int64], heads: int, layer: int, first_kv_head: int, draw: int) -> NDArray[np.uint32]:
-    """Words of Philox4x32-10, [ROUNDS, B * H_kv]. The bits of `philox`, which on so few numbers costs five times as much."""
+    """Words of Philox4x32-10, [ROUNDS, B * H_kv]; in numpy, for so few numbers."""
     batch, calls = random_key.shape[1], ROUNDS // 4
-    k0, k1, sample_index, position = random_key.astype(np.uint64)[:, :, None]  # [B, 1] each
-    use = np.arange(first_kv_head, first_kv_head + heads, dtype=np.uint64) << 20 | np.uint64(
-        layer << 8 | draw << 4 | SAMPLE_RESIDUAL
-    )
-    c0, c1, c2, c3 = np.broadcast_arrays(np.arange(calls, dtype=np.uint64)[:, None, None], sample_index, position, use)
-    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    for _ in range(10):
-        even, odd = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = odd >> half ^ c1 ^ k0, odd & mask, even >> half ^ c3 ^ k1, even & mask
-        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & mask, (k1 + np.uint64(0xBB67AE85)) & mask
-    return np.stack([c0, c1, c2, c3], axis=1).reshape(ROUNDS, batch * heads).astype(np.uint32)
+    k0, k1, sample_index, position = random_key[:, :, None]  # [B, 1] each
+    use = np.arange(first_kv_head, first_kv_head + heads) << 20 | layer << 8 | draw << 4 | SAMPLE_RESIDUAL
+    counter = np.broadcast_arrays(np.arange(calls)[:, None, None], sample_index, position, use)
+    return np.stack(philox_rounds(k0, k1, *counter), axis=1).reshape(ROUNDS, batch * heads).astype(np.uint32)

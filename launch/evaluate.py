@@ -29,6 +29,7 @@ from distributed_sparse.evaluation.report import report
 from distributed_sparse.evaluation.results import Results
 from distributed_sparse.evaluation.run import Evaluation, RunOptions
 from distributed_sparse.evaluation.suites import SUITES
+from distributed_sparse.selection.base import SparseConfig
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM
 
@@ -89,8 +90,10 @@ def _write(args: argparse.Namespace, evaluation: Evaluation, results: Results, p
         needed = tokens_needed(records, group)
         assert needed is not None, "a profile traces the dense run"
         sparse = evaluation.config.sparse or {}
-        forced = sparse.get("sink_pages", 1) + sparse.get("recent_pages", 1)
-        overrides = layer_budgets(needed, evaluation.config.page_size, sparse.get("dense_layers", 2), forced)
+        dense_layers, sinks, recent = (
+            sparse.get(key, getattr(SparseConfig, key)) for key in ("dense_layers", "sink_pages", "recent_pages")
+        )
+        overrides = layer_budgets(needed, evaluation.config.page_size, dense_layers, sinks + recent)
         write_layers(layers_file, overrides, group)
         written.append(Path(layers_file))
     print(text)

@@ -135,8 +135,8 @@ class Policy(ABC):
         """
 
     def bytes_scored(self, context_lens: list[int]) -> int:
-        """Bytes of metadata that `select` reads for rows of these contexts, over this rank's KV heads. (K and V that it looks
-        at without attending them: `Selection.read_apart`.)"""
+        """Bytes of metadata, and of keys alone, that `select` scores for rows of these contexts, over this rank's KV heads. (K
+        and V that it reads without attending them: `Selection.read_apart`.)"""
         return 0
 
 

@@ -93,16 +93,7 @@ class TopKPolicy(Policy):
         with self.timer("top_k"):
             if self.predictor.per_token:
                 return self._best_tokens(scores, k, capacity, batch)
-            pages, counts = top_k_pages(
-                scores,
-                batch.page_table,
-                batch.num_pages,
-                k,
-                sink_pages=config.sink_pages,
-                recent_pages=config.recent_pages,
-                capacity=capacity,
-            )
-            return Selection(pages, counts)
+            return Selection(*best_pages(scores, batch, k, config, capacity))
 
     def _best_tokens(self, scores: Tensor, k: Tensor, capacity: int, batch: DecodeBatch) -> Selection:
         """As many tokens as fill k pages."""
@@ -119,6 +110,19 @@ class TopKPolicy(Policy):
 
     def bytes_scored(self, context_lens: list[int]) -> int:
         return self.predictor.bytes_scored(context_lens)
+
+
+def best_pages(scores: Tensor, batch: DecodeBatch, k: Tensor, config: SparseConfig, capacity: int) -> tuple[Tensor, Tensor]:
+    """The k best pages of every row, the sink and recent pages of its settings among them: as of `top_k_pages`."""
+    return top_k_pages(
+        scores,
+        batch.page_table,
+        batch.num_pages,
+        k,
+        sink_pages=config.sink_pages,
+        recent_pages=config.recent_pages,
+        capacity=capacity,
+    )
 
 
 def top_k_logical(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.kernels.int4_logits import int4_logits
-from distributed_sparse.kernels.top_k_pages import top_k_pages
 from distributed_sparse.kernels.top_p import top_p
 from distributed_sparse.selection.base import (
     DecodeBatch,
@@ -26,6 +25,7 @@ from distributed_sparse.selection.base import (
 )
 from distributed_sparse.selection.hash import check_hash_weights
 from distributed_sparse.selection.metadata import Geometry, LayerCache, QuantizedKeys
+from distributed_sparse.selection.predictor import best_pages
 from distributed_sparse.selection.selector import SELECTORS, make_selector
 from distributed_sparse.validation import check_choice, check_float, check_int
 
@@ -79,6 +79,9 @@ class TwilightPolicy(Policy):
         if self.selector is not None:
             self.metadata += self.selector.metadata
             self.graph_safe = self.selector.graph_safe
+        forced = self.config.sink_pages + self.config.recent_pages
+        self.least = max(-(-self.config.min_candidates // geometry.page_size), forced)
+        """Pages that the selector offers at least."""
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
         config, heads = self.config, self.geometry.num_kv_heads
@@ -114,11 +117,10 @@ class TwilightPolicy(Policy):
         """Pages that the selector offers of a context; None: all of it, and of every shorter one."""
         config, size = self.config, self.geometry.page_size
         pages = -(-context_len // size)
-        least = max(-(-config.min_candidates // size), config.sink_pages + config.recent_pages)
         # A fraction below 1 may round up to all pages of this context, and to fewer than all of a shorter one.
-        if self.selector is None or config.candidate_fraction == 1 or least >= pages:
+        if self.selector is None or config.candidate_fraction == 1 or self.least >= pages:
             return None
-        return min(max(math.ceil(config.candidate_fraction * context_len / size), least), pages)
+        return min(max(math.ceil(config.candidate_fraction * context_len / size), self.least), pages)
 
     def _candidate_pages(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
         config, size = self.config, batch.page_size
@@ -126,20 +128,11 @@ class TwilightPolicy(Policy):
         if self.selector is None or capacity is None:
             dense = dense_selection(batch, self.geometry.num_kv_heads)
             return dense.pages, dense.num_pages
-        least = max(-(-config.min_candidates // size), config.sink_pages + config.recent_pages)
-        k = (batch.context_lens.double() * config.candidate_fraction / size).ceil().to(torch.int32).clamp_min(least)
+        k = (batch.context_lens.double() * config.candidate_fraction / size).ceil().to(torch.int32).clamp_min(self.least)
         with self.timer("score"):
             scores = self.selector.page_scores(q, cache, batch)
         with self.timer("top_k"):
-            return top_k_pages(
-                scores,
-                batch.page_table,
-                batch.num_pages,
-                k,
-                sink_pages=config.sink_pages,
-                recent_pages=config.recent_pages,
-                capacity=capacity,
-            )
+            return best_pages(scores, batch, k, config, capacity)
 
     def _mass(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, selection: Selection) -> Tensor:
         """Share of the exact softmax mass that a selection of pages holds: float32 [B, H_q]."""

@@ -116,6 +116,6 @@ class SparseAttention:
 
     @property
     def bytes_read(self) -> int:
-        """K and V of the attended tokens, and what the methods scored."""
+        """K and V of the attended tokens and of those read apart, and what the methods scored."""
         token_bytes = 2 * self.geometry.head_dim * self.geometry.dtype.itemsize
         return token_bytes * (sum(map(sum, self.tokens_attended)) + int(self._read_apart)) + self._scored_bytes
