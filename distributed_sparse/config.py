@@ -43,6 +43,8 @@ class EngineConfig:
             `SamplingParams.trace_steps` says of which steps). For study: a traced step reads the whole cache.
         startup_timeout_s: seconds until every rank must be ready.
         step_timeout_s: seconds until a step must be answered; None: max(5 s, 20 x the p99 of steps of that kind).
+        max_rebuilds: how often shards that fail are replaced within `rebuild_window_s`; one failure more ends the engine.
+        rebuild_window_s: seconds after which a failure no longer counts.
 
     Raises:
         ValueError: names the key, its value and the remedy.
@@ -67,6 +69,8 @@ class EngineConfig:
     trace: bool = False
     startup_timeout_s: float = 600.0
     step_timeout_s: float | None = None
+    max_rebuilds: int = 5
+    rebuild_window_s: float = 600.0
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -127,6 +131,11 @@ class EngineConfig:
         if self.step_timeout_s is not None:
             remedy = "give seconds, or leave it out for a deadline that follows the measured steps"
             put("step_timeout_s", check_float("step_timeout_s", self.step_timeout_s, 0.0, low_excluded=True, remedy=remedy))
+        put_int("max_rebuilds", 0, "give a number of rebuilds, 0 for an engine that ends with its first failure")
+        put(
+            "rebuild_window_s",
+            check_float("rebuild_window_s", self.rebuild_window_s, 0.0, low_excluded=True, remedy="give seconds"),
+        )
 
     def resolve_sparse(self) -> "SparseConfig":
         """The typed config of the method that `sparse` names; ValueErrors name a wrong key or value.
@@ -173,7 +182,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
     """
     run = read_yaml(path)
     for override in overrides:
-        _override(run, override)
+        set_override(run, override)
     sampling = run.pop("sampling", None)
     if sampling is None:
         sampling = {}
@@ -226,8 +235,12 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise ValueError(f"{where}: is not valid YAML: {error}") from None
 
 
-def _override(run: dict[str, Any], override: str) -> None:
-    """Set one "a.b=value" in the nested mapping `run`, in place; sections that are absent are made."""
+def set_override(run: dict[str, Any], override: str) -> None:
+    """Set one "a.b=value" in the nested mapping `run`, in place; sections that are absent are made, the value is YAML.
+
+    Raises:
+        ValueError: it is not of that form, or a key on its way holds a value that is no section.
+    """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):

@@ -38,6 +38,16 @@ class RequestMetrics:
         return _between(self.arrival_time, self.first_token_time)
 
     @property
+    def prefill_time(self) -> float | None:
+        """Seconds from the first scheduled chunk to the first token."""
+        return _between(self.first_scheduled_time, self.first_token_time)
+
+    @property
+    def decode_time(self) -> float | None:
+        """Seconds from the first token to the end."""
+        return _between(self.first_token_time, self.finished_time)
+
+    @property
     def latency(self) -> float | None:
         """Seconds from arrival to the end."""
         return _between(self.arrival_time, self.finished_time)
@@ -45,7 +55,7 @@ class RequestMetrics:
     @property
     def tpot(self) -> float | None:
         """Time per output token after the first, seconds; with fewer than two tokens there is none."""
-        decode_time = _between(self.first_token_time, self.finished_time)
+        decode_time = self.decode_time
         return None if decode_time is None or self.num_output_tokens < 2 else decode_time / (self.num_output_tokens - 1)
 
 

@@ -89,6 +89,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sparse": "quest"}, r"sparse='quest' must be a mapping; write sparse: \{method: quest, ...\}"),
     ({"startup_timeout_s": 0}, r"startup_timeout_s=0 must be finite, > 0"),
     ({"step_timeout_s": -1}, r"step_timeout_s=-1 must be finite, > 0; .*leave it out"),
+    (
+        {"max_rebuilds": -1},
+        r"max_rebuilds=-1 must be >= 0; give a number of rebuilds, 0 for an engine that ends",
+    ),
+    ({"max_rebuilds": 1.5}, r"max_rebuilds=1.5 must be an integer, not float"),
+    ({"rebuild_window_s": 0}, r"rebuild_window_s=0 must be finite, > 0; give seconds"),
 ]
 
 

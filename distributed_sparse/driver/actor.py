@@ -13,10 +13,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
+from distributed_sparse.driver.exporter import MetricsExporter
 from distributed_sparse.driver.group import RayShardGroup, reason, remove
 from distributed_sparse.driver.service import DriverService
 from distributed_sparse.driver.shard_group import ShardFailure
@@ -35,6 +44,8 @@ STOP_TIMEOUT_S = 30.0
 """How long a Driver has for an orderly end before it is killed."""
 REACH_TIMEOUT_S = 10.0
 """How long a cluster's head has to accept a connection."""
+DRIVER_DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+"""What Ray raises when the Driver's process, or its node with what it had answered, has gone."""
 OWN_RAY_CPUS_PER_RANK = 0.01
 """In a Ray that is the engines' own nothing else needs the CPUs, and a second engine must find room beside the first."""
 
@@ -66,6 +77,7 @@ class DriverActor:
         group = RayShardGroup(config, **self._group_options)
         self._service = DriverService(config, model_info, tokenizer_json, group)
         info = self._service.start()
+        self._exporter = MetricsExporter(self._service, config.model)
         self._started = True
         return info
 
@@ -92,6 +104,7 @@ class DriverActor:
         """An orderly end; a Driver that is still starting is killed instead."""
         if self._started:
             self._service.shutdown()
+            self._exporter.close()
 
 
 class RaySession:
@@ -208,6 +221,8 @@ class RemoteDriver:
         self._idle = threading.Condition()
         self._calls = 0
         self._closed = False
+        self._clearing = threading.Lock()
+        self._cleared = False
         # before Ray's own end, since it is registered after it: a call that comes later, from a thread that still waits for
         # outputs, would start a new Ray
         atexit.register(self.shutdown)
@@ -246,7 +261,7 @@ class RemoteDriver:
             except RayError as error:
                 if self._closed:
                     return None
-                raise translated(error) from None
+                raise self._translated(error) from None
 
     def stats(self) -> dict[str, Any]:
         return self._ask("stats")
@@ -268,9 +283,7 @@ class RemoteDriver:
         if ray.is_initialized():
             with contextlib.suppress(RayError):
                 ray.get(self._actor.shutdown.remote(), timeout=STOP_TIMEOUT_S)
-            ray.kill(self._actor)
-            with contextlib.suppress(ValueError):  # the Driver has removed it already
-                remove(ray.util.get_placement_group(self._placement_name))
+            self._clear_away()
             with self._idle:
                 self._idle.wait_for(lambda: self._calls == 0, timeout=STOP_TIMEOUT_S)
         self._session.release()
@@ -282,7 +295,25 @@ class RemoteDriver:
             try:
                 return ray.get(getattr(self._actor, method).remote(*arguments), timeout=timeout)
             except RayError as error:
-                raise translated(error) from None
+                raise self._translated(error) from None
+
+    def _translated(self, error: RayError) -> Exception:
+        """Ray's error as the engine's own; where it says that the Driver has died, what that left behind is cleared away."""
+        if isinstance(error, DRIVER_DEATHS):
+            self._clear_away()
+        return translated(error)
+
+    def _clear_away(self) -> None:
+        """End the Driver's process, if there still is one, and remove its placement group, which Ray would keep for us.
+
+        Ray and the end of their sockets end the shards. Harmless when called again, or from two threads.
+        """
+        with self._clearing:
+            if not self._cleared:
+                ray.kill(self._actor)
+                with contextlib.suppress(ValueError):  # the Driver has removed it already, or never made it
+                    remove(ray.util.get_placement_group(self._placement_name))
+                self._cleared = True
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[bool]:
@@ -319,8 +350,8 @@ def connect_driver(
     placement_name = f"distributed-sparse-{uuid.uuid4().hex}"
     driver: RemoteDriver | None = None
     try:
-        # beside its client, if there is room: without a word Ray would put an actor of no CPUs on any node
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        # beside its client, for which it needs no room: softly, or without a word, Ray puts an actor of no CPUs on any node
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = DriverActor.options(scheduling_strategy=here).remote(  # type: ignore[attr-defined]
             config,
             model_info,
@@ -343,7 +374,7 @@ def translated(error: RayError) -> Exception:
     """Ray's error as the engine's own, where it has one for it."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError | ShardFailure):
         return error.cause
-    if isinstance(error, RayActorError):
+    if isinstance(error, DRIVER_DEATHS):
         return ShardFailure((), f"the Driver has died: {reason(error)}")
     if isinstance(error, GetTimeoutError):
         return ShardFailure((), f"the Driver did not answer: {error}")

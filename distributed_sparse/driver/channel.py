@@ -46,7 +46,7 @@ class ChannelTimeout(TimeoutError):
 
 
 class Channel:
-    """Messages over one connection. One thread may send while another receives.
+    """Messages over one connection. Threads may send while another receives.
 
     Args:
         connected: a connected, blocking TCP socket that has passed the handshake; the channel owns it.
@@ -59,6 +59,7 @@ class Channel:
         self._poll = select.poll()
         self._poll.register(self._connection.fileno(), select.POLLIN)
         self._decode = decode
+        self._sending = threading.Lock()
 
     def fileno(self) -> int:
         """For `select`: readable means that `receive` will not wait for a first byte."""
@@ -80,7 +81,8 @@ class Channel:
     def send_bytes(self, frame: bytes) -> None:
         """Send one message that is encoded already. Errors: as `send`."""
         try:
-            self._connection.send_bytes(frame)
+            with self._sending:
+                self._connection.send_bytes(frame)
         except BlockingIOError:
             self.close()
             raise ChannelTimeout(f"the peer took no bytes for {SEND_TIMEOUT_S:g} s") from None

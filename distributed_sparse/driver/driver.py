@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import Counter, defaultdict
 
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate, SampleUpdate, TraceUpdate
 from distributed_sparse.driver.detokenizer import CompletionText, Detokenizer, StopChecker
+from distributed_sparse.driver.engine_metrics import EngineMetrics
 from distributed_sparse.driver.messages import LogprobBlock, ShardReport, StepPlan, StepResult
 from distributed_sparse.driver.pages import PageAllocator
 from distributed_sparse.driver.scheduler import Scheduler
 from distributed_sparse.driver.sequence import Request, Sequence
-from distributed_sparse.driver.shard_group import ShardFailure, ShardGroup
-from distributed_sparse.driver.step_times import StepTimes
+from distributed_sparse.driver.shard_group import RankInfo, ShardFailure, ShardGroup
+from distributed_sparse.driver.step_times import StepClock, StepTimes
 from distributed_sparse.metrics import RequestMetrics
 from distributed_sparse.request_validation import validate_request
 
-PROFILE_EVERY = 256
-"""One step in so many takes the times of its parts, if it is a decode step."""
+PROFILE_FIRST, PROFILE_EVERY = 8, 256
+"""The first step of decode rows alone from this one on takes the times of its parts and reports; then one so many steps later."""
 
 Updates = dict[str, list[RequestUpdate]]
 """Client id -> what to tell it."""
@@ -40,19 +42,36 @@ class Driver:
         self._counts: Counter[str] = Counter(finished=0, aborted=0, failed=0)
         self._admitted = 0
         self._steps = 0
-        self._generation = 0
-        self._reports: list[ShardReport | None] = [None] * config.tensor_parallel_size
+        self._reports: list[ShardReport | None] = []
+        self._ranks: list[RankInfo] = []
         self._times = StepTimes(config.step_timeout_s)
+        self._next_profile = PROFILE_FIRST
+        self._received_before: float | None = None
+        self._same_clock = False
+        self._density = AttendedDensity()
+        self.metrics = EngineMetrics()
         self.failure: str | None = None
 
     def start(self) -> None:
         """Start the shards and size the cache.
 
         Raises:
-            ValueError: the cache cannot hold one sequence of max_model_len.
-            ShardFailure: a shard did not come up.
+            ValueError, ShardFailure: as `ShardGroup.start`.
         """
         self.group.start()
+        self.resume()
+
+    def resume(self) -> Updates:
+        """The shards have come up, for the first time or as another generation: size the cache; what ran before replays.
+
+        Returns:
+            The ends of requests for which the caches that there are now are too small.
+        """
+        before = list(self._requests.values())  # by arrival: those that ran come first
+        self._ranks = self.group.ranks
+        self._reports = [None] * len(self._ranks)
+        self._received_before = None
+        self._same_clock = {rank.hostname for rank in self._ranks} == {socket.gethostname()}
         self.allocator = PageAllocator(self.group.num_pages)
         self.scheduler = Scheduler(
             self.allocator,
@@ -63,6 +82,16 @@ class Driver:
             forks_copy_pages=self.group.forks_copy_pages,
             trace=self.config.trace,
         )
+        for request in before:
+            request.restart()
+            self.scheduler.waiting.append(request)
+        updates: Updates = defaultdict(list)
+        for request in before:
+            try:
+                self.scheduler.check_fits(request)
+            except ValueError as error:
+                updates[request.client_id].append(self._end(request, f"after a recovery, {error}", "engine"))
+        return updates
 
     # ---- requests
 
@@ -137,6 +166,11 @@ class Driver:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    @property
+    def replays(self) -> bool:
+        """Whether a request has not come again to where it was before the last rebuild."""
+        return any(request.replays for request in (*self.scheduler.running, *self.scheduler.waiting))
+
     # ---- steps
 
     def expire(self) -> Updates:
@@ -154,15 +188,21 @@ class Driver:
         Raises:
             ShardFailure: a shard failed; the step's tokens are not part of the history.
         """
-        started = time.monotonic()
-        plan = self.scheduler.schedule(self._steps, self._generation)
-        plan.profile = not plan.prefill and self._steps % PROFILE_EVERY == 0
-        self._mark_scheduled(plan, started)
+        began, cpu = time.monotonic(), time.thread_time()
+        plan = self.scheduler.schedule(self._steps, self.group.generation)
+        if self._steps >= self._next_profile and plan.decode and not plan.prefill:
+            plan.profile = plan.report = True
+            self._next_profile = self._steps + PROFILE_EVERY
+        self._mark_scheduled(plan, began)
         sent = time.monotonic()
         results = self._execute(plan)
         received = time.monotonic()
         updates = self._commit(plan, results, received)
-        self._times.add(plan, results, started, sent, received, time.monotonic())
+        clock = StepClock(began, sent, received, time.monotonic(), time.thread_time() - cpu, self._received_before)
+        self._times.add(plan, results, clock)
+        self._received_before = received if self.has_work and self._same_clock else None
+        self.metrics.observe("step_time_seconds", received - sent)
+        self.metrics.observe("iteration_tokens", sum(part.num_tokens for part in plan.parts))
         return updates
 
     def _execute(self, plan: StepPlan) -> list[StepResult]:
@@ -172,6 +212,8 @@ class Driver:
         for result in results:
             if result.report is not None:
                 self._reports[result.rank] = result.report
+        if plan.report:
+            self._density.add(self._reports)
         return results
 
     def _mark_scheduled(self, plan: StepPlan, now: float) -> None:
@@ -214,8 +256,14 @@ class Driver:
         """Text, stop conditions and times of one new token."""
         request = sequence.request
         params, metrics, count = request.params, request.metrics, len(sequence.output_token_ids)
+        self.metrics.count("generation_tokens")
+        if sequence.last_token_time is not None:
+            self.metrics.observe("inter_token_latency_seconds", now - sequence.last_token_time)
+        sequence.last_token_time = now
         if metrics.first_token_time is None:
             metrics.first_token_time = now
+            self.metrics.observe("time_to_first_token_seconds", metrics.ttft)
+            self.metrics.count("prompt_tokens", metrics.num_prompt_tokens)
         metrics.num_output_tokens = max(metrics.num_output_tokens, count)
         stops_here = token in request.stop_token_ids and count > params.min_tokens
         stop_string = None
@@ -246,6 +294,9 @@ class Driver:
             update.finished, update.metrics = True, request.metrics
             aborted = any(sequence.finish_reason == "abort" for sequence in request.sequences)
             self._counts["aborted" if aborted else "finished"] += 1
+            self.metrics.request_ended(
+                request.metrics, [sequence.finish_reason for sequence in request.sequences if sequence.finish_reason]
+            )
             del self._requests[request.request_id]
         return update
 
@@ -284,19 +335,16 @@ class Driver:
     # ---- reports
 
     def stats(self) -> dict:
-        """The engine's counters (keys in docs/architecture.md). Asks the shards for theirs with an empty step."""
-        if self.failure is None:
-            self._execute(StepPlan(step=self._steps, generation=self._generation, report=True))
+        """The engine's counters (keys in docs/architecture.md); the shards' own as of the last `report`."""
         reports = [report for report in self._reports if report is not None]
-        waiting = sum(request.sequences[0].slot < 0 for request in self._requests.values())  # none is left after a failure
+        waiting = sum(request.leader.slot < 0 for request in self._requests.values())  # none is left after a failure
         running = len(self._requests) - waiting
         return {
             "steps": self._steps,
-            "generation": self._generation,
-            "recoveries": 0,
+            "generation": self.group.generation,
             "requests": {"running": running, "waiting": waiting, **self._counts},
             "pages": {"total": self.allocator.total, "used": self.allocator.used, "reserved": self.allocator.reserved},
-            "ranks": [rank.as_dict() for rank in self.group.ranks],
+            "ranks": [rank.as_dict() for rank in self._ranks],
             "attention": attention_stats(reports),
             "all_reduce": {
                 "calls": reports[0].all_reduce_calls if reports else 0,
@@ -305,9 +353,45 @@ class Driver:
             "time_ms": self._times.medians_ms() | (reports[0].time_ms if reports else {}),
         }
 
+    def gauges(self) -> dict[str, float]:
+        """What `EngineMetrics` does not record, as it is now. May be called beside a step."""
+        reports = [report for report in self._reports if report is not None]
+        all_reduce_ms = reports[0].time_ms.get("all_reduce") if reports else None
+        found = {
+            "num_requests_running": len(self.scheduler.running),
+            "num_requests_waiting": len(self.scheduler.waiting),
+            "kv_cache_usage_perc": self.allocator.used / self.allocator.total,
+            "attended_density": self._density.lately,
+            "all_reduce_time_seconds": all_reduce_ms / 1e3 if all_reduce_ms is not None else None,
+        }
+        return {name: float(value) for name, value in found.items() if value is not None}
+
     def check(self) -> None:
         """One empty step through every rank; raises ShardFailure if one does not answer."""
-        self._execute(StepPlan(step=self._steps, generation=self._generation))
+        self._execute(StepPlan(step=self._steps, generation=self.group.generation))
+
+    def report(self) -> None:
+        """One empty step in which every rank tells what it has counted since its generation began."""
+        self._execute(StepPlan(step=self._steps, generation=self.group.generation, report=True))
+
+
+class AttendedDensity:
+    """Tokens attended over tokens in context, between the last two reports in which there were any."""
+
+    def __init__(self) -> None:
+        self.lately: float | None = None
+        self._before = (0, 0)
+
+    def add(self, reports: list[ShardReport | None]) -> None:
+        """Take in what every rank has counted since its generation began."""
+        told = [report for report in reports if report is not None]
+        attended = sum(tokens for report in told for layer in report.tokens_attended for tokens in layer)
+        context = sum(report.tokens_in_context * len(layer) for report in told for layer in report.tokens_attended)
+        if context < self._before[1]:
+            self._before = (0, 0)  # another generation
+        if context > self._before[1]:
+            self.lately = (attended - self._before[0]) / (context - self._before[1])
+        self._before = attended, context
 
 
 def derived_seed(engine_seed: int, arrival: int) -> int:

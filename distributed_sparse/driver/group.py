@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 import signal
@@ -13,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distributed_sparse.driver.remote_group import RemoteShardGroup
-from distributed_sparse.driver.shard_group import ShardFailure
 from distributed_sparse.shard.actor import Place, ShardActor
 from distributed_sparse.shard.serve import ShardArguments
 
@@ -26,14 +26,23 @@ if TYPE_CHECKING:
     from distributed_sparse.config import EngineConfig
     from distributed_sparse.shard.serve import ShardFactory
 
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.05
+"""How often Ray is asked about something that is waited for."""
 PLACEMENT_TIMEOUT_S = 30.0
-"""How long resources that exist but are in use may take to become free."""
+"""How long resources that exist but are in use may take to become free when the ranks are placed for the first time."""
+PATIENCE_S = 2.0
+"""How long a lost node's ranks may wait for room elsewhere before the log says so."""
 DEATH_TIMEOUT_S = 15.0
-"""How long Ray may take to end a killed actor; a stopped process takes it 5 s."""
+"""How long processes that have been killed may take to go."""
 
 
 class RayShardGroup(RemoteShardGroup):
     """One rank per actor, one CPU or one GPU per rank, ranks in order of (node, GPU).
+
+    The placement group stays as long as the group does, and a rank stays in its bundle. When a node goes, Ray moves the
+    bundles that were on it to other nodes as soon as there is room; until then a rebuild waits.
 
     Args:
         config: the engine's; `device="auto"` takes GPUs where the cluster has any.
@@ -50,35 +59,28 @@ class RayShardGroup(RemoteShardGroup):
         name: str = "",
         cpus_per_rank: float = 1.0,
     ) -> None:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if config.device == "auto":
-            config = dataclasses.replace(config, device="cuda" if any(node.get("GPU") for node in nodes) else "cpu")
+            has_gpu = any(node["Resources"].get("GPU") for node in live_nodes())
+            config = dataclasses.replace(config, device="cuda" if has_gpu else "cpu")
         super().__init__(config, ray.util.get_node_ip_address(), generation, shard_factory)
-        self._nodes = nodes
         self._name = name
         self._bundle = {"GPU": 1.0} if config.device == "cuda" else {"CPU": cpus_per_rank}
         self._placement: PlacementGroup | None = None
-        self._actors: list[Any] = []
-        self._runs: list[ray.ObjectRef] = []
+        self._on_one_node = False  # Ray moves such a placement group only to a node that has room for all of it
+        self._bundles = list(range(self.world_size))  # in rank order
+        self._actors: dict[int, Any] = {}
+        self._places: dict[int, Place] = {}
+        self._runs: dict[int, ray.ObjectRef] = {}
 
-    def _spawn(self, address: tuple[str, int], store_address: tuple[str, int], deadline: float) -> None:
-        placement = self._place(deadline)
-        actors = [self._make_actor(placement, bundle) for bundle in range(self.world_size)]
-        self._actors = actors
-        try:
-            places: list[Place] = ray.get([actor.where.remote() for actor in actors], timeout=deadline - time.monotonic())
-        except GetTimeoutError:
-            raise ShardFailure(
-                (), f"the {self.world_size} shard actors were not up within startup_timeout_s={self.config.startup_timeout_s:g}"
-            ) from None
-        except RayError as error:
-            raise ShardFailure((), f"a shard actor could not be created: {reason(error)}") from None
-        # bundles are numbered in no order of nodes; ranks next to each other should share a node
-        order = sorted(range(self.world_size), key=lambda bundle: (places[bundle].node_id, places[bundle].gpus))
-        self._actors = [actors[bundle] for bundle in order]
-        ranks_on = Counter(place.node_id for place in places)
-        for rank, bundle in enumerate(order):
-            place = places[bundle]
+    def _spawn(self, ranks: list[int], address: tuple[str, int], store_address: tuple[str, int], deadline: float) -> None:
+        if self._placement is None:
+            self._place(deadline)
+        self._make_actors(ranks, deadline)
+        if len(ranks) == self.world_size:
+            self._sort_ranks()
+        ranks_on = Counter(place.node_id for place in self._places.values())
+        for rank in ranks:
+            place = self._places[rank]
             arguments = ShardArguments(
                 config=self.config,
                 rank=rank,
@@ -92,76 +94,181 @@ class RayShardGroup(RemoteShardGroup):
                 num_threads=max(1, place.num_cores // ranks_on[place.node_id]),
                 shard_factory=self.shard_factory,
             )
-            self._runs.append(actors[bundle].run.remote(arguments))
+            self._runs[rank] = self._actors[rank].run.remote(arguments)
 
-    def _place(self, deadline: float) -> PlacementGroup:
-        """A placement group with one bundle per rank, its resources reserved.
+    # ---- resources
+
+    def _place(self, deadline: float) -> None:
+        """Reserve one bundle per rank for the first time.
 
         Raises:
             ValueError: the cluster has too little, or it stays in use.
         """
         (resource, amount), *_ = self._bundle.items()
-        fits = [math.floor(node.get(resource, 0.0) / amount + 1e-9) for node in self._nodes]
-        asked = (
-            f"tensor_parallel_size={self.world_size} on device={self.config.device!r} asks for {self.world_size} {resource}s"
-        )
+        nodes = [node["Resources"] for node in live_nodes()]
+        fits = [math.floor(node.get(resource, 0.0) / amount + 1e-9) for node in nodes]
         if sum(fits) < self.world_size:
-            total = sum(node.get(resource, 0.0) for node in self._nodes)
+            total = sum(node.get(resource, 0.0) for node in nodes)
             raise ValueError(
-                f"{asked}, but the Ray cluster has {total:g} on {len(self._nodes)} node(s); "
+                f"{self._asked()}, but the Ray cluster has {total:g} on {len(nodes)} node(s); "
                 f"lower tensor_parallel_size or add nodes{' (or use device=cpu)' if resource == 'GPU' else ''}"
             )
-        strategy = "STRICT_PACK" if max(fits) >= self.world_size else "PACK"
-        placement = placement_group([self._bundle] * self.world_size, strategy=strategy, name=self._name)
-        self._placement = placement
+        self._reserve("STRICT_PACK" if max(fits) >= self.world_size else "PACK")
         timeout = min(PLACEMENT_TIMEOUT_S, deadline - time.monotonic())
-        if not placement.wait(timeout):
-            free = ray.available_resources().get(resource, 0.0)
-            raise ValueError(
-                f"{asked}{' on one node' if strategy == 'STRICT_PACK' else ''}, and none came free within {timeout:.0f} s: "
-                f"the Ray cluster has {free:g} of {sum(n.get(resource, 0.0) for n in self._nodes):g} unused; "
-                "end what uses them (`ray status` shows it) or lower tensor_parallel_size"
-            )
-        return placement
+        in_time = time.monotonic() + timeout
+        while self._placement_state() != "CREATED":
+            self._raise_if_cancelled()
+            if time.monotonic() >= in_time:
+                raise ValueError(
+                    f"{self._asked()}{' on one node' if self._on_one_node else ''}, and none came free within {timeout:.0f} s: "
+                    f"the Ray cluster {self._unused()}; "
+                    "end what uses them (`ray status` shows it) or lower tensor_parallel_size"
+                )
+            time.sleep(POLL_S)
 
-    def _make_actor(self, placement: PlacementGroup, bundle: int) -> Any:
+    def _await_room(self, ranks: list[int], deadline: float) -> None:
+        """Returns once every bundle has its resources, those of `ranks` perhaps on other nodes than before.
+
+        Raises:
+            ValueError: no room for them until `deadline`.
+            ShardFailure: ranks beside `ranks` have gone meanwhile.
+        """
+        began, told = time.monotonic(), False
+        while (state := self._placement_state()) != "CREATED":
+            self._raise_if_in_vain()
+            if self._on_one_node or state in ("REMOVED", None):
+                # its node has gone, and with it every bundle: there is nothing to keep, and no need for one node again
+                others = {rank: "lost the resources it was placed on" for rank in self._places if rank not in ranks}
+                if others:
+                    raise self._fail(others)
+                assert self._placement is not None
+                remove(self._placement)
+                self._reserve("PACK")
+            waited = time.monotonic() - began
+            if time.monotonic() >= deadline:
+                raise ValueError(
+                    f"{self._asked()}, and those of a lost node found no room on another within {waited:.0f} s: "
+                    f"the Ray cluster {self._unused()}; add a node or lower tensor_parallel_size"
+                )
+            if waited > PATIENCE_S and not told:
+                told = True
+                logger.warning(
+                    "%s, and those of a lost node have no room: the Ray cluster %s; waiting %.0f s more for a node",
+                    self._asked(), self._unused(), deadline - time.monotonic(),
+                )  # fmt: skip
+            time.sleep(POLL_S)
+
+    def _reserve(self, strategy: str) -> None:
+        self._on_one_node = strategy == "STRICT_PACK"
+        self._placement = placement_group([self._bundle] * self.world_size, strategy=strategy, name=self._name)
+
+    def _placement_state(self) -> str | None:
+        return placement_group_table(self._placement).get("state")
+
+    def _release(self) -> None:
+        if self._placement is not None:
+            remove(self._placement)
+            self._placement = None
+
+    def _asked(self) -> str:
+        (resource, _), *_ = self._bundle.items()
+        size, device = self.world_size, self.config.device
+        return f"tensor_parallel_size={size} on device={device!r} asks for {size} {resource}s"
+
+    def _unused(self) -> str:
+        (resource, _), *_ = self._bundle.items()
+        nodes = live_nodes()
+        total = sum(node["Resources"].get(resource, 0.0) for node in nodes)
+        return f"has {ray.available_resources().get(resource, 0.0):g} of {total:g} unused on {len(nodes)} node(s)"
+
+    # ---- actors
+
+    def _make_actors(self, ranks: list[int], deadline: float) -> None:
+        """An actor for each of `ranks` in its bundle, and where it has come to live.
+
+        One that goes down with its node is made again: until Ray has noticed that a node is gone, it goes on placing there.
+        """
+        while missing := [rank for rank in ranks if rank not in self._places]:
+            self._await_room(missing, deadline)
+            nodes = placement_group_table(self._placement)["bundles_to_node_id"]
+            for rank in missing:
+                self._actors[rank] = self._make_actor(self._bundles[rank])
+            asked = {self._actors[rank].where.remote(): rank for rank in missing}
+            while asked:
+                self._raise_if_in_vain()
+                if time.monotonic() >= deadline:
+                    given = f"startup_timeout_s={self.config.startup_timeout_s:g}"
+                    raise self._fail({rank: f"has no process yet, and {given} are over" for rank in asked.values()}, hung=True)
+                answered, _ = ray.wait(list(asked), timeout=POLL_S)
+                for reference in answered:
+                    rank = asked.pop(reference)
+                    try:
+                        self._places[rank] = ray.get(reference)
+                    except RayError as error:
+                        if nodes[self._bundles[rank]] in {node["NodeID"] for node in live_nodes()}:
+                            raise self._fail({rank: f"could not be made: {reason(error)}"}, hung=True) from None
+                        logger.warning("rank %d was placed on a node that has gone; it is placed anew", rank)
+
+    def _make_actor(self, bundle: int) -> Any:
+        assert self._placement is not None
         return ShardActor.options(  # type: ignore[attr-defined]
             num_cpus=self._bundle.get("CPU", 0),
             num_gpus=self._bundle.get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle),
         ).remote()
+
+    def _sort_ranks(self) -> None:
+        """Bundles are numbered in no order of nodes; ranks next to each other should share a node."""
+        places = self._places
+        order = sorted(places, key=lambda rank: (places[rank].node_id, places[rank].gpus))
+        self._bundles = [self._bundles[former] for former in order]
+        self._actors = {rank: self._actors[former] for rank, former in enumerate(order)}
+        self._places = {rank: places[former] for rank, former in enumerate(order)}
+
+    def _raise_if_in_vain(self) -> None:
+        """While ranks are being made: has somebody cancelled it, or has one that stayed gone, too?"""
+        self._raise_if_cancelled()
+        if dead := self._dead_ranks():
+            raise self._fail(dead)
 
     def _dead_ranks(self) -> dict[int, str]:
         if not self._runs:
             return {}
-        ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0, fetch_local=False)
-        return {self._runs.index(run): end_of(run) for run in ended}
+        ranks = {run: rank for rank, run in self._runs.items()}
+        ended, _ = ray.wait(list(ranks), num_returns=len(ranks), timeout=0, fetch_local=False)
+        return {ranks[run]: end_of(run) for run in ended}
 
-    def _kill(self, grace: float) -> None:
-        if self._runs:
-            ray.wait(self._runs, num_returns=len(self._runs), timeout=grace, fetch_local=False)
-        self._kill_here()
-        for actor in self._actors:
-            ray.kill(actor)
-        deadline = time.monotonic() + DEATH_TIMEOUT_S
-        for actor in self._actors:
-            wait_until_dead(actor, deadline)
-        if self._placement is not None:
-            remove(self._placement)
-        self._actors, self._runs, self._placement = [], [], None
-
-    def _kill_here(self) -> None:
-        """End what still runs on this node directly: Ray takes 5 s for a process that has been stopped."""
+    def _kill(self, ranks: list[int], grace: float) -> None:
+        runs = [self._runs[rank] for rank in ranks if rank in self._runs]
+        if runs:
+            ray.wait(runs, num_returns=len(runs), timeout=grace, fetch_local=False)
+        # directly where that is possible: Ray takes 5 s for a process that has been stopped
         here = ray.get_runtime_context().get_node_id()
-        dead = self._dead_ranks()
-        for rank, hello in self._hellos.items():
-            if hello.node_id == here and rank not in dead and is_shard(hello.pid):
-                with contextlib.suppress(OSError):
-                    os.kill(hello.pid, signal.SIGKILL)
+        pids = [place.pid for rank, place in self._places.items() if rank in ranks and place.node_id == here]
+        for pid in filter(is_shard, pids):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        for rank in ranks:
+            if rank in self._actors:
+                ray.kill(self._actors[rank])
+        # elsewhere Ray counts it as dead from now on, and its bundle as free only when the process has gone
+        deadline = time.monotonic() + DEATH_TIMEOUT_S
+        while any(map(is_shard, pids)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if runs:
+            ray.wait(runs, num_returns=len(runs), timeout=max(deadline - time.monotonic(), 0.0), fetch_local=False)
+        for rank in ranks:
+            for known in (self._actors, self._places, self._runs):
+                known.pop(rank, None)  # type: ignore[attr-defined]
+
+
+def live_nodes() -> list[dict[str, Any]]:
+    """Ray's entries of the nodes that it counts as alive."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def is_shard(pid: int) -> bool:
-    """Whether that process is one of Ray's, running a ShardActor: a pid from another container would be another's."""
+    """Whether that process runs, and is one of Ray's with a ShardActor: a pid from another container would be another's."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ShardActor")
     except OSError:
@@ -177,21 +284,26 @@ def end_of(run: ray.ObjectRef) -> str:
     return "ended before it was told to"
 
 
+OWN_WORDS = {
+    "its worker process has died": "its process was killed (by the kernel, perhaps, where memory is short) or crashed",
+    "The actor is temporarily unavailable": "its process cannot be reached any more",
+}
+"""What Ray says, at length, of a process that has vanished."""
+
+
 def reason(error: RayError) -> str:
     """What the user needs to know of Ray's error: the actor's own exception, or the line that says why it died."""
     if isinstance(error, RayTaskError):
         return f"{type(error.cause).__name__}: {error.cause}"
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-
-
-def wait_until_dead(actor: Any, deadline: float) -> None:
-    """Returns once Ray knows that a killed actor's process has gone, or at `deadline` (`time.monotonic`)."""
-    while (remaining := deadline - time.monotonic()) > 0:
-        try:
-            ray.get(actor.where.remote(), timeout=remaining)
-        except (RayActorError, GetTimeoutError):
-            return
-        time.sleep(0.02)  # the call was faster than the kill
+    text = str(error)
+    if isinstance(error, OutOfMemoryError):
+        return f"Ray killed it, since its node ran out of memory: {text.partition('Object store memory usage')[0].strip()}"
+    for words, own in OWN_WORDS.items():
+        if words in text:
+            return own
+    # the first lines name the actor's class, id, pid and the like: the rank's place says more
+    lines = [line for line in text.splitlines() if not line.startswith("\t") or "node" in line]
+    return " ".join(" ".join(lines).split())
 
 
 def remove(placement: PlacementGroup, timeout: float = 5.0) -> None:

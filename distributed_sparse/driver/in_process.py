@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class InProcessGroup(ShardGroup):
-    """The same verbs as any group; the step runs inside `collect`, so its timeout cannot be kept here.
+    """The same verbs as any group; the work is done inside them, so a timeout cannot be kept here, and `cancel` must wait.
 
     Args:
         config: the engine's; `tensor_parallel_size` must be 1.
@@ -38,7 +38,7 @@ class InProcessGroup(ShardGroup):
         self._plans: deque[StepPlan] = deque()
         self._failure: ShardFailure | None = None
 
-    def start(self) -> list[RankInfo]:
+    def start(self, deadline: float | None = None) -> list[RankInfo]:
         from distributed_sparse.shard.collectives import Collectives
         from distributed_sparse.shard.serve import make_shard
 
@@ -52,10 +52,16 @@ class InProcessGroup(ShardGroup):
             self.stop()
             raise  # the user's to mend, and said in the shard's own words
         except Exception as error:
-            self.stop()
-            raise self._failed("could not start", error) from error
+            self._failure = self._failed("could not start", error)
+            raise self._failure from error.with_traceback(None)  # its frames would keep the shard's memory
         self.ranks = [RankInfo.of(hello, loaded, ready)]
         return self.ranks
+
+    def rebuild(self, deadline: float | None = None) -> list[RankInfo]:
+        self.stop()  # the memory first: there may not be enough for two
+        self._failure = None
+        self.generation += 1
+        return self.start(deadline)
 
     def send(self, plan: StepPlan) -> None:
         self._running_shard()
@@ -67,10 +73,12 @@ class InProcessGroup(ShardGroup):
             return [shard.step(plan)]
         except Exception as error:
             self._failure = self._failed(f"failed in step {plan.step}", error)
-            raise self._failure from error.with_traceback(None)  # its frames would keep the shard's memory
+            raise self._failure from error.with_traceback(None)  # as above
 
     def check(self) -> None:
         self._running_shard()
+
+    def cancel(self) -> None: ...
 
     def stop(self) -> None:
         shard, self._shard = self._shard, None

@@ -1,7 +1,9 @@
 """The only messages that cross between the Driver and a shard: msgspec structs in msgpack, deltas only.
 
-Start-up: shard `Hello` -> driver checks it -> shard `Loaded` -> driver `AllocateCache` -> shard `Ready`.
-Then one `StepPlan` down and one `StepResult` up per step, until `Stop`, or `Failed`.
+Start-up: shard `Hello` -> driver checks it, `Join` -> shard `Loaded` -> driver `AllocateCache` -> shard `Ready`.
+Then one `StepPlan` down and one `StepResult` up per step, until `Stop`, or `Failed`. After another rank's failure the driver
+sends `Regroup`, and the start-up begins again with the `Hello` of the next generation. From its first word on a shard also
+says `Alive`, from a thread of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ class SlotSetup(Part):
     """A slot of the batch is given to a new sequence: whatever it held before is forgotten. Filled by the Scheduler."""
 
     slot: int
+    prompt_length: int
+    """Positions below it are the prompt's: what a method draws for them is sample 0's, whichever sample computes it."""
     prefill_length: int
     """Prompt tokens that are prefilled at once in effect: what length-dependent rope types count as the length."""
     seed: int
@@ -110,6 +114,16 @@ class StepPlan(Message):
         return [*self.decode, *self.prefill]
 
 
+class Join(Message):
+    """Every rank has said hello, and they agree: meet the others, and load what is not loaded yet."""
+
+
+class Regroup(Message):
+    """Another rank has failed: leave the collective group, and say hello as a rank of this generation."""
+
+    generation: int
+
+
 class AllocateCache(Message):
     """The number of pages that every rank has room for (page 0, the null page, included)."""
 
@@ -133,6 +147,12 @@ class Hello(Message):
     pid: int
     versions: dict[str, str]
     weights_fingerprint: str
+
+
+class Alive(Message):
+    """This process runs, whatever it is busy with: one that has been stopped, or whose node has gone, falls silent."""
+
+    rank: int
 
 
 class Loaded(Message):
@@ -233,20 +253,24 @@ class StepResult(Message):
     prompt_logprobs: list[LogprobBlock] = []
     traces: list[TraceBlock] = []
     """From every rank: one per decode row that is traced, in the plan's order."""
+    started: float = 0.0
+    """When the rank began with the plan, on its machine's monotonic clock."""
     step_ms: float = 0.0
     report: ShardReport | None = None
 
 
 class Failed(Message):
-    """This rank cannot go on; `error` is for the user, with the traceback behind it."""
+    """This rank could not do what it was told; `error` is for the user, with the traceback behind it."""
 
     rank: int
     error: str
     traceback: str = ""
+    waits: bool = False
+    """Only its collective group has broken: the process waits for `Regroup`. Otherwise it ends."""
 
 
-ToShard = StepPlan | AllocateCache | Stop
-FromShard = Hello | Loaded | Ready | StepResult | Failed
+ToShard = StepPlan | Join | AllocateCache | Regroup | Stop
+FromShard = Hello | Alive | Loaded | Ready | StepResult | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_shard = msgspec.msgpack.Decoder(ToShard).decode

@@ -8,15 +8,28 @@ import math
 import secrets
 import selectors
 import socket
+import threading
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distributed_sparse.driver import messages
 from distributed_sparse.driver.channel import Channel, ChannelClosed, ChannelTimeout, Listener, address_family
-from distributed_sparse.driver.messages import AllocateCache, Failed, Hello, Loaded, Ready, StepPlan, StepResult, Stop
+from distributed_sparse.driver.messages import (
+    Alive,
+    AllocateCache,
+    Failed,
+    Hello,
+    Join,
+    Loaded,
+    Ready,
+    Regroup,
+    StepPlan,
+    StepResult,
+    Stop,
+)
 from distributed_sparse.driver.shard_group import RankInfo, ShardFailure, ShardGroup
 
 if TYPE_CHECKING:
@@ -32,6 +45,14 @@ POLL_S = 0.1
 ROOT_CAUSE_S = 0.25
 """After a first failure: how long to listen for others, since the rank that caused it may not be the first to tell."""
 ROOT_CAUSE_POLL_S = 0.01
+SILENCE_S = 5.0
+"""A rank that has not even said that it is alive for so long hangs, or cannot be reached."""
+START_SILENCE_S = 60.0
+"""The same for a rank that connects, imports, loads or compiles: some of that lets no other thread of its process run."""
+SUSPECT_S = 2.0
+"""Of ranks that do not answer a step, those that have been silent for so long are the cause, and the others wait for them."""
+REGROUP_TIMEOUT_S = 15.0
+"""How long a rank that outlives another has to leave what it is in; it is replaced, too, if it does not."""
 STOP_GRACE_S = 2.0
 """How long a healthy shard has to end by itself."""
 
@@ -40,7 +61,7 @@ class RemoteShardGroup(ShardGroup):
     """Owns the ranks' channels, the port they connect to, and the store at which they meet; all gone after `stop`.
 
     Args:
-        config: the engine's; `startup_timeout_s` bounds `start`.
+        config: the engine's; `startup_timeout_s` bounds `start` and `rebuild`.
         host: the address that the Driver listens on, reachable from every rank.
         generation: see `ShardGroup`.
         shard_factory: makes each rank's shard; None: `Shard` itself.
@@ -54,22 +75,27 @@ class RemoteShardGroup(ShardGroup):
         self.secret = secrets.token_bytes(32)
         self._listener: Listener | None = None
         self._store: Any = None  # torch's TCPStore; its port closes with the last reference
+        self._store_address: tuple[str, int] | None = None
         self._strangers: list[Channel] = []  # accepted, but their hello has not come
         self._channels: dict[int, Channel] = {}
         self._hellos: dict[int, Hello] = {}
+        self._regrouping: set[int] = set()  # ranks whose hello is due: what else they say is of the last generation
         self._inbox: list[deque[messages.Message]] = [deque() for _ in range(self.world_size)]
         self._selector = selectors.DefaultSelector()
         self._registered: dict[int, int] = {}  # descriptors by rank: a channel that has closed no longer knows its own
+        self._heard: dict[int, float] = {}  # each rank's last sign of life
+        self._listened = 0.0
         self._plans: deque[int] = deque()  # steps sent and not collected
         self._failure: ShardFailure | None = None
         self._news: dict[int, str | Failed] = {}  # what is known of each rank that failed
+        self._cancelled = threading.Event()
         self._stopped = False
 
     # ---- what a kind of process must say
 
     @abstractmethod
-    def _spawn(self, address: tuple[str, int], store_address: tuple[str, int], deadline: float) -> None:
-        """Begin `run_shard` once for each rank, with these addresses; returns before the shards are up.
+    def _spawn(self, ranks: list[int], address: tuple[str, int], store_address: tuple[str, int], deadline: float) -> None:
+        """Begin `run_shard` once for each of `ranks`, with these addresses; returns before the shards are up.
 
         Raises:
             ValueError: they cannot be placed.
@@ -81,44 +107,36 @@ class RemoteShardGroup(ShardGroup):
         """Ranks whose run has ended, each with the reason; must not wait."""
 
     @abstractmethod
-    def _kill(self, grace: float) -> None:
-        """Give the processes `grace` seconds to end, kill those that have not, and give back all that `_spawn` took."""
+    def _kill(self, ranks: list[int], grace: float) -> None:
+        """Give the processes of `ranks` `grace` seconds to end, kill those that have not, and return once all have gone."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Give back what `_spawn` took beside the processes. Called once, last."""
 
     # ---- the verbs
 
-    def start(self) -> list[RankInfo]:
-        deadline = time.monotonic() + self.config.startup_timeout_s
-        try:
-            self._listener = Listener(self.host, self.secret)
-            # bound here, so that its port is known, and closed to other networks, before torch is imported
-            store_socket = socket.create_server((self.host, 0), family=address_family(self.host))
-            store_address = store_socket.getsockname()[:2]
-            try:
-                self._spawn(self._listener.address, store_address, deadline)
-                self._store = open_store(self.host, store_socket)
-            finally:
-                store_socket.close()
-            self._gather(Hello, deadline, "connect")
-            refuse_unequal(self._hellos)
-            loaded = self._gather(Loaded, deadline, "load its weights")
-            refuse_unequal_methods(loaded, self._hellos)
-            num_pages = min(message.max_pages for message in loaded)
-            self._send_all(messages.encode(AllocateCache(num_pages)))
-            ready = self._gather(Ready, deadline, "allocate its cache and warm up")
-        except ShardFailure as failure:
-            self.stop()
-            refusal = refusal_of(failure, self._news, self.world_size, self._hellos)
-            raise refusal if refusal is not None else failure from None
-        except BaseException:
-            self.stop()
-            raise
-        self._listener.close()
-        self.ranks = [RankInfo.of(self._hellos[rank], loaded[rank], ready[rank]) for rank in range(self.world_size)]
-        return self.ranks
+    def start(self, deadline: float | None = None) -> list[RankInfo]:
+        return self._bring_up(list(range(self.world_size)), deadline)
+
+    def rebuild(self, deadline: float | None = None) -> list[RankInfo]:
+        lost = self._lost_ranks()
+        self.generation += 1
+        self._failure, self._news = None, {}
+        self._plans.clear()
+        for inbox in self._inbox:
+            inbox.clear()
+        for stranger in self._strangers:
+            stranger.close()
+        self._strangers.clear()
+        for rank in lost:
+            self._drop(rank)
+        self._kill(lost, 0.0)
+        return self._bring_up(lost, deadline)
 
     def send(self, plan: StepPlan) -> None:
         self._raise_failure()
-        self._send_all(messages.encode(plan))
+        self._send_all(plan)
         self._plans.append(plan.step)
 
     def collect(self, timeout: float = math.inf) -> list[StepResult]:
@@ -136,11 +154,12 @@ class RemoteShardGroup(ShardGroup):
 
     def check(self) -> None:
         self._raise_failure()
-        if not all(self._inbox):
-            self._read(0.0)
-        dead = self._dead_ranks()
-        if dead:
-            raise self._fail(dead)
+        while self._take_in(0.0):
+            pass
+        self._look()
+
+    def cancel(self) -> None:
+        self._cancelled.set()
 
     def stop(self) -> None:
         if self._stopped:
@@ -154,15 +173,79 @@ class RemoteShardGroup(ShardGroup):
             self._listener.close()
         if not healthy:
             self._close_channels()  # end of file ends those that can still listen
-        self._kill(STOP_GRACE_S if healthy else ROOT_CAUSE_S)
+        self._kill(list(range(self.world_size)), STOP_GRACE_S if healthy else ROOT_CAUSE_S)
+        self._release()
         self._close_channels()
         self._selector.close()
         self._store = None
         self._failure = self._failure or ShardFailure((), "the shards have been stopped")
 
+    # ---- start-up, the first and every later one
+
+    def _bring_up(self, missing: list[int], deadline: float | None) -> list[RankInfo]:
+        """Spawn the ranks that are missing, regroup the others, and take all of them to READY."""
+        if deadline is None:
+            deadline = time.monotonic() + self.config.startup_timeout_s
+        self.ranks = []
+        try:
+            self._listener = Listener(self.host, self.secret)
+            try:
+                loaded, ready = self._meet(missing, deadline)
+            finally:
+                self._listener.close()
+        except ShardFailure as failure:
+            refusal = refusal_of(failure, self._news, self.world_size, self._hellos)
+            if refusal is None:
+                raise
+            self.stop()
+            raise refusal from None
+        except BaseException:
+            self.stop()
+            raise
+        self.ranks = [RankInfo.of(self._hellos[rank], loaded[rank], ready[rank]) for rank in range(self.world_size)]
+        return self.ranks
+
+    def _meet(self, missing: list[int], deadline: float) -> tuple[list[Loaded], list[Ready]]:
+        assert self._listener is not None
+        kept = sorted(self._channels)
+        self._regrouping = set(kept)
+        self._send_all(Regroup(self.generation))
+        if self._store_address is None:
+            # bound here, so that its port is known, and closed to other networks, before torch is imported
+            store_socket = socket.create_server((self.host, 0), family=address_family(self.host))
+            self._store_address = store_socket.getsockname()[:2]
+            try:
+                self._spawn(missing, self._listener.address, self._store_address, deadline)
+                self._store = open_store(self.host, store_socket)
+            finally:
+                store_socket.close()
+        else:
+            self._spawn(missing, self._listener.address, self._store_address, deadline)
+        self._heard |= dict.fromkeys(missing, time.monotonic())  # from now on their silence counts
+        if kept:
+            self._gather(Hello, min(deadline, time.monotonic() + REGROUP_TIMEOUT_S), "leave the collective group", kept)
+        self._gather(Hello, deadline, "connect", missing)
+        refuse_unequal(self._hellos)
+        self._send_all(Join())
+        loaded = self._gather(Loaded, deadline, "load its weights")
+        refuse_unequal_methods(loaded, self._hellos)
+        self._send_all(AllocateCache(min(message.max_pages for message in loaded)))
+        return loaded, self._gather(Ready, deadline, "allocate its cache and warm up")
+
+    def _lost_ranks(self) -> list[int]:
+        """The ranks that must be replaced: on GPUs all, since a NCCL group that has lost one cannot be left; else those that
+        failed or cannot be reached. One whose collective only broke off stays, with its weights."""
+        reachable = {rank for rank, channel in self._channels.items() if not channel.closed}
+        if self._failure is None or self.config.device == "cuda":
+            return list(range(self.world_size))
+        waiting = {rank for rank, what in self._news.items() if isinstance(what, Failed) and what.waits}
+        kept = reachable - (set(self._failure.ranks) - waiting) - self._dead_ranks().keys()
+        return [rank for rank in range(self.world_size) if rank not in kept]
+
     # ---- messages
 
-    def _send_all(self, frame: bytes) -> None:
+    def _send_all(self, message: messages.Message) -> None:
+        frame = messages.encode(message)
         lost = {}
         for rank, channel in self._channels.items():
             try:
@@ -172,22 +255,46 @@ class RemoteShardGroup(ShardGroup):
         if lost:
             raise self._fail(lost)
 
-    def _gather(self, kind: type[M], deadline: float, task: str) -> list[M]:
+    def _gather(self, kind: type[M], deadline: float, task: str, ranks: Sequence[int] | None = None) -> list[M]:
         """The next message of every rank, each of which must be a `kind`; `task`: what a rank did not do in time."""
-        while not all(self._inbox):
+        ranks = range(self.world_size) if ranks is None else ranks
+        while missing := [rank for rank in ranks if not self._inbox[rank]]:
+            if self._cancelled.is_set():
+                raise self._fail({}, hung=True)
             remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                missing = [rank for rank in range(self.world_size) if not self._inbox[rank]]
-                raise self._fail({rank: f"did not {task}" for rank in missing}, hung=True)
-            if not self._read(min(POLL_S, remaining)):
-                dead = {rank: why for rank, why in self._dead_ranks().items() if not self._inbox[rank]}
-                if dead:
-                    raise self._fail(dead)
-        taken = [inbox.popleft() for inbox in self._inbox]
-        wrong = {rank: f"sent {type(m).__name__}, not {kind.__name__}" for rank, m in enumerate(taken) if type(m) is not kind}
+            # ranks that say all the time that they are alive leave no silence in which to look at the others
+            if self._read(max(min(POLL_S, remaining), 0.0)) and time.monotonic() - self._listened < POLL_S:
+                continue
+            while self._read(0.0):
+                pass
+            self._look()
+            # only now: if the Driver itself came late, the answers lay there in time
+            missing = [rank for rank in missing if not self._inbox[rank]]
+            if missing and remaining <= 0:
+                silent = [rank for rank in missing if self._silent_for(rank) > SUSPECT_S]
+                raise self._fail({rank: f"did not {task}" for rank in silent or missing}, hung=True)
+        taken = {rank: self._inbox[rank].popleft() for rank in ranks}
+        wrong = {rank: f"sent {type(m).__name__}, not {kind.__name__}" for rank, m in taken.items() if type(m) is not kind}
         if wrong:
             raise self._fail(wrong)
-        return taken  # type: ignore[return-value]
+        return list(taken.values())  # type: ignore[arg-type]
+
+    def _look(self) -> None:
+        """After all that was sent has been read: has a process ended, or fallen silent?"""
+        dead = {rank: why for rank, why in self._dead_ranks().items() if not self._inbox[rank]}
+        if dead:
+            raise self._fail(dead)
+        now = time.monotonic()
+        if now - self._listened > SUSPECT_S:  # nobody listened, or the whole machine stood still
+            self._heard = dict.fromkeys(self._heard, now)
+        self._listened = now
+        limit = SILENCE_S if self.ranks else START_SILENCE_S
+        silent = [rank for rank in self._heard if self._silent_for(rank) > limit]
+        if silent:
+            raise self._fail({rank: f"has given no sign of life for {limit:g} s" for rank in silent}, hung=True)
+
+    def _silent_for(self, rank: int) -> float:
+        return time.monotonic() - self._heard.get(rank, 0.0)
 
     def _read(self, timeout: float) -> bool:
         """Take in what the sockets hold, waiting at most `timeout` for the first of it; whether there was anything."""
@@ -214,6 +321,9 @@ class RemoteShardGroup(ShardGroup):
         except ChannelClosed:
             self._strangers.remove(stranger)  # if it was a shard of ours, its process tells why
             return True
+        if isinstance(message, Alive):
+            self._heard[message.rank] = time.monotonic()
+            return True
         self._strangers.remove(stranger)
         rank = getattr(message, "rank", -1)
         generation = getattr(message, "generation", self.generation)
@@ -230,13 +340,14 @@ class RemoteShardGroup(ShardGroup):
             self._channels[rank] = stranger
             self._hellos[rank] = message
             self._inbox[rank].append(message)
+            self._heard[rank] = time.monotonic()
             self._registered[rank] = stranger.fileno()
             self._selector.register(stranger.fileno(), selectors.EVENT_READ, rank)
         return True
 
     def _take_in(self, timeout: float) -> bool:
         """One message of each rank that has sent some; raises the failure if a rank has failed or gone."""
-        ready = self._selector.select(timeout) if self._channels else []
+        ready = self._selector.select(timeout) if self._registered else []
         news: dict[int, str | Failed] = {}
         for key, _ in ready:
             self._receive(key.data, news)
@@ -249,11 +360,34 @@ class RemoteShardGroup(ShardGroup):
             message = self._channels[rank].receive(POLL_S)
         except (ChannelClosed, ChannelTimeout) as error:
             news.setdefault(rank, str(error))
+            self._unregister(rank)
             return
+        self._heard[rank] = time.monotonic()
+        if isinstance(message, Alive):
+            return
+        if rank in self._regrouping:
+            if isinstance(message, Hello) and message.generation == self.generation:
+                self._regrouping.remove(rank)
+            elif not isinstance(message, Failed) or message.waits:
+                return
         if isinstance(message, Failed):
             news[rank] = message
         else:
             self._inbox[rank].append(message)
+
+    def _unregister(self, rank: int) -> None:
+        descriptor = self._registered.pop(rank, None)
+        if descriptor is not None:
+            self._selector.unregister(descriptor)
+
+    def _drop(self, rank: int) -> None:
+        """Forget a rank's process: its channel is closed, nothing more is heard of it."""
+        self._unregister(rank)
+        channel = self._channels.pop(rank, None)
+        if channel is not None:
+            channel.close()
+        self._hellos.pop(rank, None)
+        self._heard.pop(rank, None)
 
     # ---- failures
 
@@ -261,30 +395,37 @@ class RemoteShardGroup(ShardGroup):
         if self._failure is not None:
             raise self._failure
 
+    def _raise_if_cancelled(self) -> None:
+        """For `_spawn` to call wherever it waits."""
+        if self._cancelled.is_set():
+            raise self._fail({}, hung=True)
+
     def _fail(self, news: Mapping[int, str | Failed], hung: bool = False) -> ShardFailure:
         """The failure to raise: waits a moment for other ranks' news, then names the ranks at the root of it."""
         self._news = dict(news)
         if not hung:
             self._listen_for_more(self._news)
         self._failure = describe(self._news, self._hellos)
+        known = [self._silent_for(rank) for rank in self._failure.ranks if rank in self._heard]
+        self._failure.detect_s = max(known, default=0.0)
         return self._failure
 
     def _listen_for_more(self, news: dict[int, str | Failed]) -> None:
         """Adds what other ranks say within a moment, and how processes ended whose sockets only closed."""
         deadline = time.monotonic() + ROOT_CAUSE_S
-        silent = dict(self._channels)
         while time.monotonic() < deadline:
-            for rank, channel in list(silent.items()):
-                if channel.closed or isinstance(news.get(rank), Failed):
-                    del silent[rank]  # nothing more will come from it
-                    self._selector.unregister(self._registered.pop(rank))
+            for stranger in self._strangers:  # ranks that fail before their hello has been taken
+                with contextlib.suppress(ChannelTimeout, ChannelClosed):
+                    message = stranger.receive(0.0)
+                    if isinstance(message, Failed):
+                        news[message.rank] = message
             # the end of a process says more than the end of its socket, but is known a little later
             dead = self._dead_ranks()
             news |= {rank: why for rank, why in dead.items() if not isinstance(news.get(rank), Failed)}
-            unexplained = {rank for rank, what in news.items() if not isinstance(what, Failed)} - dead.keys()
-            if not silent and not unexplained:
+            explained = dead.keys() | {rank for rank, what in news.items() if isinstance(what, Failed)}
+            if explained >= {*range(self.world_size)}:
                 return
-            for key, _ in self._selector.select(ROOT_CAUSE_POLL_S):
+            for key, _ in self._selector.select(ROOT_CAUSE_POLL_S) if self._registered else []:
                 self._receive(key.data, news)
 
     def _close_channels(self) -> None:
@@ -309,7 +450,7 @@ def describe(news: Mapping[int, str | Failed], hellos: dict[int, Hello]) -> Shar
             texts.append(f"{place(rank, hellos)} failed: {what.error}")
         else:
             texts.append(f"{place(rank, hellos)} {what}")
-    return ShardFailure(tuple(root), "; ".join(texts), traceback)
+    return ShardFailure(tuple(root), "; ".join(texts) or "the shards have been stopped", traceback)
 
 
 def refusal_of(

@@ -17,6 +17,9 @@ class Scheduler:
     running sequence decodes one token; what is left goes to prompt chunks, oldest request first. A request is admitted
     when it gets a slot per sample and can reserve every page that it may ever need, so it is never thrown out again.
 
+    A request that has run before, on shards that are gone, replays: its prompt in the same chunks, its output tokens one per
+    step through the decode path, as they were computed at first. That counts in the budget like any other token.
+
     Args:
         kept_pages: (sink, recent) where the method never reads others at decode, so that they are freed; None: all are kept.
         trace: whether decode rows are traced, where their request does not say otherwise.
@@ -47,6 +50,8 @@ class Scheduler:
         self._by_slot: dict[int, Sequence] = {}
         self._new_pages: list[tuple[int, list[int]]] = []
         self._page_copies: list[tuple[int, int]] = []
+        self.replayed_tokens = 0
+        self._rows_waited = False  # in the last step, for a chunk that was replayed
 
     # ---- add
 
@@ -56,15 +61,19 @@ class Scheduler:
         Raises:
             ValueError: it could never run: its reservation exceeds the whole cache.
         """
-        needed = sum(self._reservation(request))
+        self.check_fits(request)
+        self.waiting.append(request)
+
+    def check_fits(self, request: Request) -> None:
+        """Raises a ValueError if a request can never run: its reservation exceeds the whole cache."""
+        shared, private = self._reservation(request)
+        needed = shared + private * len(request.unfinished)
         if needed > self.allocator.total:
             raise ValueError(
                 f"the request needs {needed} pages of {self.page_size} tokens (prompt of {len(request.prompt_token_ids)} "
                 f"tokens, max_tokens={request.max_tokens}, n={request.num_samples}), but the cache has {self.allocator.total}; "
                 "lower max_tokens or n, or raise kv_cache_memory_bytes"
             )
-        request.sequences = [Sequence(request, index) for index in range(request.num_samples)]
-        self.waiting.append(request)
 
     @property
     def has_work(self) -> bool:
@@ -75,12 +84,18 @@ class Scheduler:
     def schedule(self, step: int, generation: int) -> StepPlan:
         """The next step's plan. Page ids and slots that it names are held by their sequences from here on."""
         plan = StepPlan(step=step, generation=generation)
+        while self.waiting and self.waiting[0].replays and self._admit(self.waiting[0], plan):
+            self.running.append(self.waiting.popleft())  # they had been admitted before
         budget = self.max_num_batched_tokens
-        for sequence in self._running_sequences():
-            if not sequence.in_prefill:
-                plan.decode.append(self._decode_row(sequence))
-                budget -= 1
-        for request in self.running:
+        prompts = [request for request in self.running if request.leader.in_prefill]
+        replayed = next((request for request in prompts if request.leader.replays), None)
+        # A chunk is replayed whole. Behind the decode rows it might never find the room that it had at first, so it goes
+        # before them, but not in two steps on end.
+        if replayed is not None and not self._rows_waited:
+            budget -= self._prefill(replayed, budget, plan)
+            prompts.remove(replayed)
+        budget -= self._decode(budget, plan)
+        for request in prompts:
             budget -= self._prefill(request, budget, plan)
         while budget > 0 and self.waiting and self._admit(self.waiting[0], plan):
             request = self.waiting.popleft()
@@ -90,11 +105,19 @@ class Scheduler:
         plan.page_copies, self._page_copies = self._page_copies, []
         return plan
 
+    def _decode(self, budget: int, plan: StepPlan) -> int:
+        """Add a row for every sequence that decodes, as far as the budget goes; returns their number."""
+        ready = [sequence for sequence in self._running_sequences() if not sequence.in_prefill]
+        plan.decode = [self._decode_row(sequence) for sequence in ready[:budget]]
+        self._rows_waited = len(ready) > budget
+        return len(plan.decode)
+
     def _running_sequences(self) -> Iterator[Sequence]:
-        """Sequences that hold pages: of a request whose prompt is not yet computed, only the first."""
+        """Sequences that hold pages: of a request whose prompt is not yet computed, only the leader."""
         for request in self.running:
-            for sequence in request.sequences:
-                if sequence.finish_reason is None and (sequence.index == 0 or sequence.forked):
+            leader = request.leader
+            for sequence in request.unfinished:
+                if sequence is leader or sequence.forked:
                     yield sequence
 
     def _decode_row(self, sequence: Sequence) -> DecodeRow:
@@ -102,9 +125,12 @@ class Scheduler:
         self._evict(sequence, position + 1)
         self._grow(sequence, position + 1)
         row = DecodeRow(slot=sequence.slot, position=position, token=None, samples=[])
+        if sequence.in_prompt or position < sequence.known_end:
+            row.token = sequence.token(position)
+        if sequence.replays:
+            return row
         row.trace = self.trace and request.traces(position)
         if sequence.in_prompt:
-            row.token = sequence.token(position)
             self._want_prompt_logprobs(row, request, position)
         if position == sequence.num_tokens - 1:
             row.samples = self._samples(sequence)
@@ -122,36 +148,44 @@ class Scheduler:
             return []
         if sequence.output_token_ids:
             return [sequence.slot]
-        return [sibling.slot for sibling in sequence.request.sequences]
+        return [sibling.slot for sibling in sequence.request.unfinished]
 
     def _prefill(self, request: Request, budget: int, plan: StepPlan) -> int:
         """Add the request's next prompt chunk to the plan; returns its tokens."""
-        sequence = request.sequences[0]
+        sequence = request.leader
         if not sequence.in_prefill or budget <= 0:
             return 0
         start = sequence.num_computed
-        end = min(request.prefill_length, start + budget)
+        if sequence.replays:
+            end = next(border for border in request.chunk_borders if border > start)
+            if end > start + budget:
+                return 0
+        else:
+            end = min(request.prefill_length, start + budget)
         prompt = request.prompt_token_ids
         self._grow(sequence, end)
-        ends_prompt = end == len(prompt)
-        chunk = PrefillChunk(sequence.slot, start, prompt[start:end], self._samples(sequence) if ends_prompt else [])
-        if request.params.prompt_logprobs is not None:
+        ends_known = end == sequence.num_tokens
+        chunk = PrefillChunk(sequence.slot, start, prompt[start:end], self._samples(sequence) if ends_known else [])
+        if request.params.prompt_logprobs is not None and not sequence.replays:
             chunk.targets, chunk.prompt_logprobs = prompt[start + 1 : end + 1], request.params.prompt_logprobs
         plan.prefill.append(chunk)
         return end - start
 
     def _admit(self, request: Request, plan: StepPlan) -> bool:
         """Give the request its slots and reserve its pages; False, and nothing changes, if they are not there."""
-        if len(self._free_slots) < len(request.sequences) or not self.allocator.reserve(sum(self._reservation(request))):
+        sequences = request.unfinished
+        shared, private = self._reservation(request)
+        if len(self._free_slots) < len(sequences) or not self.allocator.reserve(shared + private * len(sequences)):
             return False
         params = request.params
         suppressed = sorted(request.stop_token_ids) if params.min_tokens > 0 else []
-        for sequence in request.sequences:
+        for sequence in sequences:
             sequence.slot = self._free_slots.pop()
             self._by_slot[sequence.slot] = sequence
             plan.setups.append(
                 SlotSetup(
                     slot=sequence.slot,
+                    prompt_length=len(request.prompt_token_ids),
                     prefill_length=request.prefill_length,
                     seed=request.seed,
                     sample_index=sequence.index,
@@ -167,7 +201,7 @@ class Scheduler:
         return True
 
     def _reservation(self, request: Request) -> tuple[int, int]:
-        """Pages that the request can ever hold: (full prompt pages, shared by its samples; all others).
+        """Pages that the request can ever hold: (full prompt pages, shared by its samples; all others of one sample).
 
         No `take` exceeds it, with eviction either. Call a sample's pages past the shared ones its own. Up to the end of its
         prefill, and when it forks, those are prompt pages at most. From then on it grows in `_decode_row` alone, which
@@ -178,7 +212,7 @@ class Scheduler:
         private = pages_for(prompt + request.max_tokens, self.page_size) - shared
         if self.kept_pages is not None:
             private = min(private, max(pages_for(prompt, self.page_size) - shared, sum(self.kept_pages)))
-        return shared, private * request.num_samples
+        return shared, private
 
     def _evict(self, sequence: Sequence, num_tokens: int) -> None:
         """Free the pages outside the window of a decode step over `num_tokens` tokens: later steps read none of them either."""
@@ -215,16 +249,22 @@ class Scheduler:
         committed: list[tuple[Sequence, int | None]] = []
         for part in plan.parts:
             sequence = self._by_slot[part.slot]
+            request = sequence.request
+            if sequence.replays:
+                request.metrics.num_replayed_tokens += part.num_tokens
+                self.replayed_tokens += part.num_tokens
+            elif isinstance(part, PrefillChunk):
+                request.chunk_borders.append(part.end)
             sequence.num_computed = part.end
-            if isinstance(part, PrefillChunk):
-                sequence.chunk_borders.append(part.end)
             for slot in part.samples:
                 sampled = self._by_slot[slot]
                 sampled.output_token_ids.append(next(new_tokens))
                 committed.append((sampled, sampled.output_token_ids[-1]))
-                if sampled is not sequence:
-                    self._fork(sequence, sampled)
-            if sequence.request.score and not sequence.in_prompt:
+            if part.end == len(request.prompt_token_ids):
+                for sibling in request.unfinished:
+                    if sibling is not sequence:
+                        self._fork(sequence, sibling)
+            if request.score and not sequence.in_prompt:
                 committed.append((sequence, None))
         assert next(new_tokens, None) is None, "a step returned more tokens than its plan samples"
         return committed
@@ -260,7 +300,7 @@ class Scheduler:
         self._page_copies = [copy for copy in self._page_copies if copy[1] not in held]
         sequence.pages = []
         shared, private = self._reservation(request)
-        self.allocator.unreserve(private // request.num_samples)
+        self.allocator.unreserve(private)
         del self._by_slot[sequence.slot]
         self._free_slots.append(sequence.slot)
         if request.finished:

@@ -1,4 +1,4 @@
-"""Request and Sequence: what the Driver remembers of work in progress. With the pages, all the state a rebuild would need."""
+"""Request and Sequence: what the Driver remembers of work in progress: all that a rebuild needs, and that a journal would."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ class Request:
     metrics: RequestMetrics
     stop_token_ids: frozenset[int]
     """Ids that end a sequence: EOS (unless ignored) and the caller's."""
-    sequences: list[Sequence] = field(default_factory=list)
     deadline: float | None = None
+    chunk_borders: list[int] = field(default_factory=list)
+    """Where each prefill chunk ended: after a rebuild it is prefilled with the same ones."""
+    sequences: list[Sequence] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sequences = [Sequence(self, index) for index in range(self.num_samples)]
 
     @property
     def num_samples(self) -> int:
@@ -47,13 +52,32 @@ class Request:
         return steps is None or position - self.prefill_length in steps
 
     @property
+    def unfinished(self) -> list[Sequence]:
+        return [sequence for sequence in self.sequences if sequence.finish_reason is None]
+
+    @property
+    def leader(self) -> Sequence:
+        """The sample that computes the prompt; the others fork from it at the prompt's end. The first that is unfinished."""
+        return next(sequence for sequence in self.sequences if sequence.finish_reason is None)
+
+    @property
     def finished(self) -> bool:
-        return all(sequence.finish_reason is not None for sequence in self.sequences)
+        return not self.unfinished
+
+    @property
+    def replays(self) -> bool:
+        """Some of its tokens were computed before, on shards that have lost them."""
+        return any(sequence.replays for sequence in self.unfinished)
+
+    def restart(self) -> None:
+        """Nothing of it is in a cache any more: all that it has computed is to be replayed, and then it goes on."""
+        for sequence in self.unfinished:
+            sequence.restart()
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One of a request's `n` samples. Sample 0 computes the prompt; the others fork from it at the first sampled token."""
+    """One of a request's `n` samples. One of them computes the prompt, the others fork from it at the prompt's end."""
 
     request: Request
     index: int
@@ -64,15 +88,19 @@ class Sequence:
     """One past the last evicted logical page; those before it, down to the sink pages, are gone too."""
     num_computed: int = 0
     """Tokens whose keys and values are in the cache."""
+    replay_end: int = 0
+    """Tokens that were computed before the last rebuild: up to there the same steps are taken again, and nothing is sampled,
+    scored or traced, since it has been published."""
+    known_end: int = 0
+    """Output tokens before this position were sampled before the last rebuild: the shards have to be told."""
     output_token_ids: list[int] = field(default_factory=list)
-    chunk_borders: list[int] = field(default_factory=list)
-    """Where each prefill chunk ended: a rebuild prefills with the same ones."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     text: CompletionText | None = None
     published_tokens: int = 0
+    last_token_time: float | None = None
     forked: bool = False
-    """Its pages are its own; False for a sample > 0 that still waits for the prompt to be computed."""
+    """Its pages are its own; False for the leader, and for one that still waits for the prompt to be computed."""
 
     @property
     def held_pages(self) -> list[int]:
@@ -82,6 +110,10 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def replays(self) -> bool:
+        return self.num_computed < self.replay_end
 
     @property
     def in_prefill(self) -> bool:
@@ -95,3 +127,10 @@ class Sequence:
         """The token at a position, of the prompt or of the output."""
         prompt = self.request.prompt_token_ids
         return prompt[position] if position < len(prompt) else self.output_token_ids[position - len(prompt)]
+
+    def restart(self) -> None:
+        """See `Request.restart`."""
+        self.replay_end = max(self.replay_end, self.num_computed)
+        self.known_end = self.num_tokens
+        self.slot, self.pages, self.evicted_end = -1, [], 0
+        self.num_computed, self.forked = 0, False

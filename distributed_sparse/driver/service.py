@@ -13,16 +13,22 @@ from typing import Any, TypeVar
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.driver import Driver, Updates
+from distributed_sparse.driver.engine_metrics import Readings
+from distributed_sparse.driver.recovery import Recovery
 from distributed_sparse.driver.shard_group import ShardFailure, ShardGroup
 
 logger = logging.getLogger(__name__)
 
 CLIENT_SILENCE_S = 30.0
 """A client that has not asked for its updates for so long has its requests aborted."""
-HEALTH_INTERVAL_S = 10.0
+HEALTH_INTERVAL_S = 20.0
+"""An engine is healthy if a step went through every rank within this time."""
+IDLE_STEP_S = 5.0
 """An idle engine sends an empty step through every rank this often."""
+IDLE_POLL_S = 0.25
+"""How often an idle engine looks whether its ranks are still there."""
 STOP_GRACE_S = 5.0
-"""How long a shutdown waits for the step that runs before it stops the shards under it."""
+"""How long a shutdown waits for the step that runs before it cancels it."""
 
 T = TypeVar("T")
 
@@ -55,11 +61,17 @@ class DriverService:
         self._closed = False
         self._failure: ShardFailure | None = None
         self._last_step = time.monotonic()
+        self._recovery = Recovery(self._driver, self._publish, self._notify)
         self._thread = threading.Thread(target=self._run, name="driver", daemon=True)
 
     def start(self) -> dict[str, Any]:
-        """Bring the shards up and start the loop; the ranks and the cache's size. Raises as `Driver.start`."""
-        self._driver.start()
+        """Bring the shards up and start the loop; the ranks and the cache's size. Raises as `Recovery.start`."""
+        try:
+            self._recovery.start()
+        except BaseException:
+            self._recovery.close()
+            self._group.stop()
+            raise
         self._last_step = time.monotonic()
         self._thread.start()
         return {"ranks": [rank.as_dict() for rank in self._group.ranks], "num_pages": self._group.num_pages}
@@ -107,14 +119,24 @@ class DriverService:
                 self._wake.wait(left)
 
     def stats(self) -> dict[str, Any]:
-        """The engine's counters; runs between two steps."""
-        return self._ask(self._driver.stats)
+        """The engine's counters; runs between two steps. While the shards are being rebuilt, theirs are of the last time."""
+
+        def ask() -> dict[str, Any]:
+            if self._failure is None:
+                self._recovery.run(self._driver.report)
+            return self._driver.stats() | self._recovery.stats()
+
+        return self._ask(ask)
+
+    def metrics(self) -> tuple[dict[str, float], Readings]:
+        """Gauges as they are now, and what was recorded since the last call. Waits for no step."""
+        return self._driver.gauges(), self._driver.metrics.take()
 
     def health(self) -> bool:
-        """True only if a step went through every rank within the last interval."""
-        if self._failure is not None or self._closed:
+        """True only if a step, an empty one if there is no work, went through every rank within the last interval."""
+        if self._failure is not None or self._closed or not self._recovery.up:
             return False
-        return time.monotonic() - self._last_step < 2 * HEALTH_INTERVAL_S
+        return time.monotonic() - self._last_step < HEALTH_INTERVAL_S
 
     def shutdown(self) -> None:
         """End every request, the loop and the shards. Idempotent."""
@@ -122,10 +144,11 @@ class DriverService:
             self._closed = True
             self._wake.notify_all()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(STOP_GRACE_S)
-            if self._thread.is_alive():  # in a step that a hung shard does not answer, or a long one
-                self._group.stop()
-                self._thread.join()
+            if self._recovery.up:
+                self._thread.join(STOP_GRACE_S)
+            self._recovery.cancel()  # the step is a long one, or a hung rank does not answer it
+            self._thread.join()
+        self._recovery.close()
         self._group.stop()
 
     # ---- the loop
@@ -136,12 +159,7 @@ class DriverService:
                 self._answer_calls()
                 self._abort_silent_clients()
                 self._publish(self._driver.expire())
-                if self._driver.has_work:
-                    self._publish(self._driver.step())
-                    self._last_step = time.monotonic()
-                elif time.monotonic() - self._last_step > HEALTH_INTERVAL_S:
-                    self._driver.check()
-                    self._last_step = time.monotonic()
+                self._recovery.run(self._advance)
         except ShardFailure as failure:
             self._fail(failure)
         except Exception as error:
@@ -150,9 +168,21 @@ class DriverService:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            if not self._inbox and not self._driver.has_work and not self._closed:
-                self._wake.wait(HEALTH_INTERVAL_S / 4)
+            idle = self._recovery.busy or not self._driver.has_work
+            if idle and not self._inbox and not self._closed:
+                self._wake.wait(IDLE_POLL_S)
             return not self._closed
+
+    def _advance(self) -> None:
+        """One step, or while there is nothing to do a look at the shards."""
+        if not self._driver.has_work and time.monotonic() - self._last_step < IDLE_STEP_S:
+            self._group.check()
+            return
+        if self._driver.has_work:
+            self._publish(self._driver.step())
+        else:
+            self._driver.check()
+        self._last_step = time.monotonic()
 
     def _answer_calls(self) -> None:
         """Make the calls that have come so far; if one raises, those behind it are still in the inbox."""
@@ -160,6 +190,10 @@ class DriverService:
             with self._wake:
                 call = self._inbox.popleft()
             call()
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify_all()
 
     def _publish(self, updates: Updates) -> None:
         if not updates:
@@ -188,6 +222,8 @@ class DriverService:
         self._failure = failure
         logger.error("the engine has stopped: %s", failure)  # with the shard's traceback
         self._publish(self._driver.fail_all(failure))
+        self._recovery.cancel()  # where the error was the driver's own, a rebuild may be under way
+        self._recovery.close()
         self._group.stop()
         while True:  # answer what still comes in
             with self._wake:

@@ -54,13 +54,16 @@ class RankInfo:
 
 
 class ShardFailure(RuntimeError):
-    """A shard failed, died, or did not answer in time; its group can only be stopped.
+    """A shard failed, died, or did not answer in time; its group can only be rebuilt or stopped.
 
     Attributes:
         ranks: the ranks at the root of it, ascending; empty where no rank was reached at all.
         cause: what happened, for the user: rank, node, process and error.
         traceback: the shard's own traceback, where it could still send one.
+        detect_s: seconds since the last sign of life of these ranks: when it was noticed, it was no older than that.
     """
+
+    detect_s: float = 0.0
 
     def __init__(self, ranks: Sequence[int], cause: str, traceback: str = "") -> None:
         super().__init__(tuple(ranks), cause, traceback)  # the constructor's own arguments: so it can be pickled
@@ -73,7 +76,9 @@ class ShardFailure(RuntimeError):
 
 
 class ShardGroup(ABC):
-    """The ranks of one generation. The Driver's one thread calls it: start, then send and collect in turn, then stop.
+    """The ranks, from one generation to the next: start, then send and collect in turn, rebuild after a failure, then stop.
+
+    One thread at a time calls it; only `cancel` may be called beside another verb.
 
     Attributes:
         world_size: number of ranks.
@@ -107,12 +112,23 @@ class ShardGroup(ABC):
         return self.ranks[0].forks_copy_pages
 
     @abstractmethod
-    def start(self) -> list[RankInfo]:
+    def start(self, deadline: float | None = None) -> list[RankInfo]:
         """Bring every rank up, weights loaded, cache allocated, warm; the ranks, in rank order.
 
+        Args:
+            deadline: when they must be ready (`time.monotonic`); None: `startup_timeout_s` from now.
+
         Raises:
-            ValueError: the ranks cannot be placed, or their versions, weights or methods differ.
-            ShardFailure: a rank failed, died or was not ready before the start-up deadline. The group is stopped.
+            ValueError: the ranks cannot be placed, or their versions, weights or methods differ. The group is stopped.
+            ShardFailure: a rank failed, died or was not ready in time.
+        """
+
+    @abstractmethod
+    def rebuild(self, deadline: float | None = None) -> list[RankInfo]:
+        """After a ShardFailure: bring every rank up as the next generation; nothing is left of what the caches held.
+
+        Ranks that failed are ended and replaced; others stay, with their weights, where the collectives' backend allows it.
+        Plans that were sent are forgotten. Arguments and errors: as `start`.
         """
 
     @abstractmethod
@@ -138,6 +154,10 @@ class ShardGroup(ABC):
         Raises:
             ShardFailure: a rank has gone.
         """
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """From any thread: whatever verb waits for ranks raises ShardFailure soon, and so does every later one but `stop`."""
 
     @abstractmethod
     def stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict, deque
+from dataclasses import dataclass
 
 from distributed_sparse.driver.messages import StepPlan, StepResult
 
@@ -14,6 +15,23 @@ FIRST_STEPS_TIMEOUT_S = 120.0
 FIRST_STEPS = 8
 KEPT = 256
 """Steps remembered, of each kind and for the medians."""
+
+
+@dataclass(frozen=True)
+class StepClock:
+    """When the things of one step happened, on the Driver's monotonic clock, in seconds."""
+
+    began: float
+    """Scheduling began."""
+    sent: float
+    received: float
+    """The last rank's result was there."""
+    ended: float
+    """Committed."""
+    cpu: float
+    """Processor time of the Driver's thread."""
+    received_before: float | None
+    """The last result of the step before; None where there was a pause between, or shards have another machine's clock."""
 
 
 class StepTimes:
@@ -31,6 +49,8 @@ class StepTimes:
             "driver_p50": deque(maxlen=KEPT),  # schedule and commit
             "shard_p50": deque(maxlen=KEPT),  # the slowest shard's own time
             "overhead_p50": deque(maxlen=KEPT),  # the whole step less the slowest shard's own time
+            "driver_cpu_p50": deque(maxlen=KEPT),  # processor time of the Driver's thread
+            "gap_p50": deque(maxlen=KEPT),  # last result of a step received to the next step begun by all shards
         }
 
     def timeout(self, plan: StepPlan) -> float:
@@ -42,16 +62,18 @@ class StepTimes:
             return FIRST_STEPS_TIMEOUT_S
         return max(TIMEOUT_FLOOR_S, TIMEOUT_FACTOR * seen[int(0.99 * (len(seen) - 1))])
 
-    def add(
-        self, plan: StepPlan, results: list[StepResult], started: float, sent: float, received: float, ended: float
-    ) -> None:
-        """Remember a step; times of one monotonic clock: scheduling began, plan sent, last result received, committed."""
+    def add(self, plan: StepPlan, results: list[StepResult], times: StepClock) -> None:
+        """Remember a step."""
         slowest = max(result.step_ms for result in results) / 1e3
-        self._by_kind[kind_of(plan)].append(received - sent)
-        self._parts["step_p50"].append(received - sent)
-        self._parts["driver_p50"].append(sent - started + ended - received)
+        step = times.received - times.sent
+        self._by_kind[kind_of(plan)].append(step)
+        self._parts["step_p50"].append(step)
+        self._parts["driver_p50"].append(times.sent - times.began + times.ended - times.received)
         self._parts["shard_p50"].append(slowest)
-        self._parts["overhead_p50"].append(ended - started - slowest)
+        self._parts["overhead_p50"].append(times.ended - times.began - slowest)
+        self._parts["driver_cpu_p50"].append(times.cpu)
+        if times.received_before is not None:
+            self._parts["gap_p50"].append(max(result.started for result in results) - times.received_before)
 
     def medians_ms(self) -> dict[str, float]:
         """The medians of the last steps, in ms."""

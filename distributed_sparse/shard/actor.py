@@ -16,6 +16,7 @@ class Place:
 
     node_id: str
     node_ip: str
+    pid: int
     gpus: tuple[int, ...]
     """Indices of the GPUs that Ray has given it, as the node counts them."""
     num_cores: int
@@ -24,7 +25,7 @@ class Place:
 
 @ray.remote(max_restarts=0)
 class ShardActor:
-    """Asked where it is, then told to run. Never restarted: a group is rebuilt as a whole."""
+    """Asked where it is, then told to run. Never restarted by Ray: its group puts another in its place."""
 
     def where(self) -> Place:
         context = ray.get_runtime_context()
@@ -32,6 +33,7 @@ class ShardActor:
         return Place(
             node_id=context.get_node_id(),
             node_ip=ray.util.get_node_ip_address(),
+            pid=os.getpid(),
             gpus=tuple(int(gpu) for gpu in gpus if str(gpu).isdigit()),
             num_cores=len(os.sched_getaffinity(0)),
         )

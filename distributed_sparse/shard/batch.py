@@ -115,7 +115,13 @@ def _decode_batch(
     rows, *lengths = torch.from_numpy(host).to(slots.device, non_blocking=True).unbind(0)
     setups = [slots.setup(slot) for slot in decode_slots.tolist()]
     seeds = np.array([setup.seed for setup in setups], dtype=np.uint64)
-    samples = np.array([setup.sample_index for setup in setups])
+    # the prompt is the same whichever sample computes it
+    samples = np.array(
+        [
+            setup.sample_index if position >= setup.prompt_length else 0
+            for setup, position in zip(setups, (context_lens - 1).tolist())
+        ]
+    )
     key = np.stack([seeds & np.uint64(0xFFFFFFFF), seeds >> np.uint64(32), samples, context_lens - 1]).astype(np.int64)
     table = slots.page_table[:, : int(num_pages.max())].index_select(0, rows)
     return DecodeBatch(

@@ -16,14 +16,14 @@ class CollectiveError(RuntimeError):
 
 
 class Collectives:
-    """The calls between the ranks of one generation; one rank needs none and pays nothing.
+    """The calls between the ranks; one rank needs none and pays nothing. `meet` comes first.
 
     No global process group is made, so one process may hold several of these.
 
     Args:
         rank: of `world_size`.
         device: the tensors' device: gloo serves "cpu", NCCL serves "cuda".
-        store: where the ranks meet; they meet under `gen{generation}`, so a rebuilt group never sees the old one's keys.
+        store: where the ranks meet.
         node_ip: the address that gloo listens on (a hostname may resolve to 127.0.0.1).
         timeout: seconds that one call, the meeting included, may wait for the other ranks.
 
@@ -39,27 +39,39 @@ class Collectives:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         store: dist.Store | None = None,
-        generation: int = 0,
         node_ip: str = "127.0.0.1",
         timeout: float = 1800.0,
     ) -> None:
+        assert store is not None or world_size == 1, "more than one rank meets at a store"
         self.rank = rank
         self.world_size = world_size
         self._device = torch.device(device)
+        self._store = store
+        self._node_ip = node_ip
+        self._timeout = timedelta(seconds=timeout)
         self.reset_counts()
         self.timer: Callable[[str], AbstractContextManager[None]] | None = None
         self._group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None = None
-        if world_size > 1:
-            assert store is not None, "more than one rank meets at a store"
-            prefixed = dist.PrefixStore(f"gen{generation}", store)
-            limit = timedelta(seconds=timeout)
-            try:
-                if self._device.type == "cuda":
-                    self._group = nccl_group(prefixed, rank, world_size, limit)
-                else:
-                    self._group = gloo_group(prefixed, rank, world_size, node_ip, limit)
-            except RuntimeError as error:
-                raise self._incomplete("rendezvous", error) from error
+
+    def meet(self, generation: int = 0) -> None:
+        """Leave the group of before, if there was one, and meet the other ranks under `gen{generation}`.
+
+        So a rebuilt group never sees the old one's keys. A broken gloo group can be left; a broken NCCL group need not let go.
+
+        Raises:
+            CollectiveError: they did not all come.
+        """
+        self.close()
+        if self._store is None:
+            return
+        prefixed = dist.PrefixStore(f"gen{generation}", self._store)
+        try:
+            if self._device.type == "cuda":
+                self._group = nccl_group(prefixed, self.rank, self.world_size, self._timeout)
+            else:
+                self._group = gloo_group(prefixed, self.rank, self.world_size, self._node_ip, self._timeout)
+        except RuntimeError as error:
+            raise self._incomplete("rendezvous", error) from error
 
     def reset_counts(self) -> None:
         """Forget what was counted so far (warm-up)."""
@@ -105,7 +117,7 @@ class Collectives:
             flag.item()
 
     def close(self) -> None:
-        """Leave the group; nothing may be called after it. Harmless when called again."""
+        """Leave the group; only `meet` may be called after it. Harmless when called again."""
         group, self._group = self._group, None
         if group is not None:
             group.shutdown()

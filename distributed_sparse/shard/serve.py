@@ -1,4 +1,6 @@
-"""serve: the life of one shard: say hello, load, allocate, then a result for every plan until told to stop.
+"""serve: the life of one shard: say hello, join, load, allocate, then a result for every plan until told to stop.
+
+When another rank fails it keeps its weights, says hello to the next generation, and goes on.
 
 Needs no Ray: an actor runs it, and so does any process.
 """
@@ -7,18 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 import os
 import platform
 import socket
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from distributed_sparse.driver.channel import Channel, ChannelClosed, connect
-from distributed_sparse.driver.messages import AllocateCache, Failed, Hello, Loaded, Ready, StepPlan, StepResult, Stop
+from distributed_sparse.driver.messages import (
+    Alive,
+    AllocateCache,
+    Failed,
+    Hello,
+    Join,
+    Loaded,
+    Message,
+    Ready,
+    Regroup,
+    StepPlan,
+    StepResult,
+    Stop,
+)
 
 if TYPE_CHECKING:
     from distributed_sparse.config import EngineConfig
@@ -27,6 +46,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMPARED_PACKAGES = ("distributed-sparse", "torch", "triton")
+HEARTBEAT_S = 0.5
+"""A shard says that it is alive this often."""
 
 
 class ShardLife(Protocol):
@@ -36,7 +57,7 @@ class ShardLife(Protocol):
         """Weights in place; how many pages would fit."""
 
     def allocate(self, num_pages: int) -> Ready:
-        """Cache allocated, warm-up done."""
+        """Cache allocated, warm-up done. Called again in every generation, for nothing to be left of the last one's counts."""
 
     def step(self, plan: StepPlan) -> StepResult:
         """One step."""
@@ -79,39 +100,111 @@ def run_shard(arguments: ShardArguments) -> None:
     with contextlib.ExitStack() as opened:
         channel = connect(arguments.address, arguments.secret, arguments.config.startup_timeout_s)
         opened.callback(channel.close)
+        opened.enter_context(heartbeat(channel, arguments.rank))
+        serving = Serving(arguments)
+        opened.callback(serving.close)
         try:
-            serve(channel, arguments, opened)
+            channel.send(serving.hello)
+            while not isinstance(message := channel.receive(), Stop):
+                channel.send(serving.answer(message))
         except ChannelClosed as error:
             logger.warning("rank %d ends: the driver has gone (%s)", arguments.rank, error)
         except BaseException as error:
-            # told before anything is closed: leaving a broken collective group may take for ever
+            # told before anything is closed, which takes a while
             with contextlib.suppress(OSError):
-                channel.send(Failed(arguments.rank, f"{type(error).__name__}: {error}", traceback.format_exc()))
+                channel.send(failed(arguments.rank, error))
             raise
 
 
-def serve(channel: Channel, arguments: ShardArguments, opened: contextlib.ExitStack) -> None:
-    """Introduce this rank, start its shard, and answer plans until `Stop`; `opened` closes what it opens.
+@contextlib.contextmanager
+def heartbeat(channel: Channel, rank: int) -> Iterator[None]:
+    """Say `Alive` every `HEARTBEAT_S` from a thread of its own, as long as the block runs."""
+    ended = threading.Event()
 
-    Raises:
-        ChannelClosed: the Driver has gone.
-        Exception: whatever the shard raised.
-    """
-    channel.send(introduction(arguments))
-    collectives = make_collectives(arguments)
-    opened.callback(collectives.close)
-    shard = make_shard(arguments.config, arguments.rank, arguments.world_size, collectives, arguments.shard_factory)
-    opened.callback(shard.close)
-    channel.send(shard.load())
-    while True:
-        message = channel.receive()
-        if isinstance(message, StepPlan):
-            channel.send(shard.step(message))
-        elif isinstance(message, AllocateCache):
-            channel.send(shard.allocate(message.num_pages))
-        else:
-            assert isinstance(message, Stop)
-            return
+    def beat() -> None:
+        with contextlib.suppress(OSError):  # the Driver has gone: the thread that receives finds out, too
+            while not ended.wait(HEARTBEAT_S):
+                channel.send(Alive(rank))
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+class Serving:
+    """A shard and its collectives, from one generation to the next; `answer` does what one message asks for."""
+
+    def __init__(self, arguments: ShardArguments) -> None:
+        self._arguments = arguments
+        self._generation = arguments.generation
+        self._collectives: Collectives | None = None
+        self._shard: ShardLife | None = None
+        self._loaded: Loaded | None = None
+
+    @functools.cached_property
+    def _introduction(self) -> Hello:
+        return introduction(self._arguments)
+
+    @property
+    def hello(self) -> Hello:
+        """The first word in this generation."""
+        return msgspec.structs.replace(self._introduction, generation=self._generation)
+
+    def answer(self, message: StepPlan | Join | AllocateCache | Regroup) -> Message:
+        """What to send back.
+
+        A collective that breaks off is another rank's failure: this one keeps its weights, and waits to be regrouped.
+
+        Raises:
+            Exception: whatever the shard raised; it cannot go on.
+        """
+        try:
+            if isinstance(message, StepPlan):
+                assert self._shard is not None
+                return self._shard.step(message)
+            if isinstance(message, Join):
+                return self._join()
+            if isinstance(message, AllocateCache):
+                assert self._shard is not None
+                return self._shard.allocate(message.num_pages)
+            assert isinstance(message, Regroup)
+            self._generation = message.generation
+            return self.hello
+        except Exception as error:
+            from distributed_sparse.shard.collectives import CollectiveError
+
+            if not isinstance(error, CollectiveError):
+                raise
+            if self._collectives is not None:
+                self._collectives.close()  # ranks that wait for this one in turn find out now
+            return failed(self._arguments.rank, error, waits=True)
+
+    def _join(self) -> Loaded:
+        if self._collectives is None:
+            self._collectives = make_collectives(self._arguments)
+        self._collectives.meet(self._generation)
+        if self._shard is None:
+            given = self._arguments
+            self._shard = make_shard(given.config, given.rank, given.world_size, self._collectives, given.shard_factory)
+        if self._loaded is None:
+            self._loaded = self._shard.load()
+        return self._loaded
+
+    def close(self) -> None:
+        """Give back what the shard and the collectives hold."""
+        if self._shard is not None:
+            self._shard.close()
+        if self._collectives is not None:
+            self._collectives.close()
+
+
+def failed(rank: int, error: BaseException, waits: bool = False) -> Failed:
+    """What a shard tells of an exception."""
+    return Failed(rank, f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)), waits)
 
 
 def introduction(arguments: ShardArguments) -> Hello:
@@ -142,7 +235,7 @@ def versions() -> dict[str, str]:
 
 
 def make_collectives(arguments: ShardArguments) -> Collectives:
-    """Set this process's threads and device, then meet the other ranks."""
+    """Set this process's threads and device; then what it will meet the other ranks with."""
     import torch
     import torch.distributed as dist
 
@@ -163,7 +256,6 @@ def make_collectives(arguments: ShardArguments) -> Collectives:
         world_size=arguments.world_size,
         device=device,
         store=dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout)),
-        generation=arguments.generation,
         node_ip=arguments.node_ip,
         timeout=timeout,
     )

@@ -50,6 +50,7 @@ class Shard:
         self.spec = ShardSpec(rank, world_size)
         self.collectives = collectives
         self.device = resolve_device(config.device)
+        self.num_pages = 0
 
     @torch.inference_mode()
     def load(self) -> Loaded:
@@ -97,9 +98,15 @@ class Shard:
 
     @torch.inference_mode()
     def allocate(self, num_pages: int) -> Ready:
-        """Make the cache, and run one step of each kind through it, so that kernels are compiled before READY."""
+        """Make the cache, and run one step of each kind through it, so that kernels are compiled before READY.
+
+        A rank that outlives another keeps its cache: pages count as empty, since whoever is given one writes it from its start.
+        """
         with self._on_device():
-            self._make_cache(num_pages)
+            if num_pages != self.num_pages:
+                self._drop_cache()
+                self._make_cache(num_pages)
+                self.num_pages = num_pages
             self._warm_up()
         return Ready(
             rank=self.spec.rank, cache_bytes=num_pages * self.page_bytes[0], metadata_bytes=num_pages * self.page_bytes[1]
@@ -111,6 +118,10 @@ class Shard:
         self.attention = SparseAttention(self.geometry, self.policies, self.cache)
         self.slots = SlotTable(self.config.max_num_seqs, max_pages, self.device)
 
+    def _drop_cache(self) -> None:
+        for name in ("cache", "attention", "slots"):
+            self.__dict__.pop(name, None)
+
     def _profile_memory(self) -> None:
         """The largest step: all slots decode and sample over the longest context, beside a full budget of prompt tokens."""
         self._make_cache(1)
@@ -120,7 +131,7 @@ class Shard:
         plan = warm_up_plan(self.config.max_num_seqs, self.max_model_len, chunk_lens, num_targets)
         plan.decode[0].trace = self.config.trace  # rows are traced one after the other
         self.run(plan)
-        del self.cache, self.attention, self.slots
+        self._drop_cache()
 
     def _warm_up(self) -> None:
         """Run every kernel once, on the null page; on a GPU this compiles them, the sparse path at its full width."""
@@ -138,9 +149,10 @@ class Shard:
         Returns:
             On rank 0 the sampled tokens and log-probabilities, in the plan's order; on the others an acknowledgement.
         """
-        started = time.perf_counter()
+        began, started = time.monotonic(), time.perf_counter()
         with self._on_device():
             result = self.run(plan)
+            result.started = began
             if plan.report:
                 result.report = self._report()
             if self.device.type == "cuda" and not result.tokens:
@@ -229,8 +241,8 @@ class Shard:
     def close(self) -> None:
         """Leave the collective group and give the memory back. Harmless when called again."""
         self.collectives.close()
-        for name in ("model", "cache", "attention", "slots"):
-            self.__dict__.pop(name, None)
+        self._drop_cache()
+        self.__dict__.pop("model", None)
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ def warm_up_plan(num_decode: int, context_len: int, chunk_lens: list[int], num_t
     setups = [
         SlotSetup(
             slot=slot,
+            prompt_length=1,
             prefill_length=1,
             seed=0,
             sample_index=0,

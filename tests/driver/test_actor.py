@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from distributed_sparse.client import Client
+from distributed_sparse.client import Client, EngineError
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest
 from distributed_sparse.driver.shard_group import ShardFailure
 from distributed_sparse.sampling_params import SamplingParams
 from tests.driver.test_group import assert_gone, is_alive, placement_groups
 from tests.support.checkpoints import tiny_checkpoint
+from tests.support.process_group import open_ports
+from tests.support.ray_processes import ray_processes
 
 pytestmark = pytest.mark.ray
 
@@ -137,26 +139,86 @@ def test_wrong_settings_arrive_as_the_value_errors_that_they_are(local_ray, conf
             connect_driver(dataclasses.replace(config, **change), INFO, None)
 
 
-def test_a_dead_driver_fails_its_clients_and_leaves_nothing(local_ray, config):
-    import ray
-
+@pytest.fixture
+def doomed(local_ray, config):
+    """A Driver of its own with a client, to be killed: (driver, client, the Driver's pid, its shards' pids)."""
     from distributed_sparse.driver.actor import connect_driver
 
-    before = placement_groups()
+    others = processes_of("ray::DriverActor")
     driver = connect_driver(config, INFO, None)
+    (pid,) = processes_of("ray::DriverActor") - others
     client = Client(driver)
-    pids = [rank["pid"] for rank in driver.stats()["ranks"]]
-    updates = client.submit(new_requests(1, max_tokens=200))
-    ray.kill(driver._actor)
+    yield driver, client, pid, [rank["pid"] for rank in driver.stats()["ranks"]]
+    client.close()
+
+
+def processes_of(command: str) -> set[int]:
+    return {pid for pid, found in ray_processes(os.environ["RAY_TMPDIR"]).items() if found.startswith(command)}
+
+
+def ports_of(pids: list[int]) -> set[int]:
+    """TCP ports of this machine on which these processes listen or are connected."""
+    inodes = set()
+    for pid in pids:
+        links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
+        inodes |= {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {int(row[1].rpartition(":")[2], 16) for row in rows if row[9] in inodes}
+
+
+def wait_for(condition, timeout: float, what: str) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def assert_ended_with_its_driver(updates, killed: float) -> None:
+    """The request's last update says, at once, that the Driver has died."""
     while not (update := updates.get(timeout=30.0)).finished:
         pass
-    assert update.error_kind == "engine" and "Driver has died" in update.error
+    assert time.monotonic() - killed < 2.0
+    assert update.error_kind == "engine" and "the Driver has died: its process was killed" in update.error
+
+
+def test_a_killed_driver_fails_its_clients_at_once_and_leaves_nothing(doomed):
+    """Nobody calls shutdown: a client in a service, say, that only reports the error."""
+    driver, client, pid, shards = doomed
+    groups = placement_groups()
+    ports = ports_of([pid, *shards])
+    assert len(ports) >= 4, "each shard's connection and the store's are looked at"
+    updates = client.submit(new_requests(2, max_tokens=250))
+    assert not updates.get(timeout=30.0).finished
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    assert_ended_with_its_driver(updates, killed)
+    assert_gone([pid, *shards], timeout=5.0)
+    wait_for(lambda: len(placement_groups()) == len(groups) - 1, 5.0, "the placement group is left")
+    wait_for(lambda: not open_ports() & ports, 5.0, "a socket is left open")
+    assert time.monotonic() - killed < 6.0
+
     assert not driver.health()
     with pytest.raises(ShardFailure, match="Driver has died"):
         driver.stats()
-    client.close()
-    assert_gone(pids, timeout=10.0)
-    assert placement_groups() == before
+    with pytest.raises(EngineError, match="Driver has died"):
+        client.submit(new_requests(1))
+
+
+def test_a_driver_that_is_killed_in_the_middle_of_a_recovery_leaves_nothing(doomed):
+    """Its replacement for a killed shard has been asked for, and must not come up without it."""
+    _, client, pid, shards = doomed
+    groups, others = placement_groups(), processes_of("ray::ShardActor") - set(shards)
+    updates = client.submit(new_requests(2, max_tokens=250))
+    assert not updates.get(timeout=30.0).finished
+    os.kill(shards[1], signal.SIGKILL)
+    wait_for(lambda: processes_of("ray::ShardActor") - others - set(shards), 20.0, "the shard is not replaced")
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    assert_ended_with_its_driver(updates, killed)
+    wait_for(lambda: not processes_of("ray::ShardActor") - others, 5.0, "a shard is left")
+    wait_for(lambda: len(placement_groups()) == len(groups) - 1, 5.0, "the placement group is left")
+    time.sleep(1.0)
+    assert not processes_of("ray::ShardActor") - others, "a replacement came up after all"
 
 
 CLIENT = """

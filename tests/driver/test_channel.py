@@ -14,6 +14,7 @@ import pytest
 from distributed_sparse.driver import channel as channel_module
 from distributed_sparse.driver.channel import Channel, ChannelClosed, ChannelTimeout, Listener, connect
 from distributed_sparse.driver.messages import (
+    Alive,
     AllocateCache,
     DecodeRow,
     Failed,
@@ -72,6 +73,34 @@ def test_messages_arrive_whole_in_order_and_both_ways(channels):
     assert shard.receive(1.0) == Stop()
     shard.send(StepResult(step=3, rank=1, tokens=[9]))
     assert driver.receive(1.0) == StepResult(step=3, rank=1, tokens=[9])
+
+
+def test_messages_that_two_threads_send_at_once_do_not_mix(channels):
+    driver, shard = channels
+    block = LogprobBlock(slot=0, position=1, rows=1, width=1, token_ids=b"", logprobs=os.urandom(1 << 18), ranks=b"")
+    result = StepResult(step=3, rank=1, prompt_logprobs=[block])
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.is_set():
+            shard.send(Alive(0))
+
+    def answer() -> None:
+        for _ in range(20):
+            shard.send(result)
+        done.set()
+
+    threads = [threading.Thread(target=body) for body in (beat, answer)]
+    for thread in threads:
+        thread.start()
+    results: list[StepResult] = []
+    while len(results) < 20:
+        message = driver.receive(5.0)
+        if not isinstance(message, Alive):
+            results.append(message)
+    assert results == [result] * 20
+    for thread in threads:
+        thread.join(5.0)
 
 
 def test_a_message_larger_than_every_buffer_arrives_whole(channels):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, Req
 from distributed_sparse.driver.detokenizer import Detokenizer
 from distributed_sparse.driver.driver import Driver, derived_seed
 from distributed_sparse.driver.in_process import InProcessGroup
+from distributed_sparse.driver.shard_group import ShardFailure
 from distributed_sparse.output_builder import OutputBuilder, block_arrays
 from distributed_sparse.outputs import CompletionOutput, RequestOutput
 from distributed_sparse.sampling_params import SamplingParams
@@ -72,6 +74,17 @@ class Engine:
                 return
             self.step()
         raise AssertionError("work is left that never ends")
+
+    def recover(self) -> None:
+        """The shard fails in a step, and is made anew."""
+        shard = self.group._shard
+        assert shard is not None
+        shard.step = None  # type: ignore[assignment, method-assign]
+        with pytest.raises(ShardFailure):
+            self.driver.step()
+        self.group.rebuild()
+        for updates in self.driver.resume().values():
+            self._take(updates)
 
     def abort(self, *request_ids: str) -> None:
         self._take(self.driver.abort(list(request_ids)))
@@ -395,6 +408,48 @@ def test_a_prompt_of_the_whole_context_can_be_scored(engine: Engine) -> None:
     assert scores_of(engine, request_id)[0] == list(range(1, MAX_MODEL_LEN))
 
 
+# ---- after a recovery
+
+
+@pytest.mark.parametrize("failures", [(2,), (4, 5), (1, 9, 12)])
+def test_after_a_recovery_text_stop_strings_and_logprobs_go_on_as_if_nothing_had_been(
+    engine: Engine, path: Path, failures: tuple[int, ...]
+) -> None:
+    _, string = stop_string_in(engine)
+    requests: list[tuple[list[int], dict[str, Any]]] = [
+        (PROMPT, {"temperature": 0, "max_tokens": 40, "stop": [string], "logprobs": 2}),
+        (OTHER, {"temperature": 1.5, "max_tokens": 14, "n": 3, "seed": 11, "logprobs": 1, "prompt_logprobs": 2}),
+        (PROMPT, {"temperature": 0, "max_tokens": 9, "decode_last_prompt_tokens": 7, "prompt_logprobs": 0}),
+    ]
+    undisturbed = [engine.run(prompt, **params) for prompt, params in requests]
+    failing = Engine(path, max_num_batched_tokens=16)
+    ids = [failing.add(prompt, **params) for prompt, params in requests]
+    for step in range(max(failures) + 1):
+        failing.step()
+        if step in failures:
+            failing.recover()
+    failing.finish()
+    for request_id, whole in zip(ids, undisturbed):
+        output = failing.output(request_id)
+        for again, before in zip(output.outputs, whole.outputs, strict=True):
+            assert (again.token_ids, again.text) == (before.token_ids, before.text)
+            assert (again.finish_reason, again.stop_reason) == (before.finish_reason, before.stop_reason)
+            assert_equal_rows(again.logprobs, before.logprobs)
+        assert_equal_rows(output.prompt_logprobs, whole.prompt_logprobs)
+        assert output.metrics is not None and output.metrics.num_replayed_tokens > 0
+    assert failing.pages == (0, 0)
+
+
+def assert_equal_rows(again: Any, before: Any) -> None:
+    """Of log-probabilities: lists of dicts, or of None, or None."""
+    assert (again is None) == (before is None)
+    for row, other in zip(again or [], before or [], strict=True):
+        assert (row is None) == (other is None)
+        assert list(row or {}) == list(other or {})
+        for token, entry in (row or {}).items():
+            assert other is not None and entry.logprob == pytest.approx(other[token].logprob, abs=1e-4)
+
+
 # ---- time, abort, refusal
 
 
@@ -402,7 +457,8 @@ def test_a_prompt_of_the_whole_context_can_be_scored(engine: Engine) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The Driver's clock, which stands still until a test turns it."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("distributed_sparse.driver.driver.time", SimpleNamespace(monotonic=lambda: clock.now))
+    fake = SimpleNamespace(monotonic=lambda: clock.now, thread_time=time.thread_time)
+    monkeypatch.setattr("distributed_sparse.driver.driver.time", fake)
     return clock
 
 
@@ -589,10 +645,11 @@ def test_stats_count_requests_pages_and_steps(path: Path) -> None:
     waiting = engine.add(PROMPT, temperature=0, max_tokens=20, n=2)
     engine.add([], max_tokens=2)
     engine.step(3)
+    engine.driver.report()
     stats = engine.driver.stats()
     assert stats["requests"] == {"running": 1, "waiting": 1, "finished": 1, "aborted": 0, "failed": 1}
     assert stats["pages"] == {"total": engine.driver.allocator.total, "used": 2, "reserved": 3}
-    assert (stats["steps"], stats["generation"], stats["recoveries"]) == (4, 0, 0)
+    assert (stats["steps"], stats["generation"]) == (4, 0)
     assert stats["ranks"][0]["kv_heads"] == (0, 4)
     # 3 steps of which 2 were decode steps: 3 rows and 4 KV heads in 3 layers, each dense
     assert (stats["attention"]["rows_dense"], stats["attention"]["rows_sparse"]) == (3 * 4 * 3, 0)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.messages import StepPlan
 from distributed_sparse.driver.shard_group import ShardFailure
 from tests.support import stand_in_shard as stand_in
+from tests.support.ray_processes import ray_processes
 from tests.support.stand_in_shard import StandInShard
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -22,7 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 @pytest.fixture
 def config(tmp_path):
     return EngineConfig(
-        model=stand_in.write_checkpoint(tmp_path / "model"), tensor_parallel_size=2, device="cpu", startup_timeout_s=60.0
+        model=str(stand_in.write_checkpoint(tmp_path / "model")), tensor_parallel_size=2, device="cpu", startup_timeout_s=60.0
     )
 
 
@@ -146,3 +148,120 @@ def test_a_stopped_actor_meets_the_step_deadline_and_leaves_no_process(new_group
     group.stop()
     assert_gone(pids)
     assert time.monotonic() - began < 4.0
+
+
+# ---- rebuilt after a failure
+
+
+def fail(group, ranks: list[int], number: signal.Signals = signal.SIGKILL) -> ShardFailure:
+    """Signal these ranks' processes in a step that needs all ranks; the failure that comes of it."""
+    for rank in ranks:
+        os.kill(group.ranks[rank].pid, number)
+    with pytest.raises(ShardFailure) as caught:
+        step(group, 1, timeout=1.0 if number == signal.SIGSTOP else 20.0)
+    return caught.value
+
+
+def assert_steps(group, first: int) -> None:
+    assert [[result.tokens for result in step(group, number)] for number in (first, first + 1)] == [
+        [[3, first]] * 2,
+        [[3, first + 1]] * 2,
+    ]
+
+
+def placement_id(name: str) -> str:
+    import ray
+
+    return ray.util.get_placement_group(name).id.hex()
+
+
+def test_a_rank_that_is_killed_twice_is_replaced_in_its_own_bundle_and_the_other_stays(new_group, config):
+    group = new_group(config, name="kept")
+    before, placement, bundles = group.start(), placement_id("kept"), list(group._bundles)
+    pids = {before[1].pid}
+    for generation in (1, 2):
+        failure = fail(group, [1])
+        assert failure.ranks == (1,) and failure.detect_s < 1.0
+        assert "its process was killed" in failure.cause
+        survivor, replaced = group.rebuild()
+        assert (group.generation, survivor.pid) == (generation, before[0].pid)
+        pids.add(replaced.pid)
+        assert_steps(group, 5)
+    assert len(pids) == 3
+    assert placement_id("kept") == placement, "the resources were never given back"
+    assert group._bundles == bundles
+    group.check()
+
+
+def test_ranks_that_are_killed_together_are_both_replaced(new_group, config):
+    group = new_group(config, name="kept")
+    before, placement = group.start(), placement_id("kept")
+    assert fail(group, [0, 1]).ranks == (0, 1)
+    after = group.rebuild()
+    assert not {info.pid for info in before} & {info.pid for info in after}
+    assert placement_id("kept") == placement
+    assert_steps(group, 5)
+
+
+def test_a_stopped_rank_is_out_of_the_way_at_once(new_group, config):
+    """Ray itself would take 5 s to end it, in which its GPU would not be free."""
+    group = new_group(config)
+    pids = [info.pid for info in group.start()]
+    failure = fail(group, [1], signal.SIGSTOP)
+    assert "did not answer step 1" in failure.cause
+    with ThreadPoolExecutor(1) as threads:
+        rebuilt = threads.submit(group.rebuild)
+        assert_gone([pids[1]], timeout=1.0)
+        after = rebuilt.result()
+    assert after[1].pid != pids[1]
+    assert_steps(group, 2)
+
+
+def test_a_rank_that_dies_on_its_way_up_is_replaced_by_the_next_rebuild(new_group, config):
+    group = new_group(config)
+    survivor, first = (info.pid for info in group.start())
+    fail(group, [1])
+    with ThreadPoolExecutor(1) as threads:
+        rebuilt = threads.submit(group.rebuild)
+        second = pid_of_replacement(group, 1, first)
+        os.kill(second, signal.SIGKILL)
+        with pytest.raises(ShardFailure, match=r"rank 1.* its process was killed"):
+            rebuilt.result(timeout=20.0)
+    after = group.rebuild()
+    assert (group.generation, after[0].pid) == (2, survivor)
+    assert after[1].pid != second
+    assert_steps(group, 5)
+
+
+def test_a_cancelled_rebuild_ends_at_once_and_leaves_no_process(new_group, config):
+    others = shard_actors()
+    group = new_group(config)
+    group.start()
+    fail(group, [1])
+    with ThreadPoolExecutor(1) as threads:
+        rebuilt = threads.submit(group.rebuild)
+        time.sleep(0.2)  # the replacement has been asked for, and takes longer than that
+        assert not rebuilt.done()
+        began = time.monotonic()
+        group.cancel()
+        with pytest.raises(ShardFailure, match="stopped"):
+            rebuilt.result(timeout=20.0)
+    assert time.monotonic() - began < 1.0
+    group.stop()
+    deadline = time.monotonic() + 5.0
+    while (left := shard_actors() - others) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left, "a replacement came up after the group had been stopped"
+
+
+def pid_of_replacement(group, rank: int, former: int, timeout: float = 20.0) -> int:
+    deadline = time.monotonic() + timeout
+    while ((place := group._places.get(rank)) is None or place.pid == former) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert place is not None
+    return place.pid
+
+
+def shard_actors() -> set[int]:
+    """Pids of all shards on the tests' Ray."""
+    return {pid for pid, command in ray_processes(os.environ["RAY_TMPDIR"]).items() if "ray::ShardActor" in command}

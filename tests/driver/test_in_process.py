@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
+from typing import ClassVar
 
 import pytest
 
@@ -60,6 +63,62 @@ class RunsOutOfMemory(StandInShard):
 def test_any_other_error_at_the_start_is_a_failure(config):
     with pytest.raises(ShardFailure, match="could not start: MemoryError: no room"):
         InProcessGroup(config, RunsOutOfMemory).start()
+
+
+class Watched(StandInShard):
+    """Remembers its kind, without keeping them alive; fails to load as often as it is told."""
+
+    made: ClassVar[list[weakref.ref[Watched]]] = []
+    failures = 0
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        gc.collect()
+        assert not [shard for shard in self.made if shard() is not None], "there may not be memory for two"
+        self.made.append(weakref.ref(self))
+
+    def load(self):
+        if Watched.failures:
+            Watched.failures -= 1
+            raise MemoryError("no room")
+        return super().load()
+
+
+@pytest.fixture
+def watched():
+    Watched.made.clear()
+    return Watched
+
+
+def test_after_a_failure_it_is_rebuilt_once_the_old_shard_has_gone(config, watched):
+    group = InProcessGroup(config, watched)
+    group.start()
+    for generation in (1, 2):
+        group.send(StepPlan(step=stand_in.FAIL_STEP, generation=generation - 1))
+        group.send(StepPlan(step=5, generation=generation - 1))
+        with pytest.raises(ShardFailure, match="told to fail"):
+            group.collect()
+        (info,) = group.rebuild()
+        assert (group.generation, info.rank, group.num_pages) == (generation, 0, 50)
+        group.check()
+        group.send(StepPlan(step=6, generation=generation))
+        assert group.collect()[0].tokens == [1, 6], "plans of the last generation are forgotten"
+    assert len(watched.made) == 3
+    group.stop()
+
+
+def test_a_start_and_a_rebuild_that_failed_can_be_tried_again(config, watched):
+    group = InProcessGroup(config, watched)
+    watched.failures = 2
+    for verb in (group.start, group.rebuild):
+        with pytest.raises(ShardFailure, match="could not start: MemoryError: no room"):
+            verb()
+        with pytest.raises(ShardFailure, match="no room"):
+            group.check()
+    group.rebuild()
+    group.check()
+    group.cancel()
+    group.stop()
 
 
 def test_more_than_one_rank_is_refused_with_the_remedy(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from distributed_sparse.driver.messages import StepPlan
+from distributed_sparse.driver.messages import DecodeRow, StepPlan
 from distributed_sparse.driver.pages import NULL_PAGE, PageAllocator, pages_for
 from distributed_sparse.driver.scheduler import Scheduler
 from distributed_sparse.driver.sequence import Request, Sequence
@@ -58,21 +58,34 @@ class Engine:
         kept_pages: tuple[int, int] | None = None,
         forks_copy_pages: bool = False,
     ) -> None:
-        self.allocator = ReservedAllocator(num_pages)
+        self.num_pages = num_pages
         self.kept_pages = kept_pages
-        self.scheduler = Scheduler(
-            self.allocator,
-            page_size=PAGE_SIZE,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kept_pages=kept_pages,
-            forks_copy_pages=forks_copy_pages,
-        )
-        self.cache = CacheModel(num_pages, PAGE_SIZE, kept_pages)
+        self._settings: dict[str, Any] = {
+            "page_size": PAGE_SIZE,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "kept_pages": kept_pages,
+            "forks_copy_pages": forks_copy_pages,
+        }
+        self._come_up()
         self.steps = 0
         self.scored: Counter[Request] = Counter()
         self.checked: Counter[Sequence] = Counter()
         self.targets: dict[Request, list[tuple[int, int]]] = {}
+
+    def _come_up(self) -> None:
+        self.allocator = ReservedAllocator(self.num_pages)
+        self.scheduler = Scheduler(self.allocator, **self._settings)
+        self.cache = CacheModel(self.num_pages, PAGE_SIZE, self.kept_pages)
+
+    def rebuild(self, num_pages: int | None = None) -> None:
+        """The shards have lost everything; what is unfinished begins again, in the order in which it came."""
+        before = [*self.scheduler.running, *self.scheduler.waiting]
+        self.num_pages = num_pages or self.num_pages
+        self._come_up()
+        for request in before:
+            request.restart()
+            self.scheduler.waiting.append(request)
 
     def add(self, prompt: list[int], max_tokens: int = 4, **params: Any) -> Request:
         request = make_request(prompt, max_tokens, **params)
@@ -146,7 +159,7 @@ def test_a_prompt_longer_than_the_token_budget_is_prefilled_in_chunks_and_its_bo
     plans = [engine.step() for _ in range(3)]
     assert [(plan.prefill[0].start, plan.prefill[0].end) for plan in plans] == [(0, 10), (10, 20), (20, 25)]
     assert [plan.prefill[0].samples for plan in plans] == [[], [], [0]]
-    assert request.sequences[0].chunk_borders == [10, 20, 25]
+    assert request.chunk_borders == [10, 20, 25]
 
 
 def test_running_sequences_decode_while_a_long_prompt_is_prefilled() -> None:
@@ -280,7 +293,7 @@ def test_the_last_tokens_of_a_prompt_go_through_decode_and_sample_once_at_its_en
         [(19, prompt[19])],
     ]
     assert [len(part.samples) for plan in plans for part in plan.parts] == [0, 0, 0, 2]
-    assert request.sequences[0].chunk_borders == [17]
+    assert request.chunk_borders == [17]
     engine.finish()
     engine.check_outputs(request)
 
@@ -436,11 +449,226 @@ def test_samples_share_no_page_where_the_method_changes_what_it_keeps_in_them() 
     assert engine.is_empty()
 
 
+# ---- replay, after the shards have lost their caches
+
+
+def chunks(plan: StepPlan) -> list[tuple[int, int]]:
+    return [(chunk.start, chunk.end) for chunk in plan.prefill]
+
+
+def rows(plan: StepPlan) -> list[tuple[int, int | None]]:
+    return [(row.position, row.token) for row in plan.decode]
+
+
+def test_a_prompt_is_replayed_in_the_chunks_in_which_it_was_computed_at_first() -> None:
+    engine = Engine(max_num_batched_tokens=10)
+    engine.add(tokens_of(7), max_tokens=1)
+    engine.step()  # leaves 3 tokens for the next prompt
+    engine.add(tokens_of(3, seed=1), max_tokens=1)
+    request = engine.add(tokens_of(30), max_tokens=2)
+    assert [chunks(engine.step()) for _ in range(3)] == [[(0, 3), (0, 7)], [(7, 17)], [(17, 27)]]
+    engine.rebuild()
+    assert [chunks(engine.step()) for _ in range(4)] == [[(0, 7)], [(7, 17)], [(17, 27)], [(27, 30)]]
+    assert request.chunk_borders == [7, 17, 27, 30]
+    assert request.metrics.num_replayed_tokens == 27
+    engine.finish()
+    engine.check_outputs(request)
+
+
+def test_output_tokens_are_replayed_one_per_step_and_told_and_nothing_is_sampled_until_the_first_new_one() -> None:
+    engine = Engine()
+    prompt = tokens_of(20)
+    request = engine.add(prompt, max_tokens=6, prompt_logprobs=0, decode_last_prompt_tokens=2)
+    for _ in range(5):
+        engine.step()  # 18 prompt tokens, 2 more, and 3 tokens sampled, of which 2 are in the cache
+    output = list(request.sequences[0].output_token_ids)
+    assert len(output) == 3
+    engine.rebuild()
+    assert request.replays
+    plans = [engine.step() for _ in range(7)]
+    assert (chunks(plans[0]), rows(plans[0])) == ([(0, 18)], [])
+    assert [rows(plan) for plan in plans[1:5]] == [
+        [(18, prompt[18])],
+        [(19, prompt[19])],
+        [(20, output[0])],
+        [(21, output[1])],
+    ]
+    assert [rows(plan) for plan in plans[5:]] == [[(22, output[2])], [(23, None)]], "from then on the device knows it itself"
+    assert [bool(part.samples) for plan in plans for part in plan.parts] == [False] * 5 + [True] * 2
+    assert all(part.prompt_logprobs == 0 for plan in plans for part in plan.parts)
+    assert plans[0].prefill[0].targets is None and all(row.target is None for plan in plans for row in plan.decode)
+    assert engine.targets[request] == list(enumerate(prompt))[1:], "each once"
+    assert (request.metrics.num_replayed_tokens, engine.scheduler.replayed_tokens) == (22, 22)
+    assert not request.replays
+    engine.finish()
+    engine.check_outputs(request)
+    assert engine.is_empty()
+
+
+def test_what_was_not_computed_before_is_scored_and_traced_after_a_replay() -> None:
+    engine = Engine(max_num_batched_tokens=10)
+    engine.scheduler.trace = True
+    prompt = tokens_of(25)
+    request = engine.add(prompt, max_tokens=3, prompt_logprobs=0, decode_last_prompt_tokens=3)
+    for _ in range(2):
+        engine.step()
+    engine.rebuild()
+    engine.scheduler.trace = True
+    plans = [engine.step() for _ in range(6)]
+    assert [chunk.targets for plan in plans for chunk in plan.prefill] == [None, None, prompt[21:23]]
+    assert [(row.position, row.trace) for plan in plans for row in plan.decode] == [(22, True), (23, True), (24, True)]
+    engine.rebuild()
+    engine.scheduler.trace = True
+    plans = [engine.step() for _ in range(7)]
+    assert [(row.position, row.trace) for plan in plans for row in plan.decode] == [
+        (22, False), (23, False), (24, False), (25, True)
+    ]  # fmt: skip
+    engine.finish()
+    assert engine.targets[request] == list(enumerate(prompt))[1:]
+    engine.check_outputs(request)
+
+
+def test_a_rebuild_before_the_first_step_of_a_request_changes_nothing() -> None:
+    engine = Engine()
+    request = engine.add(tokens_of(20), max_tokens=3, n=2)
+    engine.plan()  # its step failed
+    engine.rebuild()
+    assert not request.replays
+    plan = engine.step()
+    assert (chunks(plan), len(plan.prefill[0].samples)) == ([(0, 20)], 2)
+    engine.finish()
+    engine.check_outputs(request)
+    assert (request.metrics.num_replayed_tokens, engine.is_empty()) == (0, True)
+
+
+@pytest.mark.parametrize("kept_pages", [None, (1, 2)])
+@pytest.mark.parametrize("forks_copy_pages", [False, True])
+@pytest.mark.parametrize("decoded", [0, 5])
+def test_samples_fork_again_from_the_first_that_is_left(
+    kept_pages: tuple[int, int] | None, forks_copy_pages: bool, decoded: int
+) -> None:
+    prompt = tokens_of(72)
+    params: dict[str, Any] = {"max_tokens": 30, "n": 3, "decode_last_prompt_tokens": decoded}
+    alone = Engine(max_num_batched_tokens=80, kept_pages=kept_pages, forks_copy_pages=forks_copy_pages)
+    undisturbed = alone.add(prompt, **params)
+    alone.finish()
+    engine = Engine(max_num_batched_tokens=80, kept_pages=kept_pages, forks_copy_pages=forks_copy_pages)
+    request = engine.add(prompt, **params)
+    for _ in range(decoded + 4):
+        engine.step()
+    used = engine.allocator.used
+    engine.rebuild()
+    for _ in range(decoded + 4):
+        engine.step()
+    assert engine.allocator.used == used, "the same steps, the same pages"
+    engine.scheduler.finish(request.sequences[0], "stop")  # it computed the prompt
+    reserved = engine.allocator.reserved
+    engine.rebuild()
+    for _ in range(decoded + 1):
+        engine.step()
+    first, second = request.unfinished
+    assert (first.index, second.index) == (1, 2)
+    shared = 0 if forks_copy_pages else len({*first.held_pages} & {*second.held_pages})
+    full = 4 if kept_pages is None else 4 if decoded == 0 else 2
+    assert shared == (0 if forks_copy_pages else full)
+    assert engine.allocator.reserved == reserved
+    engine.finish()
+    engine.check_outputs(request)
+    for again, before in zip(request.sequences[1:], undisturbed.sequences[1:]):
+        assert again.output_token_ids == before.output_token_ids
+    assert engine.is_empty()
+
+
+def test_a_chunk_that_is_replayed_goes_before_decode_rows_but_not_in_two_steps_on_end() -> None:
+    engine = Engine(max_num_batched_tokens=10, max_num_seqs=4)
+    large = engine.add(tokens_of(30), max_tokens=3)
+    for _ in range(2):
+        engine.step()
+    small = engine.add(tokens_of(4, seed=1), max_tokens=8)
+    engine.step()
+    engine.step()  # the large prompt had chunks of the whole budget
+    assert large.chunk_borders == [10, 20, 30] and small.chunk_borders == [4]
+    engine.rebuild()
+    engine.scheduler.waiting.rotate(1)  # the small one is first: its rows would be in the way of every chunk
+    seen = [engine.step() for _ in range(6)]
+    assert [chunks(plan) for plan in seen[:6]] == [[(0, 4)], [(0, 10)], [], [(10, 20)], [], [(20, 30)]]
+    assert [len(plan.decode) for plan in seen[:6]] == [0, 0, 1, 0, 1, 0]
+    assert all(sum(part.num_tokens for part in plan.parts) <= 10 for plan in seen)
+    engine.finish()
+    for request in (large, small):
+        engine.check_outputs(request)
+
+
+def test_other_requests_go_on_and_new_ones_begin_while_a_long_output_is_replayed() -> None:
+    engine = Engine()
+    long = engine.add(tokens_of(20), max_tokens=60)
+    for _ in range(40):
+        engine.step()
+    engine.rebuild()
+    new = engine.add(tokens_of(20, seed=1), max_tokens=5)
+    for _ in range(5):
+        engine.step()
+    assert new.finished and long.replays
+    engine.finish()
+    for request in (long, new):
+        engine.check_outputs(request)
+
+
+def test_requests_that_ran_together_wait_their_turn_in_a_smaller_cache_and_newer_ones_stay_behind_them() -> None:
+    engine = Engine(num_pages=7)
+    first, second = (engine.add(tokens_of(20, seed), max_tokens=20) for seed in range(2))  # 3 pages each
+    for _ in range(5):
+        engine.step()
+    assert len(engine.scheduler.running) == 2
+    engine.rebuild(num_pages=5)
+    late = engine.add(tokens_of(2), max_tokens=2)
+    engine.step()
+    assert (engine.scheduler.running, list(engine.scheduler.waiting)) == ([first], [second, late])
+    assert engine.allocator.reserved == 3
+    engine.finish()
+    for request in (first, second, late):
+        engine.check_outputs(request)
+    assert engine.is_empty()
+
+
+def test_a_failure_during_a_replay_loses_nothing_that_is_still_to_be_replayed() -> None:
+    engine = Engine()
+    request = engine.add(tokens_of(20), max_tokens=12, n=2)
+    for _ in range(8):
+        engine.step()
+    for steps in (3, 1, 0, 8):  # the last one just comes to the end
+        engine.rebuild()
+        for _ in range(steps):
+            engine.step()
+        assert request.replays == (steps < 8)
+    assert [len(sequence.output_token_ids) for sequence in request.sequences] == [8, 8]
+    assert request.metrics.num_replayed_tokens == (20 + 2 * 2) + 20 + 0 + (20 + 2 * 7)
+    engine.finish()
+    engine.check_outputs(request)
+    assert engine.is_empty()
+
+
+def test_a_replay_can_be_aborted_at_any_step() -> None:
+    for steps in range(8):
+        engine = Engine(max_num_batched_tokens=10)
+        request = engine.add(tokens_of(25), max_tokens=9, n=3)
+        for _ in range(6):
+            engine.step()
+        engine.rebuild()
+        for _ in range(steps):
+            engine.step()
+        engine.abort(request)
+        assert engine.is_empty() and not engine.scheduler.has_work
+        plan = engine.plan()
+        assert (plan.setups, plan.new_pages, plan.page_copies, plan.parts) == ([], [], [], [])
+
+
 # ---- in any order
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Requests of every kind come, run and are aborted at any moment; nothing is lost, mixed up or given out twice."""
+    """Requests of every kind come, run and are aborted, and shards lose their caches, at any moment; nothing is lost, mixed
+    up or given out twice."""
 
     @initialize(
         num_pages=st.integers(3, 24),
@@ -463,7 +691,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.engine = Engine(num_pages, max_num_seqs, self.budget, kept_pages, forks_copy_pages)
         self.requests: list[Request] = []
         self.admitted: list[Request] = []
-        self.chunk_ends: dict[Sequence, list[int]] = {}
+        self.chunk_ends: dict[Request, list[int]] = {}
+        self.computed: Counter[Sequence] = Counter()
+        self.replayed: Counter[Request] = Counter()
+        self.waited: set[Sequence] = set()
 
     # ---- what happens
 
@@ -516,42 +747,97 @@ class AnyOrder(RuleBasedStateMachine):
         self.engine.abort(request)
         assert all(not sequence.pages for sequence in request.sequences)
 
+    @precondition(lambda self: self.engine.scheduler.has_work)
+    @rule(in_a_step=st.booleans(), lost_pages=st.sampled_from([0, 0, 0, 1, 3]))
+    def rebuild(self, in_a_step: bool, lost_pages: int) -> None:
+        if in_a_step:
+            self.engine.plan()
+        self.engine.rebuild(max(self.engine.num_pages - lost_pages, 2))
+        assert self.engine.is_empty()
+        self.admitted.clear()
+        self.waited.clear()
+        for request in list(self.engine.scheduler.waiting):
+            if self.most_pages(request) > self.engine.allocator.total:
+                with pytest.raises(ValueError, match="but the cache has"):
+                    self.engine.scheduler.check_fits(request)
+                self.engine.abort(request)
+            else:
+                self.engine.scheduler.check_fits(request)
+
     # ---- one step, looked at from all sides
 
     def one_step(self) -> None:
         scheduler = self.engine.scheduler
-        decoding = [sequence for sequence in self.running_sequences() if not sequence.in_prefill]
-        slots = {sequence.slot for sequence in decoding}
         plan = self.engine.plan()
         assert sum(part.num_tokens for part in plan.parts) <= self.budget
-        assert Counter(row.slot for row in plan.decode) == Counter(slots), "a running sequence decodes one token in each step"
         assert len({part.slot for part in plan.parts}) == len(plan.parts)
+        self.check_decode(plan)
         self.admitted += scheduler.running[len(scheduler.running) - self.count_admitted(plan) :]
         self.check_prefill(plan)
         self.check_that_the_head_of_the_queue_had_to_wait(plan)
         self.check_pages()
         self.check_window(plan)
+        self.check_replay(plan)
         self.engine.run(plan)
         assert plan.parts or not scheduler.has_work, "work is left, and nobody runs"
         self.check_finished()
 
     def count_admitted(self, plan: StepPlan) -> int:
         by_request = Counter(self.engine.scheduler.sequence_at(setup.slot).request for setup in plan.setups)
-        assert all(len(request.sequences) == count for request, count in by_request.items())
+        assert all(len(request.unfinished) == count for request, count in by_request.items())
         return len(by_request)
+
+    def check_decode(self, plan: StepPlan) -> None:
+        """A running sequence decodes one token in each step, but where a chunk is replayed: then it may wait for one step."""
+        ready = [sequence for sequence in self.running_sequences() if not sequence.in_prefill]
+        rows = [row.slot for row in plan.decode]
+        assert len({*rows}) == len(rows)
+        waited = {sequence for sequence in ready if sequence.slot not in rows}
+        assert len(ready) == len(rows) + len(waited)
+        assert not waited & self.waited
+        if waited:
+            assert sum(part.num_tokens for part in plan.parts) == self.budget
+            assert self.engine.scheduler.sequence_at(plan.prefill[0].slot).replays
+        self.waited = waited
 
     def check_prefill(self, plan: StepPlan) -> None:
         sequences = [self.engine.scheduler.sequence_at(chunk.slot) for chunk in plan.prefill]
         order = [self.requests.index(sequence.request) for sequence in sequences]
-        assert order == sorted(order), "prompts are prefilled oldest first"
+        if sequences and sequences[0].replays:
+            del order[0]
+        assert order == sorted(order), "prompts are prefilled oldest first, but for one that is replayed"
         for place, (sequence, chunk) in enumerate(zip(sequences, plan.prefill)):
             request = sequence.request
+            assert sequence is request.leader
             assert chunk.tokens == request.prompt_token_ids[chunk.start : chunk.end]
             assert chunk.tokens and chunk.end <= request.prefill_length
+            ends = self.chunk_ends.setdefault(request, [])
+            if sequence.replays:
+                assert (chunk.start, chunk.end) in itertools.pairwise([0, *ends]), "the chunks of the first time"
+                continue
             if chunk.end < request.prefill_length:
                 assert place == len(plan.prefill) - 1, "only the last chunk may be cut by the budget"
                 assert sum(part.num_tokens for part in plan.parts) == self.budget
-            self.chunk_ends.setdefault(sequence, []).append(chunk.end)
+            assert [chunk.start] == (ends[-1:] or [0]), "what was computed is computed again before anything new"
+            ends.append(chunk.end)
+
+    def check_replay(self, plan: StepPlan) -> None:
+        """What has been computed before is only computed again: it brings nothing that has been published."""
+        for part in plan.parts:
+            sequence = self.engine.scheduler.sequence_at(part.slot)
+            again = part.end <= self.computed[sequence]
+            assert sequence.replays == again
+            if again:
+                self.replayed[sequence.request] += part.num_tokens
+                assert not part.samples and not part.prompt_logprobs
+                if isinstance(part, DecodeRow):
+                    assert part.token == sequence.token(part.position) and part.target is None and not part.trace
+                else:
+                    assert part.targets is None
+            self.computed[sequence] = max(self.computed[sequence], part.end)
+            if part.end == len(sequence.request.prompt_token_ids):
+                for sibling in sequence.request.unfinished:
+                    self.computed[sibling] = max(self.computed[sibling], part.end)
 
     def check_that_the_head_of_the_queue_had_to_wait(self, plan: StepPlan) -> None:
         scheduler, allocator = self.engine.scheduler, self.engine.allocator
@@ -561,7 +847,7 @@ class AnyOrder(RuleBasedStateMachine):
         used_slots = len(list(self.admitted_sequences()))
         assert (
             sum(part.num_tokens for part in plan.parts) == self.budget
-            or used_slots + len(head.sequences) > self.max_num_seqs
+            or used_slots + len(head.unfinished) > self.max_num_seqs
             or allocator.reserved + self.most_pages(head) > allocator.total
         )
 
@@ -574,8 +860,9 @@ class AnyOrder(RuleBasedStateMachine):
             if request.finished and all(sequence.finish_reason != "abort" for sequence in request.sequences):
                 assert len(targets) == (len(request.prompt_token_ids) - 1 if wanted else 0)
                 assert self.engine.scored[request] == request.score
-        for sequence, ends in self.chunk_ends.items():
-            assert sequence.chunk_borders == ends
+        for request, ends in self.chunk_ends.items():
+            assert request.chunk_borders == ends
+            assert request.metrics.num_replayed_tokens == self.replayed[request]
 
     # ---- what holds at every moment
 
@@ -614,9 +901,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert allocator.used == len(holders), "a page is lost"
         reserved = 0
         for request in self.engine.scheduler.running:
-            shared = 0 if self.forks_copy_pages else len(request.prompt_token_ids) // PAGE_SIZE
-            own = (self.most_pages(request) - shared) // len(request.sequences)
-            most = shared + own * sum(sequence.finish_reason is None for sequence in request.sequences)
+            most = self.most_pages(request)
             assert len({page for sequence in request.sequences for page in sequence.held_pages}) <= most
             reserved += most
         assert allocator.reserved == reserved
@@ -628,8 +913,12 @@ class AnyOrder(RuleBasedStateMachine):
         return [sequence for request in running for sequence in request.sequences if sequence.finish_reason is None]
 
     def running_sequences(self) -> list[Sequence]:
-        """Those that hold pages: a sample > 0 does when the prompt has been computed."""
-        return [sequence for sequence in self.admitted_sequences() if sequence.index == 0 or sequence.output_token_ids]
+        """Those that hold pages: the first of a request's, and all once the prompt has been computed."""
+        return [
+            sequence
+            for sequence in self.admitted_sequences()
+            if sequence is sequence.request.unfinished[0] or sequence.num_computed > 0
+        ]
 
     def check_window(self, plan: StepPlan) -> None:
         """What a decode row reads is held, and nothing else."""
@@ -644,7 +933,8 @@ class AnyOrder(RuleBasedStateMachine):
             assert held == places
 
     def most_pages(self, request: Request) -> int:
-        prompt, samples = len(request.prompt_token_ids), request.num_samples
+        """What it can still come to hold, with the samples that it has left."""
+        prompt, samples = len(request.prompt_token_ids), len(request.unfinished)
         shared = 0 if self.forks_copy_pages else prompt // PAGE_SIZE
         own = pages_for(prompt + request.max_tokens, PAGE_SIZE) - shared
         if self.kept_pages is not None:

@@ -14,6 +14,7 @@ from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver import service as service_module
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.messages import StepPlan
+from distributed_sparse.driver.pages import pages_for
 from distributed_sparse.driver.service import DriverService
 from distributed_sparse.driver.shard_group import ShardFailure
 from distributed_sparse.sampling_params import SamplingParams
@@ -61,13 +62,13 @@ def read(
     """Follow a client's outputs until the requests have finished: (cursor, updates by request)."""
     found: dict[str, list[RequestUpdate]] = {request_id: [] for request_id in request_ids}
     deadline = time.monotonic() + WAIT_S
-    while not all(updates and updates[-1].finished for updates in found.values()):
+    while not all(found[request_id] and found[request_id][-1].finished for request_id in request_ids):
         assert time.monotonic() < deadline, f"unfinished: {found}"
         received = service.next_outputs(client_id, cursor, 1.0)
         assert received is not None, "the service has closed"
         cursor, updates = received
         for update in updates:
-            found[update.request_id].append(update)
+            found.setdefault(update.request_id, []).append(update)
     return cursor, found
 
 
@@ -181,6 +182,26 @@ def test_a_waiting_request_runs_out_of_time(start: Start) -> None:
     assert tokens(found["1"]) == expected_tokens(PROMPT, 100)
 
 
+@pytest.mark.parametrize("state", ["waiting", "in prefill", "decoding"])
+def test_the_pages_of_an_aborted_request_are_free_within_one_step(start: Start, state: str) -> None:
+    gate = Gate()
+    steps = {"waiting": 2, "in prefill": 2, "decoding": 6}[state]
+    service = start(ScriptedGroup(before_step=gate), max_num_seqs=1 if state == "waiting" else 4, max_num_batched_tokens=16)
+    service.submit("a", [request("other", 400), request("1", 100, prompt=[3] * 40, n=1)])
+    gate.pass_steps(steps)
+    wait_until(lambda: service._driver._steps == steps and gate.waiting.is_set(), "the steps")
+    slot = service._driver._requests["1"].leader
+    assert {"waiting": slot.slot < 0, "in prefill": 0 < slot.num_computed < 40, "decoding": slot.num_computed > 40}[state]
+    service.abort("a", ["1"])
+    gate.pass_steps(2)  # the step that runs, and one of `stats`
+    stats = service.stats()
+    assert stats["steps"] == steps + 2
+    assert (stats["requests"]["aborted"], stats["requests"]["running"]) == (1, 1)
+    assert stats["pages"]["used"] == 1 and stats["pages"]["reserved"] == pages_for(4 + 400, 16)
+    gate.open()
+    service.abort("a", ["other"])
+
+
 # ---- silence
 
 
@@ -227,7 +248,7 @@ def test_a_failing_shard_ends_every_request_with_the_reason_and_later_ones_are_r
             raise FAILURE
 
     group = ScriptedGroup(before_step=before_step)
-    service = start(group)
+    service = start(group, max_rebuilds=0)
     service.submit("a", [request(str(i), 100) for i in range(6)])  # 4 run, 2 wait
     service.submit("b", [request("b", 100)])
     submitted.set()
@@ -259,38 +280,35 @@ def test_an_error_inside_the_driver_ends_requests_too(start: Start, monkeypatch:
     assert not service.health()
 
 
-def test_a_failure_while_stats_are_asked_for_is_told_and_requests_behind_it_are_answered(start: Start) -> None:
+@pytest.mark.parametrize(("max_rebuilds", "error_kind"), [(1, None), (0, "engine")])
+def test_a_failure_while_stats_are_asked_for_leaves_the_question_and_the_requests_behind_it_answered(
+    start: Start, max_rebuilds: int, error_kind: str | None
+) -> None:
     gate = Gate()
 
     def before_step(plan: StepPlan) -> None:
         gate(plan)
-        if plan.report:
+        if plan.report and not plan.parts:  # the step of `stats`
             raise FAILURE
 
-    service = start(ScriptedGroup(before_step=before_step))
+    service = start(ScriptedGroup(before_step=before_step), max_rebuilds=max_rebuilds)
     service.submit("a", [request("1", 100)])
     assert gate.waiting.wait(WAIT_S)
-    answers: list[object] = []
-
-    def ask() -> None:
-        try:
-            answers.append(service.stats())
-        except ShardFailure as failure:
-            answers.append(failure)
-
-    asker = threading.Thread(target=ask)
+    answers: list[dict[str, Any]] = []
+    asker = threading.Thread(target=lambda: answers.append(service.stats()))
     asker.start()
     wait_until(lambda: len(service._inbox) == 1, "the question")
-    service.submit("a", [request("2", 100)])  # in the inbox, behind the call that fails
+    service.submit("a", [request("2", 100)])  # in the inbox, behind the call in which the shards fail
     gate.open()
     _, found = read(service, "a", "1", "2")
-    assert [updates[-1].error_kind for updates in found.values()] == ["engine", "engine"]
+    assert [updates[-1].error_kind for updates in found.values()] == [error_kind] * 2
     asker.join(WAIT_S)
-    assert isinstance(answers[0], ShardFailure)
+    assert answers[0]["recovery_log"][0]["cause"] == FAILURE.cause
 
 
 def test_an_idle_engine_notices_that_a_shard_has_gone(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "HEALTH_INTERVAL_S", 0.05)
+    monkeypatch.setattr(service_module, "IDLE_STEP_S", 0.05)
+    monkeypatch.setattr(service_module, "IDLE_POLL_S", 0.02)
     dead = threading.Event()
 
     def before_step(plan: StepPlan) -> None:
@@ -298,13 +316,187 @@ def test_an_idle_engine_notices_that_a_shard_has_gone(start: Start, monkeypatch:
             raise FAILURE
 
     group = ScriptedGroup(before_step=before_step)
-    service = start(group)
+    service = start(group, max_rebuilds=0)
     wait_until(lambda: len(group.plans) >= 2, "an empty step of the idle engine")
     assert service.health()
     dead.set()
     wait_until(lambda: not service.health(), "the end of health")
     service.submit("a", [request("1")])
     assert read(service, "a", "1")[1]["1"][0].error_kind == "engine"
+
+
+def test_an_idle_engine_whose_shard_has_gone_is_well_again_before_the_next_request(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "IDLE_POLL_S", 0.02)
+    group = ScriptedGroup()
+    service = start(group)
+    group._failure = FAILURE  # only `check` is asked while there is nothing to do
+    wait_until(lambda: group.generation == 1 and service.health(), "the recovery")
+    assert group.plans == []
+    service.submit("a", [request("1")])
+    assert tokens(read(service, "a", "1")[1]["1"]) == expected_tokens(PROMPT, 5)
+    assert service.stats()["recoveries"] == 1
+
+
+# ---- recovery
+
+
+class Rebuild:
+    """A group whose step `number` fails, and whose rebuild then waits until it is let go."""
+
+    def __init__(self, number: int = 3) -> None:
+        self.group = ScriptedGroup(before_step=self._before_step)
+        self.group.before_rebuild = self._before_rebuild
+        self.number = number
+        self.begun, self.let_go = threading.Event(), threading.Event()
+
+    def _before_step(self, plan: StepPlan) -> None:
+        if plan.step == self.number and not self.begun.is_set():
+            raise FAILURE
+
+    def _before_rebuild(self) -> None:
+        self.begun.set()
+        while not self.let_go.wait(0.01):
+            if self.group.cancelled.is_set():
+                raise ShardFailure((), "the shards have been stopped")
+
+
+def test_a_stream_neither_repeats_nor_skips_a_token_when_the_shards_are_rebuilt(start: Start) -> None:
+    submitted = threading.Event()
+    failed: set[int] = set()
+
+    def before_step(plan: StepPlan) -> None:
+        assert submitted.wait(WAIT_S)
+        if plan.step in (4, 9, 13) and plan.step not in failed:
+            failed.add(plan.step)
+            raise FAILURE
+
+    service = start(ScriptedGroup(before_step=before_step))
+    service.submit("a", [request(str(i), 30, [i, i]) for i in range(6)])  # 4 run, 2 wait
+    submitted.set()
+    _, found = read(service, "a", *map(str, range(6)))
+    for i in range(6):
+        assert tokens(found[str(i)]) == expected_tokens([i, i], 30)
+        assert len(found[str(i)]) == 30, "one update for each token"
+    stats = service.stats()
+    assert (stats["recoveries"], stats["generation"], len(stats["recovery_log"])) == (3, 3, 3)
+    assert stats["requests"] == {"running": 0, "waiting": 0, "finished": 6, "aborted": 0, "failed": 0}
+    assert (stats["pages"]["used"], stats["pages"]["reserved"]) == (0, 0)
+    cut_off = [record["replay_s"] is None for record in stats["recovery_log"]]
+    assert cut_off == [False, True, False], "the third failure came before the replay after the second had ended"
+
+
+def test_while_the_shards_are_rebuilt_every_call_is_answered_at_once_and_health_is_false(start: Start) -> None:
+    rebuild = Rebuild()
+    service = start(rebuild.group)
+    service.submit("a", [request("aborted", 400), request("late", 400, timeout_s=0.3), request("stays", 30)])
+    assert rebuild.begun.wait(WAIT_S)
+    wait_until(lambda: not service.health(), "the end of health")
+    began = time.monotonic()
+    assert service.stats()["requests"]["running"] == 3
+    service.abort("a", ["aborted"])
+    service.submit("a", [request("new", 5), request("refused", prompt=[VOCAB_SIZE])])
+    stats = service.stats()
+    assert (stats["requests"]["aborted"], stats["requests"]["waiting"]) == (1, 1)
+    assert stats["pages"]["used"] == 2, "those of the aborted request are free"
+    assert (stats["generation"], stats["ranks"][0]["rank"]) == (1, 0)
+    assert time.monotonic() - began < 1.0
+    cursor, found = read(service, "a", "aborted", "late", "refused")
+    assert found["aborted"][-1].samples[0].finish_reason == "abort"
+    assert [found[name][-1].error_kind for name in ("late", "refused")] == ["timeout", "invalid"]
+    assert not service.health() and service.stats()["requests"]["running"] == 1
+    rebuild.let_go.set()
+    wait_until(service.health, "the return of health")
+    _, rest = read(service, "a", "stays", "new", cursor=cursor)
+    assert tokens(found["stays"] + rest["stays"]) == expected_tokens(PROMPT, 30)
+    assert tokens(rest["new"]) == expected_tokens(PROMPT, 5)
+    assert service.stats()["pages"]["used"] == 0
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_a_shutdown_does_not_wait_for_a_rebuild(start: Start, blocks: bool) -> None:
+    rebuild = Rebuild()
+    service = start(rebuild.group)
+    service.submit("a", [request("1", 400)])
+    assert rebuild.begun.wait(WAIT_S)
+    if not blocks:
+        rebuild.let_go.set()  # it may just be coming to its end
+    began = time.monotonic()
+    service.shutdown()
+    assert time.monotonic() - began < 2.0
+    assert rebuild.group.stopped.is_set() and not service._thread.is_alive()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rebuild")]
+
+
+def test_a_shutdown_does_not_wait_for_a_step_that_a_hung_rank_does_not_answer(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "STOP_GRACE_S", 0.1)
+
+    def before_step(plan: StepPlan) -> None:
+        assert group.cancelled.wait(WAIT_S)
+        raise ShardFailure((), "the shards have been stopped")
+
+    group = ScriptedGroup(before_step=before_step)
+    service = start(group)
+    service.submit("a", [request("1")])
+    wait_until(lambda: len(group.plans) == 1, "the step")
+    began = time.monotonic()
+    service.shutdown()
+    assert time.monotonic() - began < 2.0
+    assert group.generation == 0, "nothing is rebuilt any more"
+
+
+def test_shards_that_cannot_be_rebuilt_end_every_request_with_the_tokens_so_far(start: Start) -> None:
+    rebuild = Rebuild(number=4)
+
+    def refuse() -> None:
+        raise ValueError("rank 1 has torch 2.1 but rank 0 has torch 2.2; install the same torch on every node")
+
+    rebuild.group.before_rebuild = refuse
+    service = start(rebuild.group)
+    service.submit("a", [request("1", 400)])
+    _, found = read(service, "a", "1")
+    assert (found["1"][-1].error_kind, "install the same torch" in str(found["1"][-1].error)) == ("engine", True)
+    assert tokens(found["1"]) == expected_tokens(PROMPT, len(tokens(found["1"])))
+    assert len(tokens(found["1"])) > 0
+    wait_until(rebuild.group.stopped.is_set, "the end of the shards")
+    assert not service.health()
+    assert service.stats()["requests"]["failed"] == 1, "stats are still given"
+
+
+def test_an_error_inside_the_driver_during_a_rebuild_does_not_wait_for_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rebuild = Rebuild()
+    service = start(rebuild.group)
+    service.submit("a", [request("1", 400)])
+    assert rebuild.begun.wait(WAIT_S)
+
+    def broken() -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(service._driver, "expire", broken)
+    _, found = read(service, "a", "1")
+    assert "internal error of the driver: KeyError('a bug')" in str(found["1"][-1].error)
+    wait_until(rebuild.group.stopped.is_set, "the end of the shards")
+    assert service.stats()["requests"]["failed"] == 1
+
+
+def test_a_group_that_does_not_come_up_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (ValueError("not enough CPUs"), ShardFailure((0,), "rank 0 failed", "Traceback ...")):
+
+        def before_start(error: Exception = error) -> None:
+            raise error
+
+        group = ScriptedGroup()
+        group.before_start = before_start
+        service = DriverService(EngineConfig.from_dict({"model": "m"}), INFO, None, group)
+        with pytest.raises(type(error)):
+            service.start()
+        assert group.stopped.is_set()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("rebuild")]
 
 
 # ---- health, stats, shutdown

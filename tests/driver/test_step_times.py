@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, StepPlan, StepResult
-from distributed_sparse.driver.step_times import FIRST_STEPS_TIMEOUT_S, TIMEOUT_FLOOR_S, StepTimes
+from distributed_sparse.driver.step_times import FIRST_STEPS_TIMEOUT_S, TIMEOUT_FLOOR_S, StepClock, StepTimes
 
 
 def prefill(num_tokens: int) -> StepPlan:
@@ -18,7 +18,8 @@ def decode(rows: int) -> StepPlan:
 
 def after(plan: StepPlan, seconds: float, times: StepTimes, count: int = 20) -> None:
     for _ in range(count):
-        times.add(plan, [StepResult(step=0, rank=0, step_ms=seconds * 900)], 0.0, 0.001, 0.001 + seconds, 0.002 + seconds)
+        clock = StepClock(0.0, 0.001, 0.001 + seconds, 0.002 + seconds, 0.0005, -0.001)
+        times.add(plan, [StepResult(step=0, rank=0, started=0.002, step_ms=seconds * 900)], clock)
 
 
 def test_short_prompts_do_not_set_the_deadline_of_long_ones() -> None:
@@ -55,4 +56,15 @@ def test_the_medians_tell_the_shards_time_from_what_is_added_to_it() -> None:
     times = StepTimes(None)
     after(decode(1), 0.010, times)
     medians = {name: round(ms, 3) for name, ms in times.medians_ms().items()}
-    assert medians == {"step_p50": 10.0, "driver_p50": 2.0, "shard_p50": 9.0, "overhead_p50": 3.0}
+    assert medians == {
+        "step_p50": 10.0, "driver_p50": 2.0, "shard_p50": 9.0, "overhead_p50": 3.0, "driver_cpu_p50": 0.5, "gap_p50": 3.0,
+    }  # fmt: skip
+
+
+def test_the_gap_is_what_the_slowest_shard_waits_between_two_steps() -> None:
+    times = StepTimes(None)
+    after(decode(4), 0.01, times)
+    assert times.medians_ms()["gap_p50"] == pytest.approx(3.0)
+    assert times.medians_ms()["driver_cpu_p50"] == pytest.approx(0.5)
+    times.add(decode(4), [StepResult(step=0, rank=0, started=50.0)], StepClock(0.0, 0.0, 0.0, 0.0, 0.0, None))
+    assert times.medians_ms()["gap_p50"] == pytest.approx(3.0), "a pause is no gap"

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -57,7 +58,10 @@ def run_rank(rank: int, world_size: int, port: int, body: Callable[[Collectives]
 
 def make(rank: int, world_size: int, port: int, **arguments) -> Collectives:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    return Collectives(rank, world_size, "cpu", store, **{"timeout": 20.0, **arguments})
+    generation = arguments.pop("generation", 0)
+    collectives = Collectives(rank, world_size, "cpu", store, **{"timeout": 20.0, **arguments})
+    collectives.meet(generation)
+    return collectives
 
 
 def sums(collectives: Collectives) -> dict[str, list[float]]:
@@ -174,6 +178,40 @@ def test_a_new_generation_meets_at_the_same_store():
     assert in_ranks(2, partial(two_generations, port=store.port)) == [[2.0, 2.0]] * 2
 
 
+def left_and_met_again(collectives: Collectives) -> list:
+    """Rank 1 leaves without a word; rank 0 notices; both meet again."""
+    collectives.barrier()
+    if collectives.rank == 1:
+        collectives.close()
+    else:
+        with pytest.raises(CollectiveError, match="all_reduce on rank 0 of 2 did not complete"):
+            collectives.all_reduce(torch.ones(1))
+    collectives.meet(1)
+    sums = [collectives.all_reduce(torch.ones(1)).item()]
+    collectives.meet(2)  # nothing was broken this time
+    return [*sums, collectives.all_reduce(torch.ones(1)).item()]
+
+
+def test_a_group_that_has_broken_is_left_and_the_ranks_meet_again():
+    assert in_ranks(2, left_and_met_again) == [[2.0, 2.0]] * 2
+
+
+def met_in_turn(collectives: Collectives) -> float:
+    """Rank 0 still waits for a generation that rank 1 never comes to: it gives up, and joins it in the next."""
+    collectives.barrier()
+    if collectives.rank == 0:
+        collectives._timeout = timedelta(seconds=0.5)
+        with pytest.raises(CollectiveError, match="rendezvous on rank 0 of 2"):
+            collectives.meet(1)
+        collectives._timeout = timedelta(seconds=20.0)
+    collectives.meet(2)
+    return collectives.all_reduce(torch.ones(1)).item()
+
+
+def test_a_meeting_that_failed_leaves_nothing_behind_for_the_next_generation():
+    assert in_ranks(2, met_in_turn) == [2.0, 2.0]
+
+
 def test_no_process_group_of_torch_is_made():
     assert in_ranks(2, has_global_group) == [False, False]
 
@@ -185,6 +223,7 @@ def has_global_group(collectives: Collectives) -> bool:
 
 def test_one_rank_needs_no_group_and_counts_nothing():
     alone = Collectives()
+    alone.meet()
     x = torch.arange(4.0).reshape(2, 2)
     assert alone.all_reduce(x) is x and alone.all_gather(x) is x and alone.broadcast(x) is x
     assert x.tolist() == [[0, 1], [2, 3]]

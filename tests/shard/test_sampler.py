@@ -29,6 +29,7 @@ def setup(**given: Any) -> SlotSetup:
     """A sequence that samples at temperature 1, unless told otherwise."""
     defaults: dict[str, Any] = {
         "slot": 0,
+        "prompt_length": 1,
         "prefill_length": 1,
         "seed": 1,
         "sample_index": 0,

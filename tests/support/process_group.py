@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -26,7 +27,7 @@ PRELOAD = [
 
 
 class ProcessShardGroup(RemoteShardGroup):
-    """A group on this machine; `processes` are its ranks, in rank order.
+    """A group on this machine; `processes` are its ranks, in rank order, `former` those that they have replaced.
 
     Args:
         config, shard_factory, generation: as `RemoteShardGroup`.
@@ -46,14 +47,17 @@ class ProcessShardGroup(RemoteShardGroup):
         self.num_threads = num_threads
         self.run = run
         self.processes: list[BaseProcess] = []
+        self.former: list[BaseProcess] = []
         self.ports: list[int] = []
 
-    def _spawn(self, address: tuple[str, int], store_address: tuple[str, int], deadline: float) -> None:
-        self.ports = [address[1], store_address[1]]
+    def _spawn(self, ranks: list[int], address: tuple[str, int], store_address: tuple[str, int], deadline: float) -> None:
+        self.ports += [address[1], store_address[1]]
         # children of a process that has imported torch once: a group starts in a second, where spawning takes seven
         forkserver = multiprocessing.get_context("forkserver")
         forkserver.set_forkserver_preload(PRELOAD)
-        for rank in range(self.world_size):
+        self.former += [self.processes[rank] for rank in ranks if self.processes]
+        self.processes = self.processes or [None] * self.world_size  # type: ignore[list-item]
+        for rank in ranks:
             arguments = ShardArguments(
                 config=self.config,
                 rank=rank,
@@ -67,22 +71,25 @@ class ProcessShardGroup(RemoteShardGroup):
                 num_threads=self.num_threads,
                 shard_factory=self.shard_factory,
             )
-            self.processes.append(
-                forkserver.Process(target=run_and_leave, args=(self.run, arguments), name=f"rank-{rank}", daemon=True)
+            self.processes[rank] = forkserver.Process(
+                target=run_and_leave, args=(self.run, arguments), name=f"rank-{rank}", daemon=True
             )
-            self.processes[-1].start()
+            self.processes[rank].start()
 
     def _dead_ranks(self) -> dict[int, str]:
         return {rank: ended(process.exitcode) for rank, process in enumerate(self.processes) if process.exitcode is not None}
 
-    def _kill(self, grace: float) -> None:
+    def _kill(self, ranks: list[int], grace: float) -> None:
         deadline = time.monotonic() + grace
-        for process in self.processes:
+        processes = [self.processes[rank] for rank in ranks if self.processes]
+        for process in processes:
             process.join(max(deadline - time.monotonic(), 0.0))
-        for process in self.processes:
+        for process in processes:
             process.kill()
-        for process in self.processes:
+        for process in processes:
             process.join()
+
+    def _release(self) -> None: ...
 
 
 def run_and_leave(run: Callable[[ShardArguments], None], arguments: ShardArguments) -> None:
@@ -108,6 +115,30 @@ def open_ports() -> set[int]:
             if state in (listening, established):
                 ports.add(int(local.rpartition(":")[2], 16))
     return ports
+
+
+def connections(pid: int, port: int) -> set[int]:
+    """The local ports of a process's connections to a port of this machine."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            inodes.add(descriptor.readlink().name.removeprefix("socket:[").removesuffix("]"))
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, remote, *_, inode = line.split()[:10]
+            if inode in inodes and int(remote.rpartition(":")[2], 16) == port:
+                found.add(int(local.rpartition(":")[2], 16))
+    return found
+
+
+def open_sockets() -> int:
+    """Sockets that this process holds."""
+    count = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one that lists them
+            count += descriptor.readlink().name.startswith("socket:")
+    return count
 
 
 def ended(exitcode: int) -> str:

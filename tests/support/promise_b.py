@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from distributed_sparse.driver.messages import SlotSetup
 from distributed_sparse.outputs import CompletionOutput, RequestOutput
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.shard.sampler import gumbel, mask_logits
-
-TIE = 1e-4
-"""A margin below this part of the logits' standard deviation is a tie."""
+from distributed_sparse.shard.margin import TIE, first_difference, relative_margin
 
 
 def count_ties(reference: list[RequestOutput], found: list[RequestOutput], params: list[SamplingParams]) -> int:
@@ -30,44 +26,18 @@ def count_ties(reference: list[RequestOutput], found: list[RequestOutput], param
             step = first_difference(completion.token_ids, other.token_ids)
             if step is None:
                 continue
-            margin = relative_margin(completion, own, step, len(expected.prompt_token_ids) + step)
+            margin = completion_margin(completion, own, step, len(expected.prompt_token_ids) + step)
             who = f"request {expected.request_id}, sample {completion.index}"
             assert margin < TIE, f"{who}: token {step} differs at a margin of {margin:.1e} standard deviations"
             ties += 1
     return ties
 
 
-def first_difference(expected: list[int], found: list[int]) -> int | None:
-    """Index of the first token that differs; None where all are equal."""
-    if expected == found:
-        return None
-    pairs = zip(expected, found)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
-
-
-def relative_margin(completion: CompletionOutput, params: SamplingParams, step: int, position: int) -> float:
-    """Distance of the two best scores, Gumbel noise included when sampling, over the logits' standard deviation."""
+def completion_margin(completion: CompletionOutput, params: SamplingParams, step: int, position: int) -> float:
+    """The margin at which a completion's token was chosen; infinite where it had ended."""
     assert completion.logprobs is not None
     if step >= len(completion.logprobs):
         return float("inf")
     row = completion.logprobs[step]
-    logits = torch.tensor([[row[token].logprob for token in range(len(row))]])
-    scores = logits
-    if params.temperature > 0:
-        assert params.seed is not None
-        setup = SlotSetup(
-            slot=0,
-            prefill_length=1,
-            seed=params.seed,
-            sample_index=completion.index,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            min_p=params.min_p,
-            logprobs=None,
-            suppressed=[],
-            suppress_until=0,
-        )
-        scores = mask_logits(logits, [setup]) + gumbel([setup], [position], logits.shape[1], logits.device)
-    best, second = scores[0].topk(2).values
-    return float((best - second) / logits.std())
+    logits = torch.tensor([row[token].logprob for token in range(len(row))])
+    return relative_margin(logits, params, completion.index, position)

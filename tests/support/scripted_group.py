@@ -131,30 +131,73 @@ class ScriptedGroup(ShardGroup):
     """One rank that answers with a `CacheModel`.
 
     Args:
-        num_pages: of the cache, the null page included.
+        num_pages: of the cache, the null page included; may be set anew before a rebuild.
         before_step: called with each plan before it is answered; may wait, or raise a ShardFailure.
+        kept_pages, forks_copy_pages: as in `Loaded`.
+
+    Attributes:
+        plans, timeouts: of every step so far, of all generations.
+        deadlines: those that `start` and every `rebuild` were given.
+        before_start, before_rebuild: called by these verbs, may wait, or raise.
     """
 
-    def __init__(self, num_pages: int = 64, page_size: int = 16, before_step: Callable[[StepPlan], None] | None = None) -> None:
+    def __init__(
+        self,
+        num_pages: int = 64,
+        page_size: int = 16,
+        before_step: Callable[[StepPlan], None] | None = None,
+        kept_pages: tuple[int, int] | None = None,
+        forks_copy_pages: bool = False,
+    ) -> None:
         super().__init__(world_size=1)
-        self.cache = CacheModel(num_pages, page_size)
+        self.cache_pages = num_pages
+        self.page_size = page_size
         self.before_step = before_step
+        self.before_start: Callable[[], None] | None = None
+        self.before_rebuild: Callable[[], None] | None = None
         self.plans: list[StepPlan] = []
         self.timeouts: list[float] = []
+        self.deadlines: list[float | None] = []
         self.stopped = threading.Event()
+        self.cancelled = threading.Event()
+        self._window = kept_pages
+        self._copies = forks_copy_pages
         self._failure: ShardFailure | None = None
 
-    def start(self) -> list[RankInfo]:
+    def start(self, deadline: float | None = None) -> list[RankInfo]:
+        self.deadlines.append(deadline)
+        if self.before_start is not None:
+            self.before_start()
+        return self._come_up()
+
+    def rebuild(self, deadline: float | None = None) -> list[RankInfo]:
+        """Nothing is left of the cache."""
+        assert not self.stopped.is_set(), "a group that has been stopped is not rebuilt"
+        self.deadlines.append(deadline)
+        self.generation += 1
+        self.ranks = []
+        if self.before_rebuild is not None:
+            self.before_rebuild()
+        return self._come_up()
+
+    def _come_up(self) -> list[RankInfo]:
+        self._failure = None
+        self.cache = CacheModel(self.cache_pages, self.page_size, self._window)
         self.ranks = [
             RankInfo(
                 rank=0, node_id="n", hostname="h", pid=1, device="cpu", kv_heads=(0, 1), weight_bytes=0, page_bytes=64,
-                max_pages=len(self.cache.pages), cache_bytes=0, metadata_bytes=0,
+                max_pages=self.cache_pages, cache_bytes=0, metadata_bytes=0, kept_pages=self._window,
+                forks_copy_pages=self._copies,
             )
         ]  # fmt: skip
         return self.ranks
 
+    def cancel(self) -> None:
+        self.cancelled.set()
+
     def send(self, plan: StepPlan) -> None:
         self.check()
+        assert plan.generation == self.generation, "a plan of another generation"
         self.plans.append(plan)
 
     def collect(self, timeout: float = float("inf")) -> list[StepResult]:

@@ -43,12 +43,13 @@ class ThreadShardGroup(ShardGroup):
         self.plans: list[StepPlan] = []
         self.shards: list[Shard] = []
 
-    def start(self) -> list[RankInfo]:
+    def start(self, deadline: float | None = None) -> list[RankInfo]:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if self.world_size > 1 else None
 
         def make(rank: int) -> Shard:
             own = dist.TCPStore("127.0.0.1", store.port, is_master=False) if store is not None else None
             collectives = Collectives(rank, self.world_size, "cpu", own, timeout=60.0)
+            collectives.meet()
             return Shard(self._config, rank, self.world_size, collectives)
 
         self.shards = self._on_all(make)
@@ -58,6 +59,14 @@ class ThreadShardGroup(ShardGroup):
         hellos = [Hello(rank, 0, "here", "here", 0, {}, "") for rank in range(self.world_size)]
         self.ranks = [RankInfo.of(*told) for told in zip(hellos, loaded, ready)]
         return self.ranks
+
+    def rebuild(self, deadline: float | None = None) -> list[RankInfo]:
+        """All ranks anew, in the same threads."""
+        self._on_all(lambda rank: self.shards[rank].close())
+        self.generation += 1
+        return self.start(deadline)
+
+    def cancel(self) -> None: ...
 
     def send(self, plan: StepPlan) -> None:
         self.plans.append(plan)

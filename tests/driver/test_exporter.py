@@ -1,0 +1,57 @@
+"""The engine's metrics reach whoever scrapes a node's metrics port, under vLLM's names."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from distributed_sparse import LLM, SamplingParams
+from distributed_sparse.driver.engine_metrics import METRICS
+from tests.support.checkpoints import tiny_checkpoint
+
+pytestmark = pytest.mark.ray
+
+NUM_REQUESTS, PROMPT, MAX_TOKENS = 3, [1, 5, 9, 30], 20
+
+
+def scrape(model: str) -> dict[str, float]:
+    """What every node of the cluster offers to Prometheus of one engine, by name and labels other than Ray's own."""
+    import ray
+
+    found: dict[str, float] = {}
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        for line in urllib.request.urlopen(url, timeout=10.0).read().decode().splitlines():
+            name, labels, value = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+).*", line).groups() if line[:1] != "#" else ("", "", "")
+            if labels and f'model_name="{model}"' in labels:
+                own = [label for label in labels.split(",") if label.startswith(("finished_reason=", "le="))]
+                found["|".join([name, *own])] = float(value)
+    return found
+
+
+def test_a_running_engine_can_be_scraped(local_ray: None, tmp_path: Path) -> None:
+    model = str(tiny_checkpoint(tmp_path / "model"))
+    settings = {"device": "cpu", "max_model_len": 256, "max_num_seqs": 8, "distributed_executor_backend": "ray"}
+    with LLM(model, sparse={"method": "quest", "token_budget": 32}, **settings) as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+        llm.generate([PROMPT] * NUM_REQUESTS, params, use_tqdm=False)
+        deadline = time.monotonic() + 30.0
+        while (found := scrape(model)).get("ray_generation_tokens_total", 0.0) < NUM_REQUESTS * MAX_TOKENS:
+            assert time.monotonic() < deadline, f"scraped only {found}"
+            time.sleep(0.5)
+    names = {name.partition("|")[0] for name in found}
+    for metric in METRICS:
+        suffix = {"gauge": "", "counter": "_total", "histogram": "_bucket"}[metric.kind]
+        if metric.name not in ("recoveries", "all_reduce_time_seconds"):  # there were none
+            assert f"ray_{metric.name}{suffix}" in names, f"{metric.name} cannot be scraped: {sorted(names)}"
+    assert found["ray_prompt_tokens_total"] == NUM_REQUESTS * len(PROMPT)
+    assert found['ray_request_success_total|finished_reason="length"'] == NUM_REQUESTS
+    assert found["ray_time_to_first_token_seconds_count"] == NUM_REQUESTS
+    assert found["ray_inter_token_latency_seconds_count"] == NUM_REQUESTS * (MAX_TOKENS - 1)
+    assert found["ray_request_generation_tokens_sum"] == NUM_REQUESTS * MAX_TOKENS
+    assert 0 < found["ray_attended_density"] <= 1
+    assert found["ray_num_requests_running"] == 0 and found["ray_kv_cache_usage_perc"] == 0
