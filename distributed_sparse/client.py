@@ -64,14 +64,17 @@ class Client:
         self._receiver = threading.Thread(target=self._receive, name="outputs", daemon=True)
         self._receiver.start()
 
-    def submit(self, requests: list[NewRequest]) -> Updates:
+    def submit(self, requests: list[NewRequest], updates: Updates | None = None) -> Updates:
         """Send requests; all their updates arrive in the queue, each request's in order, its last one `finished`.
+
+        Args:
+            updates: the queue, where the caller has one already; None: a new one.
 
         Raises:
             ValueError: a request_id that is running already.
             EngineError: the engine has gone.
         """
-        updates = Updates()
+        updates = Updates() if updates is None else updates
         with self._lock:
             for request in requests:
                 if request.request_id in self._waiting:

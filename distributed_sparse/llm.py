@@ -83,6 +83,13 @@ class LLM:
             raise EngineError(str(failure)) from failure
         self._request_prefix, self._request_numbers = uuid.uuid4().hex[:8], itertools.count()
         self._finalizer = weakref.finalize(self, self._client.close)
+        for rank in self.stats()["ranks"] if logger.isEnabledFor(logging.INFO) else ():
+            logger.info(
+                "rank %d: node %s (%s), %s, KV heads %d to %d, %.2f GB of weights, %.2f GB of cache, %.2f GB of metadata",
+                *(rank[name] for name in ("rank", "node_id", "hostname", "device")),
+                *(rank["kv_heads"][0], rank["kv_heads"][1] - 1),
+                *(rank[name] / 1e9 for name in ("weight_bytes", "cache_bytes", "metadata_bytes")),
+            )
 
     # ---- generation
 
@@ -215,6 +222,11 @@ class LLM:
         self._client.abort([request_id] if isinstance(request_id, str) else list(request_id))
 
     # ---- the engine
+
+    @property
+    def client(self) -> Client:
+        """The connection that all calls go through, for a caller that reads raw updates itself."""
+        return self._client
 
     def stats(self) -> dict[str, Any]:
         """The engine's counters: steps, requests, pages, ranks, attention (density, bytes read), all-reduce, times."""

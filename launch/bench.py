@@ -68,7 +68,8 @@ def _step(settings: Any, json_file: str | None) -> None:
 
     row = bench_step(settings)
     print(f"Decode steps at tensor_parallel_size={settings.tensor_parallel_size}, batch {settings.batch}; medians in ms")
-    print_table([row], dict.fromkeys(["step_p50", "shard_p50", "overhead_p50", "driver_p50", "bytes_ms"], "{:.3f}"))
+    columns = ("step_p50", "shard_p50", "gap_p50", "overhead_p50", "driver_p50", "driver_cpu_p50", "bytes_ms")
+    print_table([row], dict.fromkeys(columns, "{:.3f}"))
     if json_file:
         write_json(json_file, "step", asdict(settings), [row])
 

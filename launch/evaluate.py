@@ -9,11 +9,9 @@ budgets are added to what is there.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import types
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -21,17 +19,17 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 if not __package__:  # run as a file: let the repository root take the place of launch/ on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from distributed_sparse.config import EngineConfig, load_run_config
+from distributed_sparse.config import load_run_config
 from distributed_sparse.evaluation.methods import parse_methods
-from distributed_sparse.evaluation.plots import check_plots, write_plots
+from distributed_sparse.evaluation.plots import write_plots
 from distributed_sparse.evaluation.profile_report import layer_budgets, tokens_needed, write_layers
 from distributed_sparse.evaluation.report import report
-from distributed_sparse.evaluation.results import Results
 from distributed_sparse.evaluation.run import Evaluation, RunOptions
 from distributed_sparse.evaluation.suites import SUITES
+from distributed_sparse.reporting.figures import check_plots
+from distributed_sparse.reporting.results import Results
 from distributed_sparse.selection.base import SparseConfig
-
-FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM
+from launch.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm, one_ray
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,10 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
-    previous = signal.signal(signal.SIGTERM, _end_on_sigterm)
     with results:
         try:
-            with _one_ray(evaluation.config):
+            with one_ray(evaluation.config), ends_on_sigterm():  # in this order: Ray sets a handler of its own
                 evaluation.run(results)
         except KeyboardInterrupt:
             print(f"interrupted; the same command goes on from {args.output}", file=sys.stderr)
@@ -54,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, RuntimeError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return FAILED
-        finally:
-            signal.signal(signal.SIGTERM, previous)
         _write(args, evaluation, results, write_plots_too)
     return 0
 
@@ -98,21 +93,6 @@ def _write(args: argparse.Namespace, evaluation: Evaluation, results: Results, p
         written.append(Path(layers_file))
     print(text)
     print("Written: " + ", ".join(map(str, written)))
-
-
-def _end_on_sigterm(signum: int, frame: Any) -> None:
-    raise SystemExit(TERMINATED)  # unwinds through the engine, so that no shard is left behind (`ray job stop`)
-
-
-def _one_ray(config: EngineConfig) -> AbstractContextManager[Any]:
-    """One Ray for all the engines of an evaluation; nothing for one rank, which needs none."""
-    backend = config.distributed_executor_backend
-    if backend == "uni" or (backend == "auto" and config.tensor_parallel_size == 1):
-        return nullcontext()
-    from distributed_sparse.driver.actor import ensure_ray
-
-    session = ensure_ray(config.tensor_parallel_size)
-    return closing(types.SimpleNamespace(close=session.release))
 
 
 # ---- the command line

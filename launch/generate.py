@@ -10,7 +10,6 @@ A row in: {"prompt": str or list of token ids} or {"messages": [{"role", "conten
 import argparse
 import json
 import os
-import signal
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,13 +29,13 @@ from distributed_sparse.outputs import RequestOutput
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.tokenizer import apply_chat
 from distributed_sparse.validation import check_keys, shown
+from launch.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm, show_log
 
 if TYPE_CHECKING:
     from distributed_sparse import LLM
     from distributed_sparse.llm import Stream
 
 ROW_KEYS = ("id", "prompt", "messages", "sampling_params")
-FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 @dataclass
@@ -69,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
 
-    previous = signal.signal(signal.SIGTERM, _end_on_sigterm)
     try:
-        with output as out:
+        show_log()
+        with ends_on_sigterm(), output as out:
             return _generate(config, rows, out, streaming=args.prompt is not None and not args.output)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -79,8 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who read the rows has left; what Python flushes at its exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -258,10 +255,6 @@ def row_out(row: Row, output: RequestOutput | None) -> dict[str, Any]:
         metrics = output.metrics
         written["metrics"] = {"ttft": metrics.ttft, "tpot": metrics.tpot, "latency": metrics.latency}
     return written
-
-
-def _end_on_sigterm(signum: int, frame: Any) -> None:
-    raise SystemExit(TERMINATED)  # unwinds through `with llm`, so that no shard is left behind (`ray job stop`)
 
 
 if __name__ == "__main__":

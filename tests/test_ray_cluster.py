@@ -1,4 +1,4 @@
-"""One rank on each of two nodes: the Driver, the ranks and the client find each other over the nodes' addresses."""
+"""Ranks on several nodes: they find each other over the nodes' addresses, and move to other nodes when theirs goes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 from distributed_sparse import LLM, SamplingParams
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.prompts import random_tokens
-from tests.support.ray_processes import assert_no_processes, own_ray
+from tests.support.ray_processes import FAST_HEALTH_CHECKS, assert_no_processes, own_ray
+from tests.support.stand_in_shard import write_checkpoint
 
 pytestmark = pytest.mark.ray
 
@@ -81,3 +82,71 @@ def test_one_rank_on_each_of_two_nodes_gives_the_tokens_of_one_process(ray_envir
     assert nodes == sorted(found["nodes"]) and len(set(nodes)) == 2
     assert [rank["kv_heads"] for rank in found["ranks"]] == [[0, 2], [2, 4]]
     assert (found["left"], found["free"]) == ([], 2.0), "the cluster is as it was"
+
+
+# ---- nodes that go
+
+
+@pytest.fixture(scope="module")
+def losses(ray_environment: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `tests.support.node_loss` saw: one cluster for all tests, since it takes half a minute."""
+    path = write_checkpoint(tmp_path_factory.mktemp("stand-in"))
+    with own_ray(ray_environment) as environment:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.support.node_loss", str(path)],
+            cwd=ROOT, env=environment | FAST_HEALTH_CHECKS, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert_no_processes(environment["RAY_TMPDIR"], timeout=20.0)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["started"]["steps"] and len(set(found["started"]["nodes"])) == 2
+    return found
+
+
+def test_a_rank_whose_node_loses_power_is_placed_on_a_spare_one(losses: dict[str, Any]) -> None:
+    """The replacement is asked for before Ray has noticed that the node has gone, and so on that node at first."""
+    before = losses["started"]
+    lost, rebuilt = losses["power"]
+    assert lost["ranks"] == [1] and lost["seconds"] < 5.0
+    assert rebuilt["steps"], rebuilt["error"]
+    assert rebuilt["pids"][0] == before["pids"][0], "the other rank stays"
+    assert rebuilt["nodes"][0] == before["nodes"][0]
+    assert rebuilt["nodes"][1] not in before["nodes"]
+    assert rebuilt["log"] == ["rank 1 was placed on a node that has gone; it is placed anew"]
+
+
+def test_a_rank_without_a_node_waits_for_a_new_one_and_says_so(losses: dict[str, Any]) -> None:
+    survivor = losses["power"][1]["pids"][0]
+    lost, rebuilt = losses["no room, then a new node"]
+    assert lost["ranks"] == [1]
+    assert "the actor's node was terminated" in lost["cause"] or "its process" in lost["cause"]
+    assert rebuilt["steps"], rebuilt["error"]
+    assert rebuilt["pids"][0] == survivor
+    (line,) = rebuilt["log"]
+    assert "tensor_parallel_size=2 on device='cpu' asks for 2 CPUs, and those of a lost node have no room" in line
+    assert "the Ray cluster has 0 of 1 unused on 2 node(s)" in line
+
+
+def test_a_rank_that_finds_no_node_in_time_is_refused_with_the_numbers(losses: dict[str, Any]) -> None:
+    _, refused = losses["no room until the deadline"]
+    assert "ValueError: tensor_parallel_size=2 on device='cpu' asks for 2 CPUs" in refused["error"]
+    assert "the Ray cluster has 0 of 1 unused on 2 node(s); add a node or lower tensor_parallel_size" in refused["error"]
+    assert 6.0 <= refused["seconds"] < 9.0
+    assert losses["given up"]["placements"] == []
+
+
+def test_ranks_that_shared_a_node_go_to_two_where_no_other_has_room_for_both(losses: dict[str, Any]) -> None:
+    """Ray would keep a placement group that asked for one node waiting for ever."""
+    before = losses["on one node"]
+    assert before["steps"] and len(set(before["nodes"])) == 1 and before["placements"] == ["STRICT_PACK"]
+    _, rebuilt = losses["the only node with room for all"]
+    assert rebuilt["steps"], rebuilt["error"]
+    assert len(set(rebuilt["nodes"])) == 2 and rebuilt["nodes"] == sorted(rebuilt["nodes"])
+    assert rebuilt["placements"] == ["PACK"]
+
+
+def test_a_wait_for_a_node_can_be_cancelled(losses: dict[str, Any]) -> None:
+    _, cancelled = losses["cancelled"]
+    assert "the shards have been stopped" in cancelled["error"]
+    assert cancelled["seconds"] < 2.0
+    assert losses["stopped"]["placements"] == []

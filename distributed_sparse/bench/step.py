@@ -42,7 +42,8 @@ NEGLIGIBLE_MODEL = {
 def bench_step(settings: StepSettings) -> dict[str, Any]:
     """Medians over decode steps, in ms: the step as the Driver sees it, the slowest shard's own time, the rest.
 
-    The rest ("overhead") is what the Driver and the channel add: schedule, encode, send, wake the shards, receive, commit.
+    The rest ("overhead") is what the Driver and the channel add: schedule, encode, send, wake the shards, receive, commit. The
+    "gap" is what shards wait between two steps: from the last result of one received to the next begun by all of them.
     bytes_ms is what a rank's weights and its attention's bytes would take at the machine's measured read bandwidth.
     """
     with tempfile.TemporaryDirectory() as folder:

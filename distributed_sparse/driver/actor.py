@@ -26,13 +26,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.exporter import MetricsExporter
-from distributed_sparse.driver.group import RayShardGroup, reason, remove
+from distributed_sparse.driver.group import RayShardGroup, demand, reason, remove, with_device
 from distributed_sparse.driver.service import DriverService
 from distributed_sparse.driver.shard_group import ShardFailure
 
 if TYPE_CHECKING:
     from distributed_sparse.config import EngineConfig
     from distributed_sparse.shard.serve import ShardFactory
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """An idle stream of outputs yields an empty item this often."""
@@ -179,7 +181,7 @@ def begin_ray(num_ranks: int) -> bool:
     except ConnectionError as error:
         if address:
             raise unreachable(address, error) from None
-        logging.getLogger(__name__).warning("the Ray that `ray start` left behind does not answer; starting another")
+        logger.warning("the Ray that `ray start` left behind does not answer; starting another")
         ray.init(address="local", num_cpus=num_cpus, **options)
         return True
 
@@ -347,6 +349,7 @@ def connect_driver(
         ShardFailure: a shard, or the Driver, did not come up.
     """
     session = ensure_ray(config.tensor_parallel_size)
+    logger.info("%s of the Ray cluster", demand(with_device(config)))
     placement_name = f"distributed-sparse-{uuid.uuid4().hex}"
     driver: RemoteDriver | None = None
     try:

@@ -20,7 +20,7 @@ from distributed_sparse.metrics import RequestMetrics
 from distributed_sparse.request_validation import validate_request
 
 PROFILE_FIRST, PROFILE_EVERY = 8, 256
-"""The first step of decode rows alone from this one on takes the times of its parts and reports; then one so many steps later."""
+"""The first step of decode rows alone from this one on takes the times of its parts and reports; then one in so many."""
 
 Updates = dict[str, list[RequestUpdate]]
 """Client id -> what to tell it."""

@@ -59,9 +59,7 @@ class RayShardGroup(RemoteShardGroup):
         name: str = "",
         cpus_per_rank: float = 1.0,
     ) -> None:
-        if config.device == "auto":
-            has_gpu = any(node["Resources"].get("GPU") for node in live_nodes())
-            config = dataclasses.replace(config, device="cuda" if has_gpu else "cpu")
+        config = with_device(config)
         super().__init__(config, ray.util.get_node_ip_address(), generation, shard_factory)
         self._name = name
         self._bundle = {"GPU": 1.0} if config.device == "cuda" else {"CPU": cpus_per_rank}
@@ -110,7 +108,7 @@ class RayShardGroup(RemoteShardGroup):
         if sum(fits) < self.world_size:
             total = sum(node.get(resource, 0.0) for node in nodes)
             raise ValueError(
-                f"{self._asked()}, but the Ray cluster has {total:g} on {len(nodes)} node(s); "
+                f"{demand(self.config)}, but the Ray cluster has {total:g} on {len(nodes)} node(s); "
                 f"lower tensor_parallel_size or add nodes{' (or use device=cpu)' if resource == 'GPU' else ''}"
             )
         self._reserve("STRICT_PACK" if max(fits) >= self.world_size else "PACK")
@@ -120,8 +118,8 @@ class RayShardGroup(RemoteShardGroup):
             self._raise_if_cancelled()
             if time.monotonic() >= in_time:
                 raise ValueError(
-                    f"{self._asked()}{' on one node' if self._on_one_node else ''}, and none came free within {timeout:.0f} s: "
-                    f"the Ray cluster {self._unused()}; "
+                    f"{demand(self.config)}{' on one node' if self._on_one_node else ''}, "
+                    f"and none came free within {timeout:.0f} s: the Ray cluster {self._unused()}; "
                     "end what uses them (`ray status` shows it) or lower tensor_parallel_size"
                 )
             time.sleep(POLL_S)
@@ -147,14 +145,14 @@ class RayShardGroup(RemoteShardGroup):
             waited = time.monotonic() - began
             if time.monotonic() >= deadline:
                 raise ValueError(
-                    f"{self._asked()}, and those of a lost node found no room on another within {waited:.0f} s: "
+                    f"{demand(self.config)}, and those of a lost node found no room on another within {waited:.0f} s: "
                     f"the Ray cluster {self._unused()}; add a node or lower tensor_parallel_size"
                 )
             if waited > PATIENCE_S and not told:
                 told = True
                 logger.warning(
                     "%s, and those of a lost node have no room: the Ray cluster %s; waiting %.0f s more for a node",
-                    self._asked(), self._unused(), deadline - time.monotonic(),
+                    demand(self.config), self._unused(), deadline - time.monotonic(),
                 )  # fmt: skip
             time.sleep(POLL_S)
 
@@ -169,11 +167,6 @@ class RayShardGroup(RemoteShardGroup):
         if self._placement is not None:
             remove(self._placement)
             self._placement = None
-
-    def _asked(self) -> str:
-        (resource, _), *_ = self._bundle.items()
-        size, device = self.world_size, self.config.device
-        return f"tensor_parallel_size={size} on device={device!r} asks for {size} {resource}s"
 
     def _unused(self) -> str:
         (resource, _), *_ = self._bundle.items()
@@ -262,6 +255,20 @@ class RayShardGroup(RemoteShardGroup):
                 known.pop(rank, None)  # type: ignore[attr-defined]
 
 
+def with_device(config: EngineConfig) -> EngineConfig:
+    """`device="auto"` takes GPUs where the cluster has any."""
+    if config.device != "auto":
+        return config
+    has_gpu = any(node["Resources"].get("GPU") for node in live_nodes())
+    return dataclasses.replace(config, device="cuda" if has_gpu else "cpu")
+
+
+def demand(config: EngineConfig) -> str:
+    """What an engine takes of a cluster, for the user."""
+    size, resource = config.tensor_parallel_size, "GPU" if config.device == "cuda" else "CPU"
+    return f"tensor_parallel_size={size} on device={config.device!r} asks for {size} {resource}s"
+
+
 def live_nodes() -> list[dict[str, Any]]:
     """Ray's entries of the nodes that it counts as alive."""
     return [node for node in ray.nodes() if node["Alive"]]
@@ -303,7 +310,7 @@ def reason(error: RayError) -> str:
             return own
     # the first lines name the actor's class, id, pid and the like: the rank's place says more
     lines = [line for line in text.splitlines() if not line.startswith("\t") or "node" in line]
-    return " ".join(" ".join(lines).split())
+    return " ".join(" ".join(lines).removeprefix("The actor died unexpectedly before finishing this task.").split())
 
 
 def remove(placement: PlacementGroup, timeout: float = 5.0) -> None:

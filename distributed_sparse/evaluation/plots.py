@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,20 +12,15 @@ import numpy as np
 from distributed_sparse.evaluation.methods import Settings, label, settings_key
 from distributed_sparse.evaluation.profile_report import rows_by_entropy, tokens_needed
 from distributed_sparse.evaluation.report import summarise_group
-from distributed_sparse.evaluation.results import Record
 from distributed_sparse.evaluation.suite import Suite
 from distributed_sparse.evaluation.summary import RunSummary, of_run
+from distributed_sparse.reporting.figures import new_figure
+from distributed_sparse.reporting.results import Record
 from distributed_sparse.trace import MASSES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-def check_plots() -> None:
-    """Raise ValueError, with the remedy, where matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib, which is not installed; run pip install -e '.[eval]', or add --no-plots")
 
 
 def write_plots(
@@ -54,13 +48,6 @@ def write_plots(
     return written
 
 
-def _figure(width: float = 6.4, height: float = 4.2, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")  # no pyplot: it would keep figures and pick a screen
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
 def _whole_numbers(axes: Axes, axis: Literal["both", "x"]) -> None:
     """Ticks at layers and heads only."""
     axes.locator_params(axis=axis, integer=True)
@@ -74,7 +61,7 @@ def _score(suite: Suite, runs: list[RunSummary]) -> Figure | None:
             points.setdefault(run.settings["method"], set()).add((run.density, run.score))
     if not points:
         return None
-    figure, (axes,) = _figure()
+    figure, (axes,) = new_figure()
     for method, of_method in points.items():
         x, y = zip(*sorted(of_method))
         control = method in ("window", "random", "oracle_topk")
@@ -89,7 +76,7 @@ def _density(runs: list[RunSummary]) -> Figure | None:
     shown = [(run.label, run.layer_density) for run in runs if run.layer_density is not None]
     if not shown:
         return None
-    figure, places = _figure(1.2 + 2.4 * len(shown), 4.2, len(shown))
+    figure, places = new_figure(1.2 + 2.4 * len(shown), 4.2, len(shown))
     for axes, (name, density) in zip(places, shown):
         image = axes.imshow(density, vmin=0, vmax=1, aspect="auto", origin="lower", cmap="viridis")
         axes.set_title(name, fontsize=8)
@@ -104,7 +91,7 @@ def _mass(runs: list[RunSummary]) -> Figure | None:
     shown = [(run.label, run.layer_mass) for run in runs if run.layer_mass is not None]
     if not shown:
         return None
-    figure, (axes,) = _figure()
+    figure, (axes,) = new_figure()
     for name, mass in shown:
         axes.plot(mass, marker="o", label=name)
     axes.set(xlabel="layer", ylabel="captured softmax mass", ylim=(0, 1.05))
@@ -118,7 +105,7 @@ def _tokens(records: Sequence[Record], group: str) -> Figure | None:
     needed = tokens_needed(records, group)
     if needed is None:
         return None
-    figure, (axes,) = _figure()
+    figure, (axes,) = new_figure()
     layers = np.arange(len(needed.mean))
     for place, mass in enumerate(MASSES):
         (line,) = axes.plot(layers, needed.mean[:, place], marker="o", label=f"mass {mass:g}")
@@ -132,7 +119,7 @@ def _tokens(records: Sequence[Record], group: str) -> Figure | None:
 
 def _error(records: Sequence[Record], methods: Sequence[Settings], group: str) -> Figure | None:
     """Error against entropy, a cloud for each run."""
-    figure, (axes,) = _figure()
+    figure, (axes,) = new_figure()
     dense = of_run(records, "trace", settings_key({"method": "dense"}), group)
     for settings in methods:
         units = of_run(records, "trace", settings_key(settings), group)

@@ -12,9 +12,9 @@ import numpy as np
 import yaml
 
 from distributed_sparse.evaluation.methods import Settings, label, settings_key
-from distributed_sparse.evaluation.results import Record
 from distributed_sparse.evaluation.summary import errors, floats, of_run
-from distributed_sparse.evaluation.tables import number, small, table
+from distributed_sparse.reporting.results import Record
+from distributed_sparse.reporting.tables import number, small, table
 from distributed_sparse.trace import MASSES
 
 QUARTERS = 4

@@ -8,10 +8,10 @@ from typing import Any
 
 from distributed_sparse.evaluation.methods import Settings, controls_of, has_budget, settings_key
 from distributed_sparse.evaluation.profile_report import profile_sections
-from distributed_sparse.evaluation.results import Record
 from distributed_sparse.evaluation.suite import Suite
 from distributed_sparse.evaluation.summary import RunSummary, attended_of, summarise_run
-from distributed_sparse.evaluation.tables import megabytes, number, small, table
+from distributed_sparse.reporting.results import Record
+from distributed_sparse.reporting.tables import megabytes, number, small, table
 
 REACHED = 0.95
 """Share of right answers at which a recall budget is enough."""

@@ -19,13 +19,13 @@ from distributed_sparse.evaluation.methods import (
     selecting_layers,
     settings_key,
 )
-from distributed_sparse.evaluation.results import Record, Results
 from distributed_sparse.evaluation.session import Session, compared
 from distributed_sparse.evaluation.suite import EvaluatedModel, Example, Suite
 from distributed_sparse.evaluation.summary import attended_of
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_max_model_len
+from distributed_sparse.reporting.results import Record, Results
 from distributed_sparse.selection import resolve_sparse_config
 from distributed_sparse.tokenizer import load_tokenizer
 from distributed_sparse.validation import check_bool, check_int

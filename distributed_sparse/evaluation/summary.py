@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from distributed_sparse.evaluation.methods import Settings, label, settings_key
-from distributed_sparse.evaluation.results import Record
+from distributed_sparse.reporting.results import Record
 
 NAN = math.nan
 NOISE = 0.05

@@ -99,6 +99,17 @@ class SparseConfig:
         """(sink, recent) pages, where no layer reads others at decode and the rest may be freed; None: all are kept."""
         return None
 
+    def attended_tokens(self, context_len: int, page_size: int) -> int | None:
+        """Tokens that each row of such a context attends in decode; None: the data decides (or a method does not say).
+
+        The whole context is answered only where the host knows that the row is dense, so that nothing is scored for it.
+        """
+        return None
+
+    def read_apart_tokens(self, context_len: int, page_size: int) -> int:
+        """Tokens whose K and V a sparse row of such a context reads beside those that it attends."""
+        return 0
+
     def check_budget(self, token_budget: int, page_size: int) -> None:
         """Raise ValueError where a budget of tokens does not cover the forced pages."""
         forced = self.sink_pages + self.recent_pages
@@ -117,6 +128,8 @@ class Policy(ABC):
     """What the cache must keep beside K and V for this method; may be set in `__init__`, where it depends on the config."""
     graph_safe: bool = True
     """False for a method that reads device values on the host: it turns CUDA graphs off."""
+    launches: ClassVar[int] = 2
+    """Kernels that `select` launches on a GPU, about: for planning alone."""
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
         self.config = config
@@ -186,6 +199,14 @@ def covers(config: SparseConfig, token_budget: int, batch: DecodeBatch) -> bool:
     """Whether the host knows that every row of the batch reads its whole context."""
     pages = -(-batch.max_context_len // batch.page_size)
     return pages <= -(-token_budget // batch.page_size) or batch.max_context_len < config.min_context
+
+
+def tokens_in_budget(config: SparseConfig, token_budget: int, context_len: int, page_size: int) -> int:
+    """What `page_budget` leaves of a context, in tokens: whole pages but for the newest one, which is always kept."""
+    budget, pages = -(-token_budget // page_size), -(-context_len // page_size)
+    if pages <= budget or context_len < config.min_context:
+        return context_len
+    return context_len - (pages - budget) * page_size
 
 
 def slots_of(positions: Tensor, batch: DecodeBatch) -> Tensor:

@@ -16,11 +16,15 @@ class DenseConfig(SparseConfig):
 
     method: ClassVar[str] = "dense"
 
+    def attended_tokens(self, context_len: int, page_size: int) -> int:
+        return context_len
+
 
 class DensePolicy(Policy):
     """Exact attention, and what every layer below `dense_layers` runs."""
 
     config_class = DenseConfig
+    launches = 0
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
         return dense_selection(batch, self.geometry.num_kv_heads)

@@ -127,6 +127,7 @@ class HashConfig(TopKConfig):
     """`token_budget` tokens per KV head and step, in whole pages' worth, as the sink and recent ones are that it includes."""
 
     method: ClassVar[str] = "hash"
+    per_token: ClassVar[bool] = HashPredictor.per_token
     hash_weights: str | None = None
 
     def __post_init__(self) -> None:

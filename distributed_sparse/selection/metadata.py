@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -51,6 +51,11 @@ class Metadata(ABC):
         """
         return {}
 
+    def bytes_per_token(self, geometry: Geometry) -> int:
+        """Bytes that appending one token writes in one layer: its share of a page, unless a page's are written whole."""
+        on_paper = self.allocate(1, replace(geometry, device=torch.device("meta")))
+        return sum(tensor.nbytes for tensor in on_paper.values()) // geometry.page_size
+
     def append(self, cache: LayerCache, k: Tensor, runs: AppendRuns) -> None:  # noqa: B027
         """Write what new keys add, after K and V are in the pages.
 
@@ -80,6 +85,9 @@ class PageMinMax(Metadata):
     def allocate(self, num_pages: int, geometry: Geometry) -> dict[str, Tensor]:
         shape = (num_pages, geometry.num_kv_heads, 2, geometry.head_dim)
         return {"page_min_max": torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)}
+
+    def bytes_per_token(self, geometry: Geometry) -> int:
+        return geometry.num_kv_heads * 2 * geometry.head_dim * geometry.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class OracleConfig(TopKConfig):
     """`token_budget` tokens per KV head and step, in whole pages' worth, as the sink and recent ones are that it includes."""
 
     method: ClassVar[str] = "oracle_topk"
+    per_token: ClassVar[bool] = OraclePredictor.per_token
 
 
 class OraclePolicy(TopKPolicy):

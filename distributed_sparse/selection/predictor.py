@@ -25,6 +25,7 @@ from distributed_sparse.selection.base import (
     page_budget,
     slots_of,
     token_selection,
+    tokens_in_budget,
 )
 from distributed_sparse.selection.metadata import Metadata
 
@@ -71,10 +72,18 @@ class TopKConfig(SparseConfig):
     """
 
     method: ClassVar[str]
+    per_token: ClassVar[bool] = False
+    """Whether single tokens are chosen: that of the method's predictor."""
     token_budget: int = 2048
 
     def check(self, page_size: int) -> None:
         self.check_budget(self.token_budget, page_size)
+
+    def attended_tokens(self, context_len: int, page_size: int) -> int:
+        in_pages = tokens_in_budget(self, self.token_budget, context_len, page_size)
+        if not self.per_token or in_pages == context_len:
+            return in_pages
+        return -(-self.token_budget // page_size) * page_size
 
 
 class TopKPolicy(Policy):

@@ -8,7 +8,14 @@ from distributed_sparse.selection.oracle import OraclePredictor
 from distributed_sparse.selection.predictor import Predictor
 from distributed_sparse.selection.quest import QuestPredictor
 
-SELECTORS = ("quest", "hash", "oracle")
+_PREDICTORS: dict[str, type[Predictor]] = {"quest": QuestPredictor, "hash": HashPredictor, "oracle": OraclePredictor}
+
+SELECTORS = tuple(_PREDICTORS)
+
+
+def is_per_token(name: str) -> bool:
+    """Whether the predictor of a name in `SELECTORS` scores single tokens, and not pages."""
+    return _PREDICTORS[name].per_token
 
 
 def make_selector(name: str, geometry: Geometry, hash_weights: str | None) -> Predictor:

@@ -39,6 +39,13 @@ class TovaConfig(SparseConfig):
                     f"sparse.{name}={getattr(self, name)}, but tova keeps tokens by their weight alone; leave it at {only}"
                 )
 
+    def drops(self, context_len: int) -> bool:
+        """Whether a row of such a context attends less than all of it."""
+        return context_len > self.token_budget and context_len >= self.min_context
+
+    def attended_tokens(self, context_len: int, page_size: int) -> int:
+        return self.token_budget if self.drops(context_len) else context_len
+
 
 @dataclass(frozen=True)
 class Visible(Metadata):
@@ -81,7 +88,7 @@ class TovaPolicy(Policy):
         num_kv_heads, budget = self.geometry.num_kv_heads, self.config.token_budget
         dense = dense_selection(batch, num_kv_heads)
         lengths = batch.context_lens.tolist()
-        sparse_rows = [row for row, length in enumerate(lengths) if self._drops(length)]
+        sparse_rows = [row for row, length in enumerate(lengths) if self.config.drops(length)]
         if not sparse_rows:
             return dense
         tokens = batch.page_table.new_zeros((len(lengths), num_kv_heads, budget))
@@ -94,9 +101,6 @@ class TovaPolicy(Policy):
                 tokens[row, head, : len(kept)], num_tokens[row, head] = kept.int(), len(kept)
         num_pages = dense.num_pages.where(num_tokens == 0, 0)
         return Selection(dense.pages, num_pages, tokens, num_tokens)
-
-    def _drops(self, context_len: int) -> bool:
-        return context_len > self.config.token_budget and context_len >= self.config.min_context
 
     @staticmethod
     def _slots(batch: DecodeBatch, row: int, context_len: int) -> Tensor:
@@ -131,6 +135,6 @@ class TovaPolicy(Policy):
 
     def bytes_scored(self, context_lens: list[int]) -> int:
         """What is visible, and the keys of visible tokens; of all keys in a row's first such step, which is not counted."""
-        sparse = [length for length in context_lens if self._drops(length)]
+        sparse = [length for length in context_lens if self.config.drops(length)]
         key_bytes = (self.config.token_budget + 1) * self.geometry.head_dim * self.geometry.dtype.itemsize
         return self.geometry.num_kv_heads * (sum(sparse) + len(sparse) * key_bytes)

@@ -61,6 +61,25 @@ class TwilightConfig(SparseConfig):
         if self.selector == "hash":
             check_hash_weights(self.hash_weights)
 
+    def least_pages(self, page_size: int) -> int:
+        """Pages that the selector offers at least."""
+        return max(-(-self.min_candidates // page_size), self.sink_pages + self.recent_pages)
+
+    def candidates(self, context_len: int, page_size: int) -> int | None:
+        """Pages that the selector offers of a context; None: all of it, and of every shorter one."""
+        pages, least = -(-context_len // page_size), self.least_pages(page_size)
+        # A fraction below 1 may round up to all pages of this context, and to fewer than all of a shorter one.
+        if self.selector == "full" or self.candidate_fraction == 1 or least >= pages:
+            return None
+        return min(max(math.ceil(self.candidate_fraction * context_len / page_size), least), pages)
+
+    def keeps_all(self, context_len: int, page_size: int) -> bool:
+        """Whether no context up to this length can be sparse."""
+        return context_len < self.min_context or (self.p >= 1 and self.candidates(context_len, page_size) is None)
+
+    def attended_tokens(self, context_len: int, page_size: int) -> int | None:
+        return context_len if self.keeps_all(context_len, page_size) else None
+
 
 class TwilightPolicy(Policy):
     """Estimates the candidates' logits from low-bit keys; keeps, per query head, the smallest set of mass >= p (algorithm 1).
@@ -69,6 +88,7 @@ class TwilightPolicy(Policy):
     """
 
     config_class = TwilightConfig
+    launches = 4
     config: TwilightConfig
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
@@ -79,13 +99,10 @@ class TwilightPolicy(Policy):
         if self.selector is not None:
             self.metadata += self.selector.metadata
             self.graph_safe = self.selector.graph_safe
-        forced = self.config.sink_pages + self.config.recent_pages
-        self.least = max(-(-self.config.min_candidates // geometry.page_size), forced)
-        """Pages that the selector offers at least."""
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
         config, heads = self.config, self.geometry.num_kv_heads
-        if batch.max_context_len < config.min_context or (config.p >= 1 and self.candidates(batch.max_context_len) is None):
+        if config.keeps_all(batch.max_context_len, batch.page_size):
             return dense_selection(batch, heads)
         pages, counts = self._candidate_pages(q, cache, batch)
         codes, scales = cache.metadata["key_codes"], cache.metadata["key_scales"]
@@ -114,13 +131,8 @@ class TwilightPolicy(Policy):
         return selection
 
     def candidates(self, context_len: int) -> int | None:
-        """Pages that the selector offers of a context; None: all of it, and of every shorter one."""
-        config, size = self.config, self.geometry.page_size
-        pages = -(-context_len // size)
-        # A fraction below 1 may round up to all pages of this context, and to fewer than all of a shorter one.
-        if self.selector is None or config.candidate_fraction == 1 or self.least >= pages:
-            return None
-        return min(max(math.ceil(config.candidate_fraction * context_len / size), self.least), pages)
+        """As `TwilightConfig.candidates`."""
+        return self.config.candidates(context_len, self.geometry.page_size)
 
     def _candidate_pages(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
         config, size = self.config, batch.page_size
@@ -128,7 +140,8 @@ class TwilightPolicy(Policy):
         if self.selector is None or capacity is None:
             dense = dense_selection(batch, self.geometry.num_kv_heads)
             return dense.pages, dense.num_pages
-        k = (batch.context_lens.double() * config.candidate_fraction / size).ceil().to(torch.int32).clamp_min(self.least)
+        k = (batch.context_lens.double() * config.candidate_fraction / size).ceil().to(torch.int32)
+        k = k.clamp_min(config.least_pages(size))
         with self.timer("score"):
             scores = self.selector.page_scores(q, cache, batch)
         with self.timer("top_k"):

@@ -25,7 +25,7 @@ from distributed_sparse.selection.hash import check_hash_weights
 from distributed_sparse.selection.metadata import Geometry, LayerCache
 from distributed_sparse.selection.predictor import top_k_logical
 from distributed_sparse.selection.sample_size import GUARANTEES, round_up, sample_size
-from distributed_sparse.selection.selector import SELECTORS, make_selector
+from distributed_sparse.selection.selector import SELECTORS, is_per_token, make_selector
 from distributed_sparse.validation import check_choice, check_float, check_int
 
 MIN_PILOT = 256
@@ -70,6 +70,37 @@ class VAttentionConfig(SparseConfig):
         if self.selector == "hash":
             check_hash_weights(self.hash_weights)
 
+    def choice(self, page_size: int) -> tuple[int, int, int]:
+        """(block, sinks, recent): tokens of what is chosen, pages or single tokens, and how many are always chosen."""
+        block = 1 if is_per_token(self.selector) else page_size
+        sinks = -(-max(self.sink_tokens, self.sink_pages * page_size) // block)
+        # The newest page may be partial: one more page holds the window whole.
+        window = max(self.window_tokens, self.recent_pages * page_size if block == 1 else 0)
+        return block, sinks, max(-(-window // block) + (block > 1), self.recent_pages)
+
+    def sparse_from(self, page_size: int) -> int:
+        """Tokens of the shortest context that can be sparse: shorter ones are not sampled, or their sample never pays."""
+        block, sinks, recent = self.choice(page_size)
+        chosen = (sinks + recent - 1) * block + 1  # at least, as the newest page may hold one token
+        return max(self.min_context, 2 * (chosen + MIN_PILOT))
+
+    def pilot_size(self, num_residual: int) -> int:
+        """Tokens of a row's pilot; as `VAttentionPolicy.pilot_size`."""
+        return min(max(math.ceil(num_residual * self.base_fraction), MIN_PILOT), num_residual)
+
+    def attended_tokens(self, context_len: int, page_size: int) -> int | None:
+        return context_len if context_len < self.sparse_from(page_size) else None
+
+    def read_apart_tokens(self, context_len: int, page_size: int) -> int:
+        """The pilot. (A row whose sample would not pay reads what was chosen first apart, too.)"""
+        if context_len < self.sparse_from(page_size):
+            return 0
+        block, sinks, recent = self.choice(page_size)
+        blocks = -(-context_len // block)
+        chosen = min(math.ceil(context_len * (self.top_k_fraction / block)) + sinks + recent, blocks)
+        num_residual = (blocks - chosen) * block
+        return self.pilot_size(num_residual) if num_residual >= 2 * MIN_PILOT else 0
+
 
 class VAttentionPolicy(Policy):
     """Attends sinks, window and predicted top-k with weight 1; then a sample of the residual, each token for n_s / b.
@@ -79,6 +110,7 @@ class VAttentionPolicy(Policy):
     """
 
     config_class = VAttentionConfig
+    launches = 40  # most of them for the size of the sample
     config: VAttentionConfig
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
@@ -87,12 +119,7 @@ class VAttentionPolicy(Policy):
         self.metadata = self.selector.metadata
         self.graph_safe = self.selector.graph_safe
         # What is chosen, and cut out of the residual: pages, or single tokens.
-        self.block = 1 if self.selector.per_token else geometry.page_size
-        config = self.config
-        self.sinks = -(-max(config.sink_tokens, config.sink_pages * geometry.page_size) // self.block)
-        # The newest page may be partial: one more page holds the window whole.
-        window = max(config.window_tokens, config.recent_pages * geometry.page_size if self.block == 1 else 0)
-        self.recent = max(-(-window // self.block) + (self.block > 1), config.recent_pages)
+        self.block, self.sinks, self.recent = self.config.choice(geometry.page_size)
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
         if self.is_dense(batch.max_context_len):
@@ -198,8 +225,7 @@ class VAttentionPolicy(Policy):
 
     def is_dense(self, max_context_len: int) -> bool:
         """Whether no context up to this length can be sparse: too short to be sampled, or its sample could never pay."""
-        chosen = (self.sinks + self.recent - 1) * self.block + 1  # at least, as the newest page may hold one token
-        return max_context_len < max(self.config.min_context, 2 * (chosen + MIN_PILOT))
+        return max_context_len < self.config.sparse_from(self.geometry.page_size)
 
     def _pilot_capacity(self, max_context_len: int) -> int:
         return min(max(MIN_PILOT, math.ceil(self.config.base_fraction * max_context_len)), max_context_len)

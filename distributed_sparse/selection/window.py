@@ -21,6 +21,7 @@ from distributed_sparse.selection.base import (
     covers,
     dense_selection,
     page_budget,
+    tokens_in_budget,
 )
 
 
@@ -67,6 +68,9 @@ class WindowConfig(SparseConfig):
 
     def check(self, page_size: int) -> None:
         self.check_budget(self.token_budget, page_size)
+
+    def attended_tokens(self, context_len: int, page_size: int) -> int:
+        return tokens_in_budget(self, self.token_budget, context_len, page_size)
 
     def kept_pages(self, page_size: int) -> tuple[int, int] | None:
         return (self.sink_pages, -(-self.token_budget // page_size) - self.sink_pages) if self.evict else None

@@ -19,13 +19,13 @@ from distributed_sparse.evaluation.meter import Meter, decode_contexts, page_byt
 from distributed_sparse.evaluation.methods import parse_methods, settings_key
 from distributed_sparse.evaluation.recall import make_quiz, score_quiz
 from distributed_sparse.evaluation.recall_model import save_recall_checkpoint
-from distributed_sparse.evaluation.results import Results
 from distributed_sparse.evaluation.run import Evaluation, RunOptions
 from distributed_sparse.evaluation.suites.passkey import PasskeySuite
 from distributed_sparse.evaluation.suites.ppl import PplSuite
 from distributed_sparse.evaluation.suites.recall import RecallSuite
 from distributed_sparse.evaluation.summary import summarise_run
 from distributed_sparse.llm import LLM
+from distributed_sparse.reporting.results import Results
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import make_llm
 from tests.support.prompts import random_tokens

@@ -82,7 +82,7 @@ def test_recall_from_the_command_to_the_report(
     assert main(command) == 0
     assert records_of(tmp_path) == records
     assert main([*command, "--seed", "1"]) == 2
-    assert "holds results of recall.seed=0, and this evaluation has recall.seed=1" in capsys.readouterr().err
+    assert "holds results of recall.seed=0, and this run has recall.seed=1" in capsys.readouterr().err
 
 
 def test_ppl_of_a_text(configs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 
 from distributed_sparse import LLM, SamplingParams
-from tests.support.ray_processes import assert_no_processes, own_ray
+from tests.support.ray_processes import assert_no_processes, own_ray, ray_processes
 from tests.support.text_checkpoint import text_checkpoint
 
 pytestmark = pytest.mark.ray
@@ -38,21 +40,31 @@ UPLOAD_LIMIT = 10 << 20
 
 @pytest.fixture(scope="module")
 def head(ray_environment: Path) -> Iterator[dict[str, str]]:
+    """A head whose Python is that of the tests."""
+    with started_head(ray_environment, Path(sys.executable).parent) as environment:
+        yield environment
+
+
+@contextlib.contextmanager
+def started_head(ray_environment: Path, binaries: Path) -> Iterator[dict[str, str]]:
     """A head with a dashboard, as `ray start` leaves it; the environment of those who talk to it, RAY_API_SERVER_ADDRESS in it.
 
     `ray start` must not be undone by `ray stop`, which would end every Ray of this machine.
+
+    Args:
+        binaries: the folder of the head's `python` and `ray`.
     """
     port, dashboard_port = free_ports(2)
     address = f"http://127.0.0.1:{dashboard_port}"
     with own_ray(ray_environment) as environment:
         # a job's `python` is the first on the PATH that the head was started with
-        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        environment["PATH"] = f"{binaries}:{environment['PATH']}"
         environment["RAY_API_SERVER_ADDRESS"] = address
         for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"):
             environment.pop(name, None)
-        command = [RAY, "start", "--head", f"--port={port}", "--num-cpus=2", "--num-gpus=0", "--disable-usage-stats"]
+        command = [str(binaries / "ray"), "start", "--head", f"--port={port}", "--num-cpus=2", "--num-gpus=0"]
         command += ["--include-dashboard=true", f"--dashboard-port={dashboard_port}", "--dashboard-agent-listen-port=0"]
-        command += ["--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
+        command += ["--object-store-memory=100000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         wait_for(f"{address}/api/version")
@@ -112,11 +124,13 @@ def expected(path: Path) -> list[Any]:
         return [output.outputs[0] for output in llm.generate([PROMPT] * 2, params, use_tqdm=False)]
 
 
-def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The README's command: from the repository's root, its files uploaded."""
-    command = [RAY, "job", "submit", "--address", environment["RAY_API_SERVER_ADDRESS"], "--working-dir", "."]
+def submit(
+    environment: dict[str, str], *arguments: str, options: tuple[str, ...] = (), timeout: float = 240.0
+) -> subprocess.CompletedProcess[str]:
+    """The README's command: from the repository's root, its files uploaded. `options`: of `ray job submit`."""
+    command = [RAY, "job", "submit", "--address", environment["RAY_API_SERVER_ADDRESS"], "--working-dir", ".", *options]
     command += ["--", "python", "-m", "launch.generate", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def test_a_submitted_job_gives_the_tokens_of_the_python_api(
@@ -146,3 +160,49 @@ def test_a_submitted_prompt_is_answered_in_the_jobs_log(head: dict[str, str], co
     done = submit(head, "--config", config, "--prompt", PROMPT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert expected[0].text in done.stdout
+
+
+@pytest.mark.slow  # minutes: the job's own environment gets torch and all the rest
+def test_a_cluster_that_has_ray_alone_installs_the_package_from_the_upload(
+    ray_environment: Path, config: str, expected: list[Any], tmp_path: Path
+) -> None:
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "bare")], check=True)
+    pip = [str(tmp_path / "bare" / "bin" / "pip"), "install", "--quiet", "-c", str(ROOT / "constraints.txt"), "ray[default]"]
+    subprocess.run(pip, check=True, timeout=600)
+    with started_head(ray_environment, tmp_path / "bare" / "bin") as environment:
+        options = ("--runtime-env", "launch/runtime-env.yaml")
+        done = submit(environment, "--config", config, "--prompt", PROMPT, options=options, timeout=1200.0)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert expected[0].text in done.stdout
+
+
+def test_a_job_that_is_stopped_leaves_no_shard_and_no_placement_group(
+    head: dict[str, str], config: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    endless = [{"prompt": PROMPT, "sampling_params": {"max_tokens": 200, "ignore_eos": True}}] * 2000
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in endless), encoding="utf-8")
+    job = f"stopped-{uuid.uuid4().hex}"
+    rows = ("--prompts-file", str(tmp_path / "in.jsonl"), "--output", str(output))
+    done = submit(head, "--config", config, *rows, options=("--no-wait", "--submission-id", job))
+    assert done.returncode == 0, done.stdout + done.stderr
+    deadline = time.monotonic() + 120.0
+    while not (output.exists() and output.stat().st_size):  # it decodes
+        assert time.monotonic() < deadline, "the job has answered nothing"
+        time.sleep(0.2)
+    stop = [RAY, "job", "stop", "--address", head["RAY_API_SERVER_ADDRESS"], job]
+    done = subprocess.run(stop, cwd=ROOT, env=head, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "was stopped" in done.stdout + done.stderr
+    deadline = time.monotonic() + 20.0
+    while left := [
+        command for command in ray_processes(head["RAY_TMPDIR"]).values() if "Actor" in command or "launch." in command
+    ]:
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.2)
+    state = subprocess.run(
+        [RAY, "list", "placement-groups", "--address", head["RAY_API_SERVER_ADDRESS"], "--format", "json"],
+        cwd=ROOT, env=head, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert state.returncode == 0, state.stdout + state.stderr
+    assert all(group["state"] == "REMOVED" for group in json.loads(state.stdout))

@@ -1,4 +1,4 @@
-"""Results: what an evaluation has finished, one JSON line per unit of work, so that an interrupted one can go on."""
+"""Results: what a long run has finished, one JSON line per unit of work, so that an interrupted one can go on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 
 class Results:
-    """The directory of one evaluation. It owns `results.jsonl`; one process at a time.
+    """The directory of one run. It owns `results.jsonl`; one process at a time.
 
     Args:
         directory: is made where there is none.
@@ -43,7 +43,7 @@ class Results:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
-            raise ValueError(f"{path} is in use by another evaluation; wait for it, or give another --output") from None
+            raise ValueError(f"{path} is in use by another run; wait for it, or give another --output") from None
         self.records = {record["key"]: record for record in self._read()}
 
     def _claim(self, configuration: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ class Results:
         for name in sorted(there.keys() | here.keys()):
             if there.get(name) != here.get(name):
                 raise ValueError(
-                    f"{self.directory} holds results of {name}={shown(there.get(name))}, and this evaluation has "
+                    f"{self.directory} holds results of {name}={shown(there.get(name))}, and this run has "
                     f"{name}={shown(here.get(name))}; give another --output, or the same settings to go on"
                 )
 

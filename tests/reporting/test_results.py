@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distributed_sparse.evaluation.results import Results, plain
+from distributed_sparse.reporting.results import Results, plain
 
 CONFIGURATION = {"suite": "recall", "engine": {"model": "a", "page_size": 16}}
 
@@ -49,7 +49,7 @@ def test_a_broken_line_within_the_file_is_an_error(tmp_path: Path) -> None:
 def test_another_configuration_is_refused_by_name(tmp_path: Path) -> None:
     Results(tmp_path, CONFIGURATION).close()
     other = {"suite": "recall", "engine": {"model": "a", "page_size": 32}}
-    with pytest.raises(ValueError, match=r"holds results of engine.page_size=16, and this evaluation has engine.page_size=32"):
+    with pytest.raises(ValueError, match=r"holds results of engine.page_size=16, and this run has engine.page_size=32"):
         Results(tmp_path, other)
 
 
@@ -59,8 +59,8 @@ def test_results_of_an_unknown_origin_are_refused(tmp_path: Path) -> None:
         Results(tmp_path, CONFIGURATION)
 
 
-def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
-    with Results(tmp_path, CONFIGURATION), pytest.raises(ValueError, match="is in use by another evaluation"):
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with Results(tmp_path, CONFIGURATION), pytest.raises(ValueError, match="is in use by another run"):
         Results(tmp_path, CONFIGURATION)
     Results(tmp_path, CONFIGURATION).close()
 

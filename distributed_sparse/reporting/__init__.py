@@ -1,0 +1,1 @@
+"""What a long run leaves behind: finished units, tables and plots."""

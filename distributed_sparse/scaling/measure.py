@@ -1,0 +1,143 @@
+"""measure: one point: its engine is made, warmed up, measured, and gone again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from distributed_sparse.config import EngineConfig
+from distributed_sparse.evaluation.meter import Counters, Meter, decode_contexts
+from distributed_sparse.model.config import ModelConfig
+from distributed_sparse.model.limits import resolve_dtype
+from distributed_sparse.planner.rank import RankOnPaper
+from distributed_sparse.reporting.results import Record
+from distributed_sparse.scaling.grid import Point
+from distributed_sparse.scaling.latency import RequestTimes, latencies
+from distributed_sparse.scaling.leaks import Surroundings
+from distributed_sparse.scaling.load import send
+from distributed_sparse.scaling.reference import disagreements, make_reference
+from distributed_sparse.selection import layer_configs
+from distributed_sparse.selection.dense import DenseConfig
+
+if TYPE_CHECKING:
+    from distributed_sparse import LLM
+
+OpenEngine = Callable[[EngineConfig], AbstractContextManager["LLM"]]
+
+RANK_KEYS = ("rank", "device", "kv_heads", "weight_bytes", "page_bytes", "cache_bytes", "metadata_bytes")
+
+
+def measure(point: Point, open_engine: OpenEngine, compared: int, makes_reference: bool, reference: Record | None) -> Record:
+    """Run a point.
+
+    Args:
+        compared: so many requests' tokens are kept, and compared with other points'.
+        makes_reference: whether other points are compared with this one.
+        reference: the record of the point that this one is compared with; None: with none.
+
+    Returns:
+        What `checks`, the summary and the plots read; see docs/scaling.md.
+
+    Raises:
+        ValueError: a setting does not hold for the model or the cluster.
+        RuntimeError: the engine failed, was rebuilt while it was measured, or stands on other nodes than asked for.
+    """
+    surroundings = Surroundings()
+    with open_engine(point.engine) as llm:
+        ranks = llm.stats()["ranks"]
+        _check_nodes(point, ranks)
+        workload, vocab_size = point.workload, llm.model_config.vocab_size
+        requests = workload.requests(0, workload.num_prompts or 0, vocab_size)
+        warm_up = workload.requests(len(requests), workload.warm_up or 0, vocab_size)
+        meter = Meter(llm)
+        meter.measure(_contexts(send(llm, warm_up, workload.batch)))
+        before = llm.stats()
+        times = send(llm, requests, workload.batch)
+        after = llm.stats()
+        if after["generation"] != before["generation"]:
+            raise RuntimeError("the engine lost a shard and was rebuilt while it was measured; run the point again")
+        counters = meter.measure(_contexts(times))
+        dtype = str(resolve_dtype(point.engine.dtype, llm.model_config.dtype)).removeprefix("torch.")
+        record = {
+            "dtype": dtype,
+            **latencies(times),
+            "time_ms": after["time_ms"],
+            "ranks": [{key: rank[key] for key in RANK_KEYS} for rank in ranks],
+            "nodes": len({rank["node_id"] for rank in ranks}),
+            "pages": after["pages"]["total"],
+            "working_steps": after["steps"] - before["steps"] - 1,  # the closing `stats` is a step without work
+            "all_reduce": {key: after["all_reduce"][key] - before["all_reduce"][key] for key in ("calls", "bytes")},
+            **_attention(point, llm.model_config, counters, ranks),
+            "expected": expectations(point, llm.model_config, times),
+            "token_ids": [one.token_ids for one in times[:compared]],
+            "tokens_sha256": hashlib.sha256(json.dumps([one.token_ids for one in times]).encode()).hexdigest(),
+        }
+        low_precision = dtype != "float32"
+        if makes_reference:
+            record["reference"] = make_reference(llm, requests[:compared], workload.batch, greedy=low_precision)
+        elif reference is not None and low_precision:
+            record["disagreements"] = disagreements(llm, requests[:compared], reference["reference"]["token_ids"])
+            record["compared_with"] = reference["key"]
+        record["pages_used_at_end"] = llm.stats()["pages"]["used"]
+    record["left_behind"] = surroundings.left_behind(ranks)
+    return record
+
+
+def expectations(point: Point, model: ModelConfig, times: Sequence[RequestTimes]) -> dict[str, Any]:
+    """What the model's shape and the settings say that the engine must count; by the planner's arithmetic."""
+    engine, num_ranks = point.engine, point.engine.tensor_parallel_size
+    dtype = resolve_dtype(engine.dtype, model.dtype)
+    whole, own = (RankOnPaper(model, size, engine.sparse, engine.page_size, dtype) for size in (1, num_ranks))
+    tokens = sum(one.num_prompt_tokens + len(one.token_ids) - 1 for one in times)  # the last one is never read
+    contexts = _contexts(times)
+    density = []
+    for layer in layer_configs(engine.resolve_sparse(), model.num_hidden_layers, engine.page_size):
+        attended = [layer.attended_tokens(context, engine.page_size) for context in contexts]
+        known = [count for count in attended if count is not None]
+        density.append(sum(known) / sum(contexts) if contexts and len(known) == len(attended) else None)
+    return {
+        "weight_bytes": own.weight_bytes,
+        "page_bytes_of_all_ranks": dict(zip(("cache_bytes", "metadata_bytes"), whole.page_bytes)),
+        "all_reduce": {
+            "calls_per_step": own.all_reduce_calls,
+            "bytes": own.all_reduce_calls * own.all_reduce_bytes_each(tokens),
+        },
+        "density": density,
+        "weight_bytes_read_per_step": own.weight_bytes_read(point.workload.batch),
+    }
+
+
+def _attention(point: Point, model: ModelConfig, counters: Counters, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Density and cache bytes of the measured decode steps; nothing where a single token each was asked for."""
+    if counters.context == 0:
+        return {"density": {"layers": None, "ranks": None, "skew": None}, "cache_bytes_read_per_step": None}
+    density = counters.attended / counters.context  # [layer, KV head]
+    layers = layer_configs(point.engine.resolve_sparse(), model.num_hidden_layers, point.engine.page_size)
+    selecting = [i for i, layer in enumerate(layers) if not isinstance(layer, DenseConfig)] or list(range(len(layers)))
+    of_ranks = [float(density[selecting, slice(*rank["kv_heads"])].mean()) for rank in ranks]
+    return {
+        "density": {
+            "layers": density,
+            "ranks": of_ranks,
+            "skew": max(of_ranks) / (sum(of_ranks) / len(of_ranks)),
+        },
+        # of a rank, in a step that decodes a whole batch
+        "cache_bytes_read_per_step": counters.bytes_read / counters.steps * point.workload.batch / len(ranks),
+    }
+
+
+def _contexts(times: Sequence[RequestTimes]) -> list[int]:
+    """Tokens in context of every decode step of every request."""
+    return [n for one in times for n in decode_contexts(one.num_prompt_tokens, 0, len(one.token_ids))]
+
+
+def _check_nodes(point: Point, ranks: Sequence[dict[str, Any]]) -> None:
+    nodes = {rank["node_id"] for rank in ranks}
+    if point.nodes is not None and len(nodes) != point.nodes:
+        raise RuntimeError(
+            f"the ranks stand on {len(nodes)} nodes, not nodes={point.nodes}: a group stays within a node where it fits; "
+            "choose tensor_parallel_size by the GPUs of a node, or leave `nodes` out"
+        )

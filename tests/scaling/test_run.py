@@ -1,0 +1,149 @@
+"""A scaling run through the real engine: a fresh one per point, kept at once, gone on with where it was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distributed_sparse.config import EngineConfig
+from distributed_sparse.llm import LLM
+from distributed_sparse.reporting.results import Results
+from distributed_sparse.scaling.grid import ScalingConfig
+from distributed_sparse.scaling.run import Scaling
+from tests.support.checkpoints import tiny_checkpoint
+from tests.support.engine import make_llm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUEST = {"method": "quest", "token_budget": 32, "dense_layers": 1}
+
+
+class Engines:
+    """Opens engines, of several ranks in processes without Ray; remembers which, and refuses some."""
+
+    def __init__(self) -> None:
+        self.opened: list[tuple[int, str]] = []
+        self.refused: int | None = None
+
+    @contextmanager
+    def __call__(self, config: EngineConfig) -> Iterator[LLM]:
+        assert config.sparse is not None
+        self.opened.append((config.tensor_parallel_size, config.sparse["method"]))
+        if config.tensor_parallel_size == self.refused:
+            raise RuntimeError("no such ranks today")
+        settings = asdict(config)
+        with make_llm(settings.pop("model"), settings.pop("tensor_parallel_size"), **settings) as llm:
+            yield llm
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+def configured(model: str, grid: dict[str, Any], checks: dict[str, Any] | None = None, **base: Any) -> ScalingConfig:
+    given = {
+        "base": {"model": model, "device": "cpu", "kv_cache_memory_bytes": 8 << 20, **base},
+        "workload": {"input_len": 60, "output_len": 6, "batch": 2, "num_prompts": 3, "warm_up": 1},
+        "grid": {"sparse": [QUEST], **grid},
+        "checks": checks or {},
+    }
+    return ScalingConfig.from_dict(given, "a.yaml")
+
+
+def run(directory: Path, config: ScalingConfig, engines: Engines) -> tuple[list[Any], dict[str, list[Any]]]:
+    """The records in the order of the grid, and the failures of each check that was made."""
+    with Results(directory, {"kind": "scaling"}) as results:
+        scaling = Scaling(config, engines)
+        scaling.run(results)
+        found: dict[str, list[Any]] = {}
+        for outcome in scaling.outcomes(results):
+            found.setdefault(outcome.check, []).extend(outcome.failures or [])
+        return [record for _, record in scaling.records(results)], found
+
+
+@pytest.fixture(scope="module")
+def measured(model: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory, engines = tmp_path_factory.mktemp("run"), Engines()
+    config = configured(model, {"tensor_parallel_size": [2, 1]})
+    return directory, config, engines, *run(directory, config, engines)
+
+
+def test_every_point_passes_every_check(measured: Any) -> None:
+    *_, records, failures = measured
+    assert [record.get("error") for record in records] == [None, None]
+    assert failures == {name: [] for name in ("weight_bytes", "cache_bytes", "all_reduce", "density", "leaks", "tokens")}
+
+
+def test_the_fewest_ranks_come_first_and_give_the_tokens_that_the_others_are_held_against(measured: Any) -> None:
+    _, _, engines, (two, one), _ = measured
+    assert engines.opened == [(1, "quest"), (2, "quest")]
+    assert "reference" in one and "reference" not in two
+    assert one["token_ids"] == two["token_ids"] == one["reference"]["token_ids"]
+    assert [len(tokens) for tokens in one["token_ids"]] == [6, 6, 6]
+
+
+def test_counters_are_of_the_measured_requests_alone(measured: Any) -> None:
+    _, _, _, (two, one), _ = measured
+    tokens, layers, hidden = 3 * (60 + 5), 3, 64
+    assert two["all_reduce"]["bytes"] == (2 * layers + 1) * tokens * hidden * 4
+    assert one["all_reduce"] == {"calls": 0, "bytes": 0}
+    # contexts 61..65 have 4 or 5 pages, of which 2 are kept
+    expected = sum(n - (-(-n // 16) - 2) * 16 for n in range(61, 66)) / sum(range(61, 66))
+    assert one["density"]["layers"][1] == pytest.approx([expected] * 4, rel=1e-5)
+    assert two["density"]["ranks"] == pytest.approx([expected] * 2, rel=1e-5) and two["density"]["skew"] == pytest.approx(1)
+    assert one["requests_per_s"] == pytest.approx(3 / one["duration_s"], rel=1e-4)
+    assert one["tpot_ms"]["p99"] >= one["tpot_ms"]["median"] > 0
+
+
+def test_what_is_finished_is_not_run_again_and_other_points_are_added(model: str, measured: Any, tmp_path: Path) -> None:
+    directory, config, *_ = measured
+    engines = Engines()
+    run(directory, config, engines)
+    assert engines.opened == []
+    run(directory, configured(model, {"tensor_parallel_size": [1, 2], "batch": [1, 2]}), engines)
+    assert engines.opened == [(1, "quest"), (2, "quest")]  # batch 1 alone
+
+
+def test_a_point_that_fails_is_kept_with_its_error_the_others_go_on_and_it_is_tried_again(model: str, tmp_path: Path) -> None:
+    engines = Engines()
+    engines.refused = 1
+    config = configured(model, {"tensor_parallel_size": [1, 2]})
+    (one, two), failures = run(tmp_path, config, engines)
+    assert one["error"] == "RuntimeError: no such ranks today" and "error" not in two
+    assert failures["tokens"] == ["its reference failed"]
+    engines.refused = None
+    engines.opened.clear()
+    (one, two), failures = run(tmp_path, config, engines)
+    assert engines.opened == [(1, "quest")] and failures["tokens"] == []
+
+
+def test_low_precision_is_held_against_the_tokens_of_the_fewest_ranks(model: str, tmp_path: Path) -> None:
+    config = configured(model, {"tensor_parallel_size": [1, 2]}, {"compared_prompts": 2, "agreement": 0.8}, dtype="bfloat16")
+    (one, two), failures = run(tmp_path, config, Engines())
+    assert two["compared_with"] == one["key"] and len(one["reference"]["token_ids"]) == 2
+    assert failures["tokens"] == [] and two["dtype"] == "bfloat16"
+
+
+def test_ranks_on_other_nodes_than_asked_for_are_a_failed_point(model: str, tmp_path: Path) -> None:
+    (record,), _ = run(tmp_path, configured(model, {"nodes": [2]}), Engines())
+    assert "the ranks stand on 1 nodes, not nodes=2" in record["error"]
+
+
+def test_a_single_output_token_has_neither_tpot_nor_density(model: str, tmp_path: Path) -> None:
+    config = configured(model, {"workload.output_len": [1]})
+    (record,), failures = run(tmp_path, config, Engines())
+    assert record["tpot_ms"] is None and record["density"]["layers"] is None
+    assert not any(failures.values())
+
+
+def test_settings_that_do_not_hold_for_the_model_are_refused_before_any_engine_is_made(model: str) -> None:
+    with pytest.raises(ValueError, match="tensor_parallel_size=3: tensor_parallel_size=3 does not divide"):
+        Scaling(configured(model, {"tensor_parallel_size": [1, 3]}))
+    with pytest.raises(ValueError, match=r"input_len \+ output_len = 66 tokens are over max_model_len=50"):
+        Scaling(configured(model, {}, max_model_len=50))
