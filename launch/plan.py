@@ -4,12 +4,13 @@
         --context 32768,131072 --batch 1,8,64 --method quest
 
 Bytes are exact: the engine's counters say the same. Times follow from them and from data sheets; none is measured, but with
-`--gpu cpu --measure`, which times this machine first.
+`--gpu cpu --measure`, which times this machine first, at the largest context and batch of the grid.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -24,11 +25,10 @@ from distributed_sparse.config import set_override
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_dtype
-from distributed_sparse.planner.hardware import MEASURED, PRESETS, Hardware, Interconnect, Protocol, preset
+from distributed_sparse.planner.hardware import MEASURED, PRESETS, Hardware, Interconnect, Protocol, Rate, preset
 from distributed_sparse.planner.memory import DEFAULT_RESERVE_BYTES
 from distributed_sparse.planner.plan import Grid, HardwareOf, does_not_pay, plan
 from distributed_sparse.planner.rank import RankOnPaper
-from distributed_sparse.reporting.figures import check_plots
 from distributed_sparse.selection import POLICIES
 from distributed_sparse.validation import check_choice, check_float, shown
 from launch.lifetime import FAILED, INTERRUPTED, USAGE
@@ -66,6 +66,14 @@ OVERRIDES = {
 }
 """Options that replace a number of the hardware: name -> (field of Hardware, help)."""
 
+RATES = {"TP": "{}", "rate": "{}", "median": "{:.4g}", "p10": "{:.4g}", "p90": "{:.4g}", "unit": "{}"}
+
+SHOWN = {"bytes/s": (1e-9, "GB/s"), "op/s": (1e-9, "Gop/s"), "s": (1e6, "us")}
+"""Unit of a rate -> (factor, unit in the table)."""
+
+MOST_VARIED = 1.5
+"""A rate whose p90 is more than so many times its p10 says little about the machine."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code: 0 done, 1 the measurement failed, 2 bad usage, 130 interrupted."""
@@ -82,11 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     title = f"{args.model}, {str(dtype).removeprefix('torch.')}, {args.gpu}, pages of {grid.page_size}"
+    if args.measure:
+        _print_rates(args.devices)
     print(f"{title}: one rank's bytes and one step's times, {'measured rates' if args.measure else 'computed, not measured'}")
     print_table([_cells(row) for row in rows], COLUMNS)
     _print_losses(rows)
     if args.json:
-        devices = {world_size: asdict(device) for world_size, device in args.devices.items()}
+        devices = {size: {name: asdict(device) for name, device in of_size.items()} for size, of_size in args.devices.items()}
         write_json(args.json, "plan", {"model": args.model, "hardware": devices, "grid": asdict(grid)}, rows)
     if args.plot:
         from distributed_sparse.planner.plot import write_plot
@@ -96,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, HardwareOf]:
-    if args.plot:
-        check_plots()
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib, which is not installed; run pip install -e '.[eval]', or leave --plot out")
     check_choice("gpu", args.gpu, [*PRESETS, MEASURED])
     if args.gpu == MEASURED and not args.measure:
         raise ValueError(f"--gpu {MEASURED} has no data sheet; add --measure, which times this machine")
@@ -120,7 +130,7 @@ def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, Hardware
         for name, (field, text) in OVERRIDES.items()
         if (value := getattr(args, name.replace("-", "_"))) is not None
     }
-    args.devices = {}
+    args.devices = {}  # tensor_parallel_size -> method -> Hardware
 
     def hardware_of(ranks: list[RankOnPaper]) -> list[Hardware]:
         if args.measure:
@@ -130,7 +140,7 @@ def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, Hardware
         else:
             found = [preset(args.gpu)] * len(ranks)
         devices = [replace(device, **changes, links=_links(device.links, args)) for device in found]
-        args.devices[ranks[0].shard.world_size] = devices[-1]
+        args.devices[ranks[0].shard.world_size] = {rank.method: device for rank, device in zip(ranks, devices)}
         return devices
 
     return model, dtype, grid, hardware_of
@@ -198,6 +208,30 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _print_rates(devices: dict[int, dict[str, Hardware]]) -> None:
+    """What was measured of each tensor_parallel_size; on stderr, what varied too much to be trusted."""
+    found: dict[tuple[int, Rate], None] = {}  # methods share most of their rates
+    for world_size, of_size in devices.items():
+        found |= {(world_size, rate): None for device in of_size.values() for rate in device.rates}
+    lines = []
+    for world_size, rate in found:
+        factor, unit = SHOWN[rate.unit]
+        numbers = {"median": rate.median * factor, "p10": rate.low * factor, "p90": rate.high * factor}
+        lines.append({"TP": world_size, "rate": rate.name, "unit": unit, **numbers})
+    print("Measured on this machine: median, 10th and 90th percentile, of the slowest rank")
+    print_table(lines, RATES)
+    print()
+    for world_size in devices:
+        varied = [rate for size, rate in found if size == world_size and rate.varied > MOST_VARIED]
+        if varied:
+            names = ", ".join(f"{rate.name} ({rate.varied:.1f}x)" for rate in varied)
+            print(
+                f"warning: at tensor_parallel_size {world_size}, p90 is more than {MOST_VARIED} times p10 of {names}: "
+                "times that follow from them are rough; measure again while nothing else runs",
+                file=sys.stderr,
+            )
+
+
 def _print_losses(rows: Sequence[dict[str, Any]]) -> None:
     losses = does_not_pay(rows)
     if not losses:
@@ -217,7 +251,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, metavar="MODEL", help="a config.json, the folder that holds it, or a hub id")
     parser.add_argument("--gpu", required=True, metavar="NAME", help=f"{', '.join(PRESETS)}; or {MEASURED}, with --measure")
-    parser.add_argument("--measure", action="store_true", help=f"time this machine first (--gpu {MEASURED})")
+    parser.add_argument(
+        "--measure", action="store_true", help=f"time this machine first (--gpu {MEASURED}), at the largest context and batch"
+    )
     threads = "torch threads of each rank that is timed (default: its share of the cores)"
     parser.add_argument("--threads", type=_positive, metavar="N", help=threads)
     for name, default, text in (
@@ -245,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
         replaced.add_argument(f"--{name}", type=float, metavar="X", help=text)
     replaced.add_argument("--all-reduce-latency", type=float, metavar="S", help="seconds of a small all-reduce")
     replaced.add_argument("--all-reduce-bandwidth", type=float, metavar="X", help="bytes per second in one direction")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there, in bytes and seconds")
+    parser.add_argument("--json", metavar="FILE", help="also write rows and hardware there, in bytes and seconds")
     parser.add_argument("--plot", metavar="FILE.png", help="also plot time per token against the context (needs matplotlib)")
     return parser
 

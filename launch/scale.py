@@ -22,11 +22,11 @@ from distributed_sparse.scaling.grid import ScalingConfig
 from distributed_sparse.scaling.plots import write_plots
 from distributed_sparse.scaling.run import Scaling, identity
 from distributed_sparse.scaling.summary import summary
-from launch.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm, one_ray
+from launch.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm, one_ray, show_log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 0 done, 1 a point or a check failed, 2 bad usage, 130 interrupted."""
+    """Run the command line; the exit code: 0 done, 1 a point or a check failed, 2 bad usage, 130 interrupted, 143 SIGTERM."""
     args = _parser().parse_args(argv)
     common = identity()
     try:
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
+    show_log()
     with results:
         try:
             with one_ray(*scaling.engines), ends_on_sigterm():  # in this order: Ray sets a handler of its own
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="base, workload, grid, exclude and checks")
-    parser.add_argument("--output", required=True, metavar="DIR", help="results; of one commit and one machine")
+    parser.add_argument("--output", required=True, metavar="DIR", help="results; of one state of the code and one machine")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: workload.seed=1")
     parser.add_argument("--no-plots", action="store_true", help="go without matplotlib")
     return parser

@@ -93,6 +93,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"max_rebuilds": -1},
         r"max_rebuilds=-1 must be >= 0; give a number of rebuilds, 0 for an engine that ends",
     ),
+    ({"profile_interval": 0}, r"profile_interval=0 must be >= 1; give a number of steps, 256 by default"),
     ({"max_rebuilds": 1.5}, r"max_rebuilds=1.5 must be an integer, not float"),
     ({"rebuild_window_s": 0}, r"rebuild_window_s=0 must be finite, > 0; give seconds"),
 ]

@@ -52,8 +52,8 @@ def scored(llm: LLM, token_ids: list[int], decoded: int = 0) -> np.ndarray | Non
 
 
 def steps_taken(llm: LLM) -> int:
-    """Steps with work in them; the empty one that asks for the counters is not."""
-    return llm.stats()["steps"] - 1
+    """Steps with tokens in them."""
+    return llm.stats()["steps"]
 
 
 def whole_vocabulary(completion: CompletionOutput) -> np.ndarray:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,13 @@ import pytest
 import torch
 
 from distributed_sparse import SamplingParams
+from distributed_sparse.bench.measure import Times
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.sharding import ShardSpec
 from distributed_sparse.model.weights import load_weights
-from distributed_sparse.planner.hardware import PRESETS, Interconnect, Protocol, preset
-from distributed_sparse.planner.measure import _links, large_message, measure_cpu
+from distributed_sparse.planner import measure
+from distributed_sparse.planner.hardware import PRESETS, Hardware, Interconnect, Protocol, preset
+from distributed_sparse.planner.measure import _links, large_message
 from distributed_sparse.planner.memory import memory
 from distributed_sparse.planner.plan import Grid, does_not_pay, plan
 from distributed_sparse.planner.rank import RankOnPaper
@@ -311,12 +316,53 @@ def test_latency_and_bandwidth_follow_from_messages_of_two_sizes() -> None:
     assert _links(4096, small, small / 2, 4).all_reduce_s(4096, 4) >= 0.0, "a noisy run gives no negative time"
 
 
-def test_this_machine_is_measured_by_as_many_processes_as_there_are_ranks(path: Path) -> None:
+def check_measured(path: Path, measured: Callable[[list[RankOnPaper]], list[Hardware]]) -> None:
+    """Two ranks' measurement of dense and Quest: whole, consistent with its own rates, and enough for a step's times."""
     ranks = [on_paper(path, 2, sparse) for sparse in (None, {"method": "quest", "token_budget": 64, "dense_layers": 0})]
-    dense, quest = measure_cpu(ranks, context=256, batch=2, num_threads=1, timeout_s=120)
+    dense, quest = measured(ranks)
     assert dense.measured and dense.name == "cpu" and 1e8 < dense.bandwidth < 1e12
     assert dense.links.all_reduce_s(512, 2) > 1e-6
     assert dense.sparse_share == dense.dense_share == quest.dense_share > 0
     assert 0 < quest.select_share != quest.sparse_share > 0, "scoring and attending are timed apart"
     time = expected(ranks[1], quest, 256, 2)
     assert all(part > 0 for part in (time.weights_s, time.attention_s, time.select_s, time.kernels_s, time.all_reduce_s))
+    rates = {rate.name: rate for rate in quest.rates}
+    assert all(0 < rate.low <= rate.median <= rate.high for rate in rates.values())
+    assert rates["quest: scoring"].median == pytest.approx(quest.select_share * quest.bandwidth)
+    assert rates["a kernel beside its bytes"].median == quest.kernel_s
+    assert sum(name.startswith("all-reduce of") for name in rates) == 2
+    assert not any("quest" in rate.name for rate in dense.rates), "a device has its own method's rates alone"
+
+
+def test_two_ranks_measure_together_what_a_step_is_made_of(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "BUFFER_BYTES", 1 << 22)
+    threads = torch.get_num_threads()
+
+    def in_threads(ranks: list[RankOnPaper]) -> list[Hardware]:
+        papers = [(rank.model, 2, rank.sparse, 16, rank.geometry.dtype) for rank in ranks]
+        pipes = [Pipe(duplex=False) for _ in range(2)]
+        arguments = (papers, 256, 2, 1, str(tmp_path / "store"))
+        with ThreadPoolExecutor(2) as pool:
+            done = [pool.submit(measure._run, number, *arguments, there) for number, (_, there) in enumerate(pipes)]
+            for each in done:
+                each.result(60)
+        return measure._as_hardware([here.recv() for here, _ in pipes], ranks, 2)
+
+    try:
+        check_measured(path, in_threads)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_this_machine_is_measured_by_as_many_processes_as_there_are_ranks(path: Path) -> None:
+    check_measured(path, lambda ranks: measure.measure_cpu(ranks, context=256, batch=2, num_threads=1, timeout_s=120))
+
+
+def test_a_rate_is_the_middle_of_its_rounds_and_fast_rounds_are_high_rates() -> None:
+    times = Times([0.1, 0.2, 0.4])
+    rate = measure._per_second("reading", 10, times)
+    assert (rate.median, rate.low, rate.high) == pytest.approx((50, 10 / 0.36, 10 / 0.12))
+    assert rate.varied == pytest.approx(3)
+    of_part = measure._seconds("a kernel", times, 2)
+    assert (of_part.median, of_part.low, of_part.high) == pytest.approx((0.1, 0.06, 0.18))

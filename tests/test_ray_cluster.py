@@ -103,6 +103,7 @@ def losses(ray_environment: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return found
 
 
+@pytest.mark.slow
 def test_a_rank_whose_node_loses_power_is_placed_on_a_spare_one(losses: dict[str, Any]) -> None:
     """The replacement is asked for before Ray has noticed that the node has gone, and so on that node at first."""
     before = losses["started"]
@@ -115,6 +116,7 @@ def test_a_rank_whose_node_loses_power_is_placed_on_a_spare_one(losses: dict[str
     assert rebuilt["log"] == ["rank 1 was placed on a node that has gone; it is placed anew"]
 
 
+@pytest.mark.slow
 def test_a_rank_without_a_node_waits_for_a_new_one_and_says_so(losses: dict[str, Any]) -> None:
     survivor = losses["power"][1]["pids"][0]
     lost, rebuilt = losses["no room, then a new node"]
@@ -127,6 +129,7 @@ def test_a_rank_without_a_node_waits_for_a_new_one_and_says_so(losses: dict[str,
     assert "the Ray cluster has 0 of 1 unused on 2 node(s)" in line
 
 
+@pytest.mark.slow
 def test_a_rank_that_finds_no_node_in_time_is_refused_with_the_numbers(losses: dict[str, Any]) -> None:
     _, refused = losses["no room until the deadline"]
     assert "ValueError: tensor_parallel_size=2 on device='cpu' asks for 2 CPUs" in refused["error"]
@@ -135,6 +138,7 @@ def test_a_rank_that_finds_no_node_in_time_is_refused_with_the_numbers(losses: d
     assert losses["given up"]["placements"] == []
 
 
+@pytest.mark.slow
 def test_ranks_that_shared_a_node_go_to_two_where_no_other_has_room_for_both(losses: dict[str, Any]) -> None:
     """Ray would keep a placement group that asked for one node waiting for ever."""
     before = losses["on one node"]
@@ -145,6 +149,7 @@ def test_ranks_that_shared_a_node_go_to_two_where_no_other_has_room_for_both(los
     assert rebuilt["placements"] == ["PACK"]
 
 
+@pytest.mark.slow
 def test_a_wait_for_a_node_can_be_cancelled(losses: dict[str, Any]) -> None:
     _, cancelled = losses["cancelled"]
     assert "the shards have been stopped" in cancelled["error"]

@@ -692,7 +692,7 @@ def test_shards_that_fail_too_often_end_every_request_with_the_cause_and_its_tok
         engine.llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
     assert not engine.llm.health()
     stats = engine.stats
-    assert stats["recoveries"] == 1 and stats["requests"]["failed"] == 3
+    assert stats["recoveries"] == 1 and stats["requests"]["failed"] == 4
     wait_until(lambda: nothing_is_left(engine.llm), "an end of the ranks, before anyone shuts the engine down")
 
 

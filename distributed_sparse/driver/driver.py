@@ -19,8 +19,8 @@ from distributed_sparse.driver.step_times import StepClock, StepTimes
 from distributed_sparse.metrics import RequestMetrics
 from distributed_sparse.request_validation import validate_request
 
-PROFILE_FIRST, PROFILE_EVERY = 8, 256
-"""The first step of decode rows alone from this one on takes the times of its parts and reports; then one in so many."""
+PROFILE_FIRST = 8
+"""The first step of decode rows alone from this one on takes the times of its parts; then one in `profile_interval`."""
 
 Updates = dict[str, list[RequestUpdate]]
 """Client id -> what to tell it."""
@@ -42,6 +42,7 @@ class Driver:
         self._counts: Counter[str] = Counter(finished=0, aborted=0, failed=0)
         self._admitted = 0
         self._steps = 0
+        self._empty_steps = 0
         self._reports: list[ShardReport | None] = []
         self._ranks: list[RankInfo] = []
         self._times = StepTimes(config.step_timeout_s)
@@ -51,15 +52,6 @@ class Driver:
         self._density = AttendedDensity()
         self.metrics = EngineMetrics()
         self.failure: str | None = None
-
-    def start(self) -> None:
-        """Start the shards and size the cache.
-
-        Raises:
-            ValueError, ShardFailure: as `ShardGroup.start`.
-        """
-        self.group.start()
-        self.resume()
 
     def resume(self) -> Updates:
         """The shards have come up, for the first time or as another generation: size the cache; what ran before replays.
@@ -71,6 +63,7 @@ class Driver:
         self._ranks = self.group.ranks
         self._reports = [None] * len(self._ranks)
         self._received_before = None
+        self._density.begin()
         self._same_clock = {rank.hostname for rank in self._ranks} == {socket.gethostname()}
         self.allocator = PageAllocator(self.group.num_pages)
         self.scheduler = Scheduler(
@@ -95,12 +88,17 @@ class Driver:
 
     # ---- requests
 
-    def add_request(self, client_id: str, new: NewRequest) -> RequestUpdate | None:
-        """Queue a request; an update that refuses it, alone, if it is wrong."""
-        now = time.monotonic()
+    def add_request(self, client_id: str, new: NewRequest, arrived: float | None = None) -> RequestUpdate | None:
+        """Queue a request; an update that refuses it, alone, if it is wrong.
+
+        Args:
+            arrived: when it came (`time.monotonic`); None: now.
+        """
+        now = time.monotonic() if arrived is None else arrived
         params = new.params
         try:
             if self.failure is not None:
+                self._counts["failed"] += 1
                 return RequestUpdate(new.request_id, finished=True, error=self.failure, error_kind="engine")
             if new.request_id in self._requests:
                 raise ValueError(f"request_id={new.request_id!r} is running already; choose another")
@@ -192,7 +190,7 @@ class Driver:
         plan = self.scheduler.schedule(self._steps, self.group.generation)
         if self._steps >= self._next_profile and plan.decode and not plan.prefill:
             plan.profile = plan.report = True
-            self._next_profile = self._steps + PROFILE_EVERY
+            self._next_profile = self._steps + self.config.profile_interval
         self._mark_scheduled(plan, began)
         sent = time.monotonic()
         results = self._execute(plan)
@@ -202,13 +200,14 @@ class Driver:
         self._times.add(plan, results, clock)
         self._received_before = received if self.has_work and self._same_clock else None
         self.metrics.observe("step_time_seconds", received - sent)
-        self.metrics.observe("iteration_tokens", sum(part.num_tokens for part in plan.parts))
+        self.metrics.observe("iteration_tokens_total", sum(part.num_tokens for part in plan.parts))
         return updates
 
     def _execute(self, plan: StepPlan) -> list[StepResult]:
         self.group.send(plan)
         results = self.group.collect(self._times.timeout(plan))
         self._steps += 1
+        self._empty_steps += not plan.parts
         for result in results:
             if result.report is not None:
                 self._reports[result.rank] = result.report
@@ -294,11 +293,19 @@ class Driver:
             update.finished, update.metrics = True, request.metrics
             aborted = any(sequence.finish_reason == "abort" for sequence in request.sequences)
             self._counts["aborted" if aborted else "finished"] += 1
-            self.metrics.request_ended(
-                request.metrics, [sequence.finish_reason for sequence in request.sequences if sequence.finish_reason]
-            )
+            self._record_end(request, aborted)
             del self._requests[request.request_id]
         return update
+
+    def _record_end(self, request: Request, aborted: bool) -> None:
+        """A request's times and lengths, if it came to its own end."""
+        for sequence in request.sequences:
+            self.metrics.count("request_success", label=sequence.finish_reason or "")
+        if aborted or request.score:
+            return
+        for sequence in request.sequences:
+            self.metrics.observe("request_generation_tokens", len(sequence.output_token_ids))
+        self.metrics.request_ended(request.metrics)
 
     @staticmethod
     def _sample_update(sequence: Sequence, block: LogprobBlock | None) -> SampleUpdate:
@@ -329,6 +336,7 @@ class Driver:
                 )
             )
         self._counts["failed"] += len(self._requests)
+        self.metrics.count("request_success", len(self._requests), "error")
         self._requests.clear()
         return updates
 
@@ -340,7 +348,7 @@ class Driver:
         waiting = sum(request.leader.slot < 0 for request in self._requests.values())  # none is left after a failure
         running = len(self._requests) - waiting
         return {
-            "steps": self._steps,
+            "steps": self._steps - self._empty_steps,
             "generation": self.group.generation,
             "requests": {"running": running, "waiting": waiting, **self._counts},
             "pages": {"total": self.allocator.total, "used": self.allocator.used, "reserved": self.allocator.reserved},
@@ -358,9 +366,9 @@ class Driver:
         reports = [report for report in self._reports if report is not None]
         all_reduce_ms = reports[0].time_ms.get("all_reduce") if reports else None
         found = {
-            "num_requests_running": len(self.scheduler.running),
-            "num_requests_waiting": len(self.scheduler.waiting),
-            "kv_cache_usage_perc": self.allocator.used / self.allocator.total,
+            "num_requests_running": 0 if self.failure else len(self.scheduler.running),
+            "num_requests_waiting": 0 if self.failure else len(self.scheduler.waiting),
+            "kv_cache_usage_perc": 0 if self.failure else self.allocator.used / self.allocator.total,
             "attended_density": self._density.lately,
             "all_reduce_time_seconds": all_reduce_ms / 1e3 if all_reduce_ms is not None else None,
         }
@@ -382,13 +390,15 @@ class AttendedDensity:
         self.lately: float | None = None
         self._before = (0, 0)
 
+    def begin(self) -> None:
+        """The ranks count from zero again: another generation."""
+        self._before = (0, 0)
+
     def add(self, reports: list[ShardReport | None]) -> None:
         """Take in what every rank has counted since its generation began."""
         told = [report for report in reports if report is not None]
         attended = sum(tokens for report in told for layer in report.tokens_attended for tokens in layer)
         context = sum(report.tokens_in_context * len(layer) for report in told for layer in report.tokens_attended)
-        if context < self._before[1]:
-            self._before = (0, 0)  # another generation
         if context > self._before[1]:
             self.lately = (attended - self._before[0]) / (context - self._before[1])
         self._before = attended, context

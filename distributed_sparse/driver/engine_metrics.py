@@ -33,9 +33,14 @@ METRICS = (
     Metric("recoveries", "counter", "Failures of shards that the engine has recovered from."),
     Metric("prompt_tokens", "counter", "Prompt tokens of requests that got their first token."),
     Metric("generation_tokens", "counter", "Tokens sampled."),
-    Metric("request_success", "counter", "Completions that ended, by reason.", label="finished_reason"),
+    Metric(
+        "request_success",
+        "counter",
+        "Completions that ended: stop, length, abort, error.",
+        label="finished_reason",
+    ),
     Metric("step_time_seconds", "histogram", "A step, from its plan to the last rank's answer.", SECONDS),
-    Metric("iteration_tokens", "histogram", "Tokens of a step, prompt and decode.", TOKENS),
+    Metric("iteration_tokens_total", "histogram", "Tokens of a step, prompt and decode.", TOKENS),
     Metric("time_to_first_token_seconds", "histogram", "Arrival to first token.", SECONDS),
     Metric("inter_token_latency_seconds", "histogram", "One token of a sequence to its next.", SECONDS),
     Metric("request_time_per_output_token_seconds", "histogram", "Mean per request, after its first token.", SECONDS),
@@ -44,7 +49,7 @@ METRICS = (
     Metric("request_prefill_time_seconds", "histogram", "First scheduled to first token.", SECONDS),
     Metric("request_decode_time_seconds", "histogram", "First token to end.", SECONDS),
     Metric("request_prompt_tokens", "histogram", "Prompt tokens of requests that ended.", TOKENS),
-    Metric("request_generation_tokens", "histogram", "Output tokens of requests that ended.", TOKENS),
+    Metric("request_generation_tokens", "histogram", "Output tokens of completions that ended.", TOKENS),
 )
 """Names and definitions are vLLM's (without its prefix), as far as it has them."""
 
@@ -60,39 +65,43 @@ class Readings:
 
 
 class EngineMetrics:
-    """Records from the Driver's thread; `take` may be called from any."""
+    """Records from the Driver's thread, from the first `take` on: where nobody exports, nothing piles up.
+
+    `take` may be called from any thread.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._wanted = False
         self._observed: dict[str, list[float]] = defaultdict(list)
         self._counted: Counter[tuple[str, str]] = Counter()
 
     def observe(self, name: str, value: float | None) -> None:
         """A value of a histogram; None is not one."""
-        if value is not None:
+        if value is not None and self._wanted:
             with self._lock:
                 self._observed[name].append(value)
 
     def count(self, name: str, amount: int = 1, label: str = "") -> None:
         """Increase a counter."""
+        if not self._wanted:
+            return
         with self._lock:
             self._counted[name, label] += amount
 
-    def request_ended(self, metrics: RequestMetrics, reasons: list[str]) -> None:
-        """A request ended in good order, with the finish_reason of each of its samples."""
-        for reason in reasons:
-            self.count("request_success", label=reason)
+    def request_ended(self, metrics: RequestMetrics) -> None:
+        """A request came to its own end."""
         self.observe("e2e_request_latency_seconds", metrics.latency)
         self.observe("request_queue_time_seconds", metrics.queue_time)
         self.observe("request_prefill_time_seconds", metrics.prefill_time)
         self.observe("request_decode_time_seconds", metrics.decode_time)
         self.observe("request_time_per_output_token_seconds", metrics.tpot)
         self.observe("request_prompt_tokens", metrics.num_prompt_tokens)
-        self.observe("request_generation_tokens", metrics.num_output_tokens)
 
     def take(self) -> Readings:
         """What was recorded since the last call."""
         with self._lock:
+            self._wanted = True
             readings = Readings(dict(self._observed), dict(self._counted))
             self._observed, self._counted = defaultdict(list), Counter()
         return readings

@@ -42,6 +42,7 @@ class MetricsExporter:
             else:
                 made = self._counters[metric.name] = ray_metrics.Counter(*named, keys)
             made.set_default_tags({MODEL_TAG: model})
+        service.metrics()  # from now on it records
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
@@ -58,8 +59,7 @@ class MetricsExporter:
             try:
                 self._export()
             except Exception:
-                logger.exception("metrics are no longer exported")
-                return
+                logger.exception("some metrics were not exported")
 
     def _export(self) -> None:
         gauges, readings = self._service.metrics()

@@ -61,7 +61,11 @@ class InProcessGroup(ShardGroup):
         self.stop()  # the memory first: there may not be enough for two
         self._failure = None
         self.generation += 1
-        return self.start(deadline)
+        try:
+            return self.start(deadline)
+        except ValueError as error:  # it was right before
+            self._failure = self._failed("could not start again", error)
+            raise self._failure from error.with_traceback(None)
 
     def send(self, plan: StepPlan) -> None:
         self._running_shard()

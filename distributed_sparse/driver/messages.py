@@ -119,7 +119,7 @@ class Join(Message):
 
 
 class Regroup(Message):
-    """Another rank has failed: leave the collective group, and say hello as a rank of this generation."""
+    """Another rank has failed: say hello as a rank of this generation. The old collective group is left when they meet."""
 
     generation: int
 

@@ -34,6 +34,8 @@ class RecoveryRecord:
     """When the Driver knew: seconds since the epoch."""
     detect_s: float
     """Seconds from the last sign of life of these ranks until the Driver knew: it took no longer than that."""
+    further_causes: tuple[str, ...] = ()
+    """Of failures while it was being rebuilt."""
     attempts: int = 0
     """Rebuilds begun; more than one where a shard failed while another was being replaced."""
     rebuild_s: float | None = None
@@ -44,8 +46,9 @@ class RecoveryRecord:
 
     def __str__(self) -> str:
         until = "until the next failure" if self.replay_s is None else f"in {self.replay_s:.2f} s"
+        causes = "; then ".join((self.cause, *self.further_causes))
         return (
-            f"{self.cause}; noticed within {self.detect_s:.2f} s, rebuilt in {self.rebuild_s:.2f} s "
+            f"{causes}; noticed within {self.detect_s:.2f} s, rebuilt in {self.rebuild_s:.2f} s "
             f"({self.attempts} attempt(s)), {self.replayed_tokens} tokens replayed {until}"
         )
 
@@ -100,10 +103,7 @@ class Recovery:
         except ShardFailure as failure:
             if failure.traceback or time.monotonic() >= deadline:
                 raise
-            record = self._new_record(failure)
-            self._rebuild(record, failure, deadline)
-            record.replay_s = 0.0  # there is nothing to replay yet
-            self._log()
+            self._rebuild(self._new_record(failure), failure, deadline)
         self._driver.resume()
 
     def run(self, work: Callable[[], T]) -> T | None:
@@ -149,6 +149,7 @@ class Recovery:
     def _begin(self, failure: ShardFailure) -> None:
         if self._replaying is not None:
             self._log()
+        logger.warning("a shard has failed, its group is being rebuilt: %s", failure)  # with the shard's traceback
         record = self._new_record(failure)
         self._rebuilding = self._thread.submit(self._rebuild, record, failure, self._deadline())
         self._rebuilding.add_done_callback(lambda _: self._wake())
@@ -167,6 +168,8 @@ class Recovery:
             except ShardFailure as another:
                 if time.monotonic() >= deadline:
                     raise
+                logger.warning("a shard has failed in a rebuild: %s", another)
+                record.further_causes = (*record.further_causes, another.cause)
                 failure = another
         self._ready = time.monotonic()
         record.rebuild_s = self._ready - began

@@ -12,7 +12,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distributed_sparse.driver import messages
@@ -88,6 +88,7 @@ class RemoteShardGroup(ShardGroup):
         self._plans: deque[int] = deque()  # steps sent and not collected
         self._failure: ShardFailure | None = None
         self._news: dict[int, str | Failed] = {}  # what is known of each rank that failed
+        self._stood = False  # every rank has once been ready
         self._cancelled = threading.Event()
         self._stopped = False
 
@@ -129,9 +130,7 @@ class RemoteShardGroup(ShardGroup):
         for stranger in self._strangers:
             stranger.close()
         self._strangers.clear()
-        for rank in lost:
-            self._drop(rank)
-        self._kill(lost, 0.0)
+        self._end(lost)
         return self._bring_up(lost, deadline)
 
     def send(self, plan: StepPlan) -> None:
@@ -195,13 +194,14 @@ class RemoteShardGroup(ShardGroup):
                 self._listener.close()
         except ShardFailure as failure:
             refusal = refusal_of(failure, self._news, self.world_size, self._hellos)
-            if refusal is None:
-                raise
+            if refusal is None or self._stood:
+                raise  # what a rank refuses in a rebuild has been right before: a folder, or memory, may come back
             self.stop()
             raise refusal from None
         except BaseException:
             self.stop()
             raise
+        self._stood = True
         self.ranks = [RankInfo.of(self._hellos[rank], loaded[rank], ready[rank]) for rank in range(self.world_size)]
         return self.ranks
 
@@ -222,15 +222,33 @@ class RemoteShardGroup(ShardGroup):
         else:
             self._spawn(missing, self._listener.address, self._store_address, deadline)
         self._heard |= dict.fromkeys(missing, time.monotonic())  # from now on their silence counts
-        if kept:
-            self._gather(Hello, min(deadline, time.monotonic() + REGROUP_TIMEOUT_S), "leave the collective group", kept)
-        self._gather(Hello, deadline, "connect", missing)
+        late = self._await_regrouped(min(deadline, time.monotonic() + REGROUP_TIMEOUT_S))
+        if late:  # they wait in a collective that nothing ends, or load for long: no failure of theirs
+            logger.warning("ranks %s do not leave what they are in, and are replaced, too", late)
+            self._end(late)
+            self._spawn(late, self._listener.address, self._store_address, deadline)
+            self._heard |= dict.fromkeys(late, time.monotonic())
+        self._gather(Hello, deadline, "connect")
         refuse_unequal(self._hellos)
         self._send_all(Join())
         loaded = self._gather(Loaded, deadline, "load its weights")
         refuse_unequal_methods(loaded, self._hellos)
         self._send_all(AllocateCache(min(message.max_pages for message in loaded)))
         return loaded, self._gather(Ready, deadline, "allocate its cache and warm up")
+
+    def _await_regrouped(self, deadline: float) -> list[int]:
+        """Returns once the ranks that are regrouped have said hello; at `deadline`, those that have not."""
+        while self._regrouping and time.monotonic() < deadline:
+            self._raise_if_cancelled()
+            if not self._read(POLL_S):
+                self._look()
+        return sorted(self._regrouping)
+
+    def _end(self, ranks: list[int]) -> None:
+        """Kill what runs of these ranks, and forget it."""
+        for rank in ranks:
+            self._drop(rank)
+        self._kill(ranks, 0.0)
 
     def _lost_ranks(self) -> list[int]:
         """The ranks that must be replaced: on GPUs all, since a NCCL group that has lost one cannot be left; else those that
@@ -255,9 +273,9 @@ class RemoteShardGroup(ShardGroup):
         if lost:
             raise self._fail(lost)
 
-    def _gather(self, kind: type[M], deadline: float, task: str, ranks: Sequence[int] | None = None) -> list[M]:
+    def _gather(self, kind: type[M], deadline: float, task: str) -> list[M]:
         """The next message of every rank, each of which must be a `kind`; `task`: what a rank did not do in time."""
-        ranks = range(self.world_size) if ranks is None else ranks
+        ranks, began = range(self.world_size), time.monotonic()
         while missing := [rank for rank in ranks if not self._inbox[rank]]:
             if self._cancelled.is_set():
                 raise self._fail({}, hung=True)
@@ -272,7 +290,9 @@ class RemoteShardGroup(ShardGroup):
             missing = [rank for rank in missing if not self._inbox[rank]]
             if missing and remaining <= 0:
                 silent = [rank for rank in missing if self._silent_for(rank) > SUSPECT_S]
-                raise self._fail({rank: f"did not {task}" for rank in silent or missing}, hung=True)
+                failure = self._fail({rank: f"did not {task}" for rank in silent or missing}, hung=True)
+                failure.detect_s = max(failure.detect_s, time.monotonic() - began)  # it lived, and did nothing
+                raise failure
         taken = {rank: self._inbox[rank].popleft() for rank in ranks}
         wrong = {rank: f"sent {type(m).__name__}, not {kind.__name__}" for rank, m in taken.items() if type(m) is not kind}
         if wrong:
@@ -368,6 +388,7 @@ class RemoteShardGroup(ShardGroup):
         if rank in self._regrouping:
             if isinstance(message, Hello) and message.generation == self.generation:
                 self._regrouping.remove(rank)
+                self._hellos[rank] = message
             elif not isinstance(message, Failed) or message.waits:
                 return
         if isinstance(message, Failed):
@@ -386,6 +407,8 @@ class RemoteShardGroup(ShardGroup):
         channel = self._channels.pop(rank, None)
         if channel is not None:
             channel.close()
+        self._inbox[rank].clear()
+        self._regrouping.discard(rank)
         self._hellos.pop(rank, None)
         self._heard.pop(rank, None)
 
@@ -417,7 +440,7 @@ class RemoteShardGroup(ShardGroup):
             for stranger in self._strangers:  # ranks that fail before their hello has been taken
                 with contextlib.suppress(ChannelTimeout, ChannelClosed):
                     message = stranger.receive(0.0)
-                    if isinstance(message, Failed):
+                    if isinstance(message, Failed) and message.rank in set(range(self.world_size)) - self._channels.keys():
                         news[message.rank] = message
             # the end of a process says more than the end of its socket, but is known a little later
             dead = self._dead_ranks()
@@ -440,13 +463,13 @@ def describe(news: Mapping[int, str | Failed], hellos: dict[int, Hello]) -> Shar
     """
 
     def consequence(what: str | Failed) -> bool:
-        return "CollectiveError" in (what.error if isinstance(what, Failed) else what)
+        return isinstance(what, Failed) and what.waits
 
     root = {rank: what for rank, what in sorted(news.items()) if not consequence(what)} or dict(sorted(news.items()))
     texts, traceback = [], ""
     for rank, what in root.items():
         if isinstance(what, Failed):
-            traceback = traceback or what.traceback
+            traceback = traceback or ("" if what.waits else what.traceback)
             texts.append(f"{place(rank, hellos)} failed: {what.error}")
         else:
             texts.append(f"{place(rank, hellos)} {what}")

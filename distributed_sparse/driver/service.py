@@ -81,8 +81,10 @@ class DriverService:
     def submit(self, client_id: str, requests: list[NewRequest]) -> None:
         """Queue requests; what becomes of each comes through `next_outputs`."""
 
+        arrived = time.monotonic()
+
         def add() -> None:
-            refused = [self._driver.add_request(client_id, request) for request in requests]
+            refused = [self._driver.add_request(client_id, request, arrived) for request in requests]
             self._publish({client_id: [update for update in refused if update is not None]})
 
         with self._wake:
@@ -129,7 +131,7 @@ class DriverService:
         return self._ask(ask)
 
     def metrics(self) -> tuple[dict[str, float], Readings]:
-        """Gauges as they are now, and what was recorded since the last call. Waits for no step."""
+        """Gauges as they are now, and what was recorded since the last call; the first call begins it. Waits for no step."""
         return self._driver.gauges(), self._driver.metrics.take()
 
     def health(self) -> bool:
@@ -224,7 +226,10 @@ class DriverService:
         self._publish(self._driver.fail_all(failure))
         self._recovery.cancel()  # where the error was the driver's own, a rebuild may be under way
         self._recovery.close()
-        self._group.stop()
+        try:
+            self._group.stop()
+        except Exception:
+            logger.exception("the shards could not be stopped")
         while True:  # answer what still comes in
             with self._wake:
                 while not self._inbox and not self._closed:

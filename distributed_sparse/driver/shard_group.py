@@ -128,7 +128,8 @@ class ShardGroup(ABC):
         """After a ShardFailure: bring every rank up as the next generation; nothing is left of what the caches held.
 
         Ranks that failed are ended and replaced; others stay, with their weights, where the collectives' backend allows it.
-        Plans that were sent are forgotten. Arguments and errors: as `start`.
+        Plans that were sent are forgotten. Arguments and errors: as `start`; but what a single rank refuses in a rebuild is a
+        ShardFailure, since it has been right before.
         """
 
     @abstractmethod
@@ -157,7 +158,7 @@ class ShardGroup(ABC):
 
     @abstractmethod
     def cancel(self) -> None:
-        """From any thread: whatever verb waits for ranks raises ShardFailure soon, and so does every later one but `stop`."""
+        """From any thread: whatever verb waits for ranks, now or later, raises ShardFailure soon. `stop` does not wait."""
 
     @abstractmethod
     def stop(self) -> None:

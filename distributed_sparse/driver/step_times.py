@@ -12,6 +12,8 @@ TIMEOUT_FLOOR_S = 5.0
 TIMEOUT_FACTOR = 20.0
 FIRST_STEPS_TIMEOUT_S = 120.0
 """The deadline of a kind of step of which fewer than `FIRST_STEPS` have been seen."""
+EMPTY_STEP_TIMEOUT_S = 10.0
+"""The deadline of a step without tokens: a barrier, and perhaps a report."""
 FIRST_STEPS = 8
 KEPT = 256
 """Steps remembered, of each kind and for the medians."""
@@ -38,7 +40,7 @@ class StepTimes:
     """Seconds of the last steps. Steps are of one kind if their work is alike, to a factor of two.
 
     Args:
-        step_timeout_s: the user's deadline for every step; None: max(5 s, 20 x p99 of the steps of that kind).
+        step_timeout_s: the user's deadline for every step; None: max(5 s, 20 x p99 of the steps of that kind), 10 s if empty.
     """
 
     def __init__(self, step_timeout_s: float | None) -> None:
@@ -57,6 +59,8 @@ class StepTimes:
         """Seconds that the ranks have for a plan."""
         if self._step_timeout_s is not None:
             return self._step_timeout_s
+        if not plan.decode and not plan.prefill:
+            return EMPTY_STEP_TIMEOUT_S
         seen = sorted(self._by_kind[kind_of(plan)])
         if len(seen) < FIRST_STEPS:
             return FIRST_STEPS_TIMEOUT_S

@@ -53,6 +53,22 @@ NVLINK_RING = (Protocol(3.6e-6, 0.47e-6, 0.25), Protocol(10.0e-6, 1.9e-6, 0.92),
 PCIE_RING = (Protocol(3.6e-6, 1.0e-6, 0.25), Protocol(8.4e-6, 5.7e-6, 1.0))
 
 
+@dataclass(frozen=True)
+class Rate:
+    """What this machine reached again and again: the median, the 10th and the 90th percentile. `unit`: bytes/s, op/s or s."""
+
+    name: str
+    unit: str
+    median: float
+    low: float
+    high: float
+
+    @property
+    def varied(self) -> float:
+        """How many times the 10th percentile the 90th is."""
+        return self.high / self.low
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
     """One rank's device and its links. Bandwidths in bytes, `flops_*` in operations per second (dense, no sparsity).
@@ -76,12 +92,13 @@ class Hardware:
     sparse_share: float = 0.77
     select_share: float = 0.77
     flops_share: float = 0.6
-    # A kernel that does almost nothing, replayed from a CUDA graph: start, and drain of the one before. Launched one by one
-    # from Python it is 5e-6 or more.
-    kernel_s: float = 2e-6
+    # The engine has no CUDA graphs: a kernel that does almost nothing costs its launch from Python. A graph would make it 2e-6.
+    kernel_s: float = 6e-6
     driver_s: float = 0.43e-3
     """A step's time outside the slowest rank: schedule, send, commit (docs/benchmarks.md, "Overhead of a step")."""
     measured: bool = False
+    rates: tuple[Rate, ...] = ()
+    """What `planner.measure` found, with its spread."""
 
 
 def _gpu(name: str, gigabytes: float, bandwidth: float, flops_16: float, flops_32: float, links: Interconnect) -> Hardware:

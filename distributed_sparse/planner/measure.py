@@ -6,12 +6,11 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distributed_sparse.bench.layer import Inputs, LayerSettings, make_inputs
-from distributed_sparse.bench.measure import read_bandwidth, time_in_turn
+from distributed_sparse.bench.measure import Times, time_in_turn
 from distributed_sparse.kernels.rms_norm import add_rms_norm
 from distributed_sparse.kernels.rotary import rotary
-from distributed_sparse.planner.hardware import MEASURED, Hardware, Interconnect, Protocol
+from distributed_sparse.planner.hardware import MEASURED, Hardware, Interconnect, Protocol, Rate
 from distributed_sparse.planner.rank import RankOnPaper
 from distributed_sparse.planner.times import KERNELS_PER_LAYER
 from distributed_sparse.selection.base import Policy, attend_selection
@@ -45,6 +44,10 @@ BUFFER_BYTES = 1 << 28
 """What tells the read bandwidth: far larger than any processor cache, and one for each rank."""
 
 
+NO_LINKS = Interconnect(1.0, (Protocol(0.0, 0.0, 1.0),))
+"""Of one rank, which sends nothing."""
+
+
 def large_message(small: int) -> int:
     """Bytes of the all-reduce that tells the links' bandwidth, beside a step's own message."""
     return max(1 << 22, 2 * small)
@@ -52,18 +55,19 @@ def large_message(small: int) -> int:
 
 @dataclass(frozen=True)
 class Found:
-    """What one rank's process reached while the others did the same; as in `Hardware`."""
+    """What one rank's process reached while the others did the same."""
 
-    bandwidth: float
-    weights_share: float
-    flops: float
-    dense_share: float
-    methods: list[tuple[float, float]]
-    """(sparse_share, select_share) of each."""
-    kernel_s: float
-    all_reduce_s: float
-    """Of the step's own message."""
-    large_all_reduce_s: float
+    reading: Rate
+    matrices: Rate
+    """In bytes per second, with one row."""
+    operations: Rate
+    """In operations per second, with a row per sequence."""
+    dense: Rate
+    methods: list[tuple[Rate, Rate]]
+    """Attention and scoring of each method; the same rate twice where they cannot be told apart."""
+    kernel: Rate
+    all_reduces: tuple[Rate, Rate] | None
+    """Of the step's own message, and of a large one; None with one rank."""
 
 
 def measure_cpu(
@@ -71,10 +75,13 @@ def measure_cpu(
 ) -> list[Hardware]:
     """This machine's CPUs as the device of each of `ranks`, at what they reach with such a context and batch.
 
-    The ranks' processes run together, each with its share of the cores, and the slowest one counts. Some ten seconds.
+    The ranks' processes run together, each with its share of the cores, and the slowest one counts. Some ten seconds. A rate
+    depends on what is read: contexts that fit into a processor's cache, or larger batches, have others.
 
     Args:
         ranks: of one tensor_parallel_size, one per method.
+        context: tokens of each sequence that is timed, cut to `MAX_TOKENS`; of a grid, its largest.
+        batch: sequences that are timed, as many as `MAX_TOKENS` has room for; of a grid, its largest.
         num_threads: torch threads of each rank; None: its share of the cores, as the engine has it.
         timeout_s: for all of it.
 
@@ -120,42 +127,51 @@ def _receive(number: int, end: Connection, timeout_s: float) -> Found:
 def _as_hardware(found: list[Found], ranks: list[RankOnPaper], batch: int) -> list[Hardware]:
     """The slowest of the ranks, as they wait for each other."""
     world_size = len(found)
-
-    def least(name: str) -> float:
-        return min(getattr(each, name) for each in found)
-
-    def slowest(shares: list[float]) -> float:
-        """The slowest rate that a rank reached, as a share of the slowest bandwidth."""
-        return min(each.bandwidth * share for each, share in zip(found, shares)) / bandwidth
-
-    # Whoever comes last waits for nobody: the shortest time is the operation's own.
-    links = _links(ranks[0].all_reduce_bytes_each(batch), least("all_reduce_s"), least("large_all_reduce_s"), world_size)
-    bandwidth = least("bandwidth")
+    reading, matrices, operations, dense = (
+        _least(getattr(each, name) for each in found) for name in ("reading", "matrices", "operations", "dense")
+    )
+    kernel = max((each.kernel for each in found), key=_median)
+    links, common = NO_LINKS, [reading, matrices, operations, dense, kernel]
+    of_ranks = [each.all_reduces for each in found if each.all_reduces is not None]
+    if of_ranks:
+        # Whoever comes last waits for nobody: the shortest time is the operation's own.
+        small, large = (_least(each[place] for each in of_ranks) for place in range(2))
+        links = _links(ranks[0].all_reduce_bytes_each(batch), small.median, large.median, world_size)
+        common += [small, large]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world_size
-    return [
-        Hardware(
+    devices = []
+    for place in range(len(ranks)):
+        attention, scoring = (_least(each.methods[place][part] for each in found) for part in range(2))
+        device = Hardware(
             name=MEASURED,
             memory_bytes=memory,
-            bandwidth=bandwidth,
-            flops_16=least("flops"),
-            flops_32=least("flops"),
+            bandwidth=reading.median,
+            flops_16=operations.median,
+            flops_32=operations.median,
             links=links,
-            weights_share=slowest([each.weights_share for each in found]),
-            dense_share=slowest([each.dense_share for each in found]),
-            sparse_share=slowest([each.methods[place][0] for each in found]),
-            select_share=slowest([each.methods[place][1] for each in found]),
+            weights_share=matrices.median / reading.median,
+            dense_share=dense.median / reading.median,
+            sparse_share=attention.median / reading.median,
+            select_share=scoring.median / reading.median,
             flops_share=1.0,
-            kernel_s=max(each.kernel_s for each in found),
+            kernel_s=kernel.median,
             measured=True,
+            rates=tuple(dict.fromkeys([*common, attention, scoring])),
         )
-        for place in range(len(ranks))
-    ]
+        devices.append(device)
+    return devices
+
+
+def _median(rate: Rate) -> float:
+    return rate.median
+
+
+def _least(rates: Iterable[Rate]) -> Rate:
+    return min(rates, key=_median)
 
 
 def _links(small: int, small_s: float, large_s: float, world_size: int) -> Interconnect:
     """Latency and bandwidth of a ring in which messages of two sizes took so long."""
-    if world_size == 1:
-        return Interconnect(1.0, (Protocol(0.0, 0.0, 1.0),))
     factor = 2 * (world_size - 1) / world_size
     bandwidth = factor * (large_message(small) - small) / max(large_s - small_s, 1e-6)
     return Interconnect(bandwidth, (Protocol(max(small_s - factor * small / bandwidth, 0.0), 0.0, 1.0),))
@@ -190,22 +206,43 @@ def _measure(ranks: list[RankOnPaper], context: int, batch: int, collectives: Co
         page_size=rank.geometry.page_size,
     )
     collectives.barrier()
-    bandwidth = read_bandwidth(CPU, BUFFER_BYTES)
+    reading = _reading()
     collectives.barrier()
-    weights_share, flops = _matrices(rank, batch, bandwidth)
+    matrices, operations = _matrices(rank, batch)
     inputs = [make_inputs(settings, rank.geometry, kinds, seed) for seed in range(CACHES)]
     collectives.barrier()
-    dense = _shares(DensePolicy(DenseConfig(), rank.geometry), inputs, rank, bandwidth)[0]
+    dense = _attention(DensePolicy(DenseConfig(), rank.geometry), inputs, rank, "dense")[0]
     methods = []
     for each in ranks:
         collectives.barrier()
         policy = each.policies[-1]
-        methods.append((dense, dense) if isinstance(policy, DensePolicy) else _shares(policy, inputs, rank, bandwidth))
+        is_dense = isinstance(policy, DensePolicy)
+        methods.append((dense, dense) if is_dense else _attention(policy, inputs, each, each.method))
     collectives.barrier()
-    kernel_s = _small_operations(rank, inputs[0])
-    small = rank.all_reduce_bytes_each(batch)
-    all_reduce_s, large_s = (_all_reduce(size, rank, collectives) for size in (small, large_message(small)))
-    return Found(bandwidth, weights_share, flops, dense, methods, kernel_s, all_reduce_s, large_s)
+    kernel = _small_operations(rank, inputs[0])
+    all_reduces = None
+    if collectives.world_size > 1:
+        small = rank.all_reduce_bytes_each(batch)
+        all_reduces = _all_reduce(small, rank, collectives), _all_reduce(large_message(small), rank, collectives)
+    return Found(reading, matrices, operations, dense, methods, kernel, all_reduces)
+
+
+def _per_second(name: str, amount: float, times: Times, unit: str = "bytes/s") -> Rate:
+    """So much was done in each of these times."""
+    low, high = times.spread
+    return Rate(name, unit, amount / times.median, amount / high, amount / low)
+
+
+def _seconds(name: str, times: Times, parts: int = 1) -> Rate:
+    """Each of these times was that of so many parts."""
+    low, high = times.spread
+    return Rate(name, "s", times.median / parts, low / parts, high / parts)
+
+
+def _reading() -> Rate:
+    """Of memory that no processor cache holds."""
+    buffer = torch.ones(BUFFER_BYTES // torch.float32.itemsize)
+    return _per_second("reading", BUFFER_BYTES, time_in_turn({"read": lambda _: buffer.sum()}, REPEATS, CPU)["read"])
 
 
 def _layer_matrices(rank: RankOnPaper) -> list[tuple[int, int]]:
@@ -214,8 +251,8 @@ def _layer_matrices(rank: RankOnPaper) -> list[tuple[int, int]]:
     return [(sizes.q_size + 2 * sizes.kv_size, hidden), (hidden, sizes.q_size), (2 * inner, hidden), (hidden, inner)]
 
 
-def _matrices(rank: RankOnPaper, batch: int, bandwidth: float) -> tuple[float, float]:
-    """Share of the bandwidth that a layer's matrices reach with one row, and operations per second with a row per sequence."""
+def _matrices(rank: RankOnPaper, batch: int) -> tuple[Rate, Rate]:
+    """Bytes per second that a layer's matrices reach with one row, and operations per second with a row per sequence."""
     dtype, shapes = rank.geometry.dtype, _layer_matrices(rank)
     layers = [[torch.full(shape, 0.01, dtype=dtype) for shape in shapes] for _ in range(CACHES)]
     inputs = {rows: [torch.ones(rows, width, dtype=dtype) for _, width in shapes] for rows in (1, batch)}
@@ -227,12 +264,12 @@ def _matrices(rank: RankOnPaper, batch: int, bandwidth: float) -> tuple[float, f
     functions: dict[str, Callable[[int], object]] = {str(rows): partial(run, rows=rows) for rows in inputs}
     times = time_in_turn(functions, REPEATS, CPU)
     elements = sum(height * width for height, width in shapes)
-    share = elements * dtype.itemsize / times["1"].median / bandwidth
-    return share, 2 * elements * batch / times[str(batch)].median
+    reading = _per_second("matrices, reading", elements * dtype.itemsize, times["1"])
+    return reading, _per_second("matrices, computing", 2 * elements * batch, times[str(batch)], "op/s")
 
 
-def _shares(policy: Policy, inputs: list[Inputs], rank: RankOnPaper, bandwidth: float) -> tuple[float, float]:
-    """Shares of the bandwidth that a layer's attention and its selection reach."""
+def _attention(policy: Policy, inputs: list[Inputs], rank: RankOnPaper, method: str) -> tuple[Rate, Rate]:
+    """Bytes per second that a layer's attention and its selection reach."""
     scale, page_size = rank.geometry.scale, rank.geometry.page_size
     selections = [policy.select(one.q, one.cache, one.batch) for one in inputs]
 
@@ -250,15 +287,16 @@ def _shares(policy: Policy, inputs: list[Inputs], rank: RankOnPaper, bandwidth: 
         tokens += selection.attended(one.batch.last_page_len, page_size).sum().item() / CACHES
         tokens += selection.read_apart.sum().item() / CACHES if selection.read_apart is not None else 0.0
     kv_bytes = tokens * 2 * rank.geometry.head_dim * rank.geometry.dtype.itemsize
-    select_s, attend_s = times["select"].median, times["attend"].median
     scored = 0 if selections[0].is_dense else policy.bytes_scored(inputs[0].batch.context_lens.tolist())
     if scored == 0 or selections[0].partial is not None:  # choosing reads no bytes of its own, or K and V, too
-        share = (kv_bytes + scored) / (select_s + attend_s) / bandwidth
-        return share, share
-    return kv_bytes / attend_s / bandwidth, scored / select_s / bandwidth
+        together = Times([sum(of_round) for of_round in zip(times["select"].samples, times["attend"].samples)])
+        rate = _per_second(f"{method}: attention", kv_bytes + scored, together)
+        return rate, rate
+    attention = _per_second(f"{method}: attention", kv_bytes, times["attend"])
+    return attention, _per_second(f"{method}: scoring", scored, times["select"])
 
 
-def _small_operations(rank: RankOnPaper, one: Inputs) -> float:
+def _small_operations(rank: RankOnPaper, one: Inputs) -> Rate:
     """Seconds of one of a layer's kernels, on average over those that are neither a matrix nor attention."""
     model, geometry, sizes = rank.model, rank.geometry, rank.sizes
     batch, dtype = len(one.q), geometry.dtype
@@ -278,11 +316,12 @@ def _small_operations(rank: RankOnPaper, one: Inputs) -> float:
             add_rms_norm(x, x, norm, model.rms_norm_eps)
         F.silu(gate) * gate
 
-    return time_in_turn({"layer": layer}, 3 * REPEATS, CPU)["layer"].median / KERNELS_PER_LAYER
+    times = time_in_turn({"layer": layer}, 3 * REPEATS, CPU)["layer"]
+    return _seconds("a kernel beside its bytes", times, KERNELS_PER_LAYER)
 
 
-def _all_reduce(num_bytes: int, rank: RankOnPaper, collectives: Collectives) -> float:
-    """Median seconds of an all-reduce after some work, as it comes in a layer; 0 with one rank."""
+def _all_reduce(num_bytes: int, rank: RankOnPaper, collectives: Collectives) -> Rate:
+    """Seconds of an all-reduce after some work, as it comes in a layer."""
     message = torch.zeros(num_bytes // rank.geometry.dtype.itemsize, dtype=rank.geometry.dtype)
     matrix, x = torch.ones(1024, 1024), torch.ones(1, 1024)
     seconds = []
@@ -291,4 +330,4 @@ def _all_reduce(num_bytes: int, rank: RankOnPaper, collectives: Collectives) -> 
         started = time.perf_counter()
         collectives.all_reduce(message)
         seconds.append(time.perf_counter() - started)
-    return median(seconds) if collectives.world_size > 1 else 0.0
+    return _seconds(f"all-reduce of {num_bytes} bytes", Times(seconds))

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distributed_sparse.reporting.figures import new_figure
+
 STYLES = {"tpot_s": "-", "limit_s": ":"}
 
 
 def write_plot(path: str | Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     """A PNG: a panel for each batch and tensor_parallel_size; a colour per method, whole lines expected, dotted ones limits."""
-    from matplotlib.figure import Figure
-
     sizes = sorted({row["tensor_parallel_size"] for row in rows})
     batches = sorted({row["batch"] for row in rows})
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure = Figure(figsize=(1 + 3 * len(batches), 0.8 + 2.6 * len(sizes)), layout="constrained")
+    figure, (whole,) = new_figure(1 + 3 * len(batches), 0.8 + 2.6 * len(sizes))
+    whole.remove()  # panels in lines and columns take its place
     places = figure.subplots(len(sizes), len(batches), squeeze=False, sharex=True)
     for line, world_size in enumerate(sizes):
         for column, batch in enumerate(batches):

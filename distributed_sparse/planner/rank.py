@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from distributed_sparse.evaluation.meter import pages_held
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.sharding import LocalSizes, ShardSpec, tensor_slices
 from distributed_sparse.model.weights import EMBEDDING
@@ -106,8 +107,7 @@ class RankOnPaper:
 
     def pages(self, context_len: int) -> int:
         """Pages that a sequence of such a context holds in decode; where a method evicts, its prefill holds all for a while."""
-        pages = -(-context_len // self.geometry.page_size)
-        return pages if self.kept_pages is None else min(pages, sum(self.kept_pages))
+        return pages_held(context_len, self.geometry.page_size, self.kept_pages)
 
     # ---- read and written by a decode step
 

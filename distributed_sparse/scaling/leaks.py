@@ -1,49 +1,66 @@
-"""leaks: what an engine has left behind after its shutdown: processes, placement groups, resources."""
+"""leaks: what an engine has left behind after its shutdown: processes, threads, placement groups, resources, GPU memory."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ACTORS = ("ray::DriverActor", "ray::ShardActor")
 """How Ray names the processes of an engine's actors."""
+OTHERS = ("ray_",)
+"""Threads that libraries keep for the process's life: Ray's once it is connected."""
+LIBRARIES_BYTES = 96 << 20
+"""GPU memory that libraries keep in this process after their first use (cuBLAS's workspaces); an engine's is far more."""
 POLL_S = 0.1
 
 
 class Surroundings:
-    """What there was before an engine was made; afterwards there should be no more.
+    """What there was before the first engine was made; after each of them there should be no more.
 
-    Seen are this machine's processes of the former ranks, the actors' processes below this one, and, over the whole cluster,
-    placement groups and free CPUs and GPUs.
+    Seen are this machine's processes of the former ranks, the actors' processes below this one, this process's own threads and
+    GPU memory (a single rank lives in it), and, over the whole cluster, placement groups and free CPUs and GPUs.
     """
 
     def __init__(self) -> None:
         self._actors = actors_below(os.getpid())
+        self._threads = own_threads()
+        self._gpu_bytes = gpu_bytes()
         self._groups = placement_groups()
         self._free = free_resources()
+        self._watched: set[int] = set()
+        self._reported: list[str] = []
 
-    def left_behind(self, ranks: Sequence[dict[str, Any]], timeout: float = 15.0) -> list[str]:
-        """What has not gone within `timeout` seconds; one line each.
-
-        Args:
-            ranks: `LLM.stats()["ranks"]` of the engine.
-        """
-        deadline = time.monotonic() + timeout
-        while (left := self._left(ranks)) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        return left
-
-    def _left(self, ranks: Sequence[dict[str, Any]]) -> list[str]:
+    def watch(self, ranks: Sequence[dict[str, Any]]) -> None:
+        """An engine has come up: `LLM.stats()["ranks"]`."""
         here = socket.gethostname()
-        pids = {rank["pid"] for rank in ranks if rank["hostname"] == here} - {os.getpid()}
-        pids |= actors_below(os.getpid()) - self._actors
+        self._watched |= {rank["pid"] for rank in ranks if rank["hostname"] == here} - {os.getpid()}
+
+    def left_behind(self, timeout: float = 15.0) -> list[str]:
+        """What has not gone within `timeout` seconds; one line each, which says so if an earlier call has found it, too."""
+        deadline = time.monotonic() + timeout
+        while (left := self._left()) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        self._watched = {pid for pid in self._watched if command(pid)}
+        before, self._reported = self._reported, left
+        return [f"{line}, since an earlier point" if line in before else line for line in left]
+
+    def _left(self) -> list[str]:
+        gc.collect()  # what only waits for a collection has not been left
+        pids = self._watched | actors_below(os.getpid()) - self._actors
         left = [f"process {pid} ({name})" for pid in sorted(pids) if (name := command(pid))]
+        left += [f"thread {name}" for name in sorted(thread.name for thread in own_threads() - self._threads)]
+        if (grown := gpu_bytes() - self._gpu_bytes) > LIBRARIES_BYTES:
+            left.append(f"{grown} bytes of GPU memory in this process")
         left += [f"placement group {group}" for group in sorted(placement_groups() - self._groups)]
         free = free_resources()
         for name, amount in self._free.items():
@@ -65,6 +82,22 @@ def actors_below(pid: int) -> set[int]:
         return child == pid
 
     return {child for child in parents if command(child).startswith(ACTORS) and descends(child)}
+
+
+def own_threads() -> set[threading.Thread]:
+    """This process's Python threads, but for those of libraries."""
+    return {
+        thread
+        for thread in threading.enumerate()
+        if not thread.name.startswith(OTHERS)
+        and not isinstance(thread, threading._DummyThread)  # a library's thread that has once called Python
+        and type(thread).__module__ != "tqdm._monitor"
+    }
+
+
+def gpu_bytes() -> int:
+    """GPU memory of this process's tensors; 0 where it has not touched a GPU, which this does not do either."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
 
 
 def command(pid: int) -> str:

@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.evaluation.meter import Counters, Meter, decode_contexts
+from distributed_sparse.evaluation.meter import Counters, Meter
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_dtype
-from distributed_sparse.planner.rank import RankOnPaper
 from distributed_sparse.reporting.results import Record
+from distributed_sparse.scaling.expectations import contexts_of, expectations
 from distributed_sparse.scaling.grid import Point
-from distributed_sparse.scaling.latency import RequestTimes, latencies
+from distributed_sparse.scaling.latency import latencies
 from distributed_sparse.scaling.leaks import Surroundings
 from distributed_sparse.scaling.load import send
 from distributed_sparse.scaling.reference import disagreements, make_reference
@@ -30,10 +30,18 @@ OpenEngine = Callable[[EngineConfig], AbstractContextManager["LLM"]]
 RANK_KEYS = ("rank", "device", "kv_heads", "weight_bytes", "page_bytes", "cache_bytes", "metadata_bytes")
 
 
-def measure(point: Point, open_engine: OpenEngine, compared: int, makes_reference: bool, reference: Record | None) -> Record:
-    """Run a point.
+def measure(
+    point: Point,
+    open_engine: OpenEngine,
+    surroundings: Surroundings,
+    compared: int,
+    makes_reference: bool,
+    reference: Record | None,
+) -> Record:
+    """Run a point. What its engine leaves behind is for the caller to ask `surroundings`, whether this returns or raises.
 
     Args:
+        surroundings: are told the engine's processes.
         compared: so many requests' tokens are kept, and compared with other points'.
         makes_reference: whether other points are compared with this one.
         reference: the record of the point that this one is compared with; None: with none.
@@ -45,21 +53,21 @@ def measure(point: Point, open_engine: OpenEngine, compared: int, makes_referenc
         ValueError: a setting does not hold for the model or the cluster.
         RuntimeError: the engine failed, was rebuilt while it was measured, or stands on other nodes than asked for.
     """
-    surroundings = Surroundings()
     with open_engine(point.engine) as llm:
         ranks = llm.stats()["ranks"]
+        surroundings.watch(ranks)
         _check_nodes(point, ranks)
         workload, vocab_size = point.workload, llm.model_config.vocab_size
         requests = workload.requests(0, workload.num_prompts or 0, vocab_size)
         warm_up = workload.requests(len(requests), workload.warm_up or 0, vocab_size)
         meter = Meter(llm)
-        meter.measure(_contexts(send(llm, warm_up, workload.batch)))
+        meter.measure(contexts_of(send(llm, warm_up, workload.batch)))
         before = llm.stats()
         times = send(llm, requests, workload.batch)
         after = llm.stats()
         if after["generation"] != before["generation"]:
             raise RuntimeError("the engine lost a shard and was rebuilt while it was measured; run the point again")
-        counters = meter.measure(_contexts(times))
+        counters = meter.measure(contexts_of(times))
         dtype = str(resolve_dtype(point.engine.dtype, llm.model_config.dtype)).removeprefix("torch.")
         record = {
             "dtype": dtype,
@@ -68,7 +76,7 @@ def measure(point: Point, open_engine: OpenEngine, compared: int, makes_referenc
             "ranks": [{key: rank[key] for key in RANK_KEYS} for rank in ranks],
             "nodes": len({rank["node_id"] for rank in ranks}),
             "pages": after["pages"]["total"],
-            "working_steps": after["steps"] - before["steps"] - 1,  # the closing `stats` is a step without work
+            "steps": after["steps"] - before["steps"],
             "all_reduce": {key: after["all_reduce"][key] - before["all_reduce"][key] for key in ("calls", "bytes")},
             **_attention(point, llm.model_config, counters, ranks),
             "expected": expectations(point, llm.model_config, times),
@@ -82,32 +90,7 @@ def measure(point: Point, open_engine: OpenEngine, compared: int, makes_referenc
             record["disagreements"] = disagreements(llm, requests[:compared], reference["reference"]["token_ids"])
             record["compared_with"] = reference["key"]
         record["pages_used_at_end"] = llm.stats()["pages"]["used"]
-    record["left_behind"] = surroundings.left_behind(ranks)
     return record
-
-
-def expectations(point: Point, model: ModelConfig, times: Sequence[RequestTimes]) -> dict[str, Any]:
-    """What the model's shape and the settings say that the engine must count; by the planner's arithmetic."""
-    engine, num_ranks = point.engine, point.engine.tensor_parallel_size
-    dtype = resolve_dtype(engine.dtype, model.dtype)
-    whole, own = (RankOnPaper(model, size, engine.sparse, engine.page_size, dtype) for size in (1, num_ranks))
-    tokens = sum(one.num_prompt_tokens + len(one.token_ids) - 1 for one in times)  # the last one is never read
-    contexts = _contexts(times)
-    density = []
-    for layer in layer_configs(engine.resolve_sparse(), model.num_hidden_layers, engine.page_size):
-        attended = [layer.attended_tokens(context, engine.page_size) for context in contexts]
-        known = [count for count in attended if count is not None]
-        density.append(sum(known) / sum(contexts) if contexts and len(known) == len(attended) else None)
-    return {
-        "weight_bytes": own.weight_bytes,
-        "page_bytes_of_all_ranks": dict(zip(("cache_bytes", "metadata_bytes"), whole.page_bytes)),
-        "all_reduce": {
-            "calls_per_step": own.all_reduce_calls,
-            "bytes": own.all_reduce_calls * own.all_reduce_bytes_each(tokens),
-        },
-        "density": density,
-        "weight_bytes_read_per_step": own.weight_bytes_read(point.workload.batch),
-    }
 
 
 def _attention(point: Point, model: ModelConfig, counters: Counters, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -127,11 +110,6 @@ def _attention(point: Point, model: ModelConfig, counters: Counters, ranks: Sequ
         # of a rank, in a step that decodes a whole batch
         "cache_bytes_read_per_step": counters.bytes_read / counters.steps * point.workload.batch / len(ranks),
     }
-
-
-def _contexts(times: Sequence[RequestTimes]) -> list[int]:
-    """Tokens in context of every decode step of every request."""
-    return [n for one in times for n in decode_contexts(one.num_prompt_tokens, 0, len(one.token_ids))]
 
 
 def _check_nodes(point: Point, ranks: Sequence[dict[str, Any]]) -> None:

@@ -51,8 +51,12 @@ def make_reference(llm: LLM, requests: Sequence[NewRequest], concurrency: int, g
 def disagreements(llm: LLM, requests: Sequence[NewRequest], reference: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     """(request, step) of the reference's greedy tokens that this engine does not find the most likely, given those before.
 
+    Of as many requests as both lists have.
+
     Each token of the reference but the first goes through the decode path, as it did there.
     """
+    compared = min(len(requests), len(reference))
+    requests, reference = requests[:compared], reference[:compared]
     prompts = [[*request.prompt_token_ids, *tokens[:-1]] for request, tokens in zip(requests, reference, strict=True)]
     params = [
         SamplingParams(
@@ -63,7 +67,7 @@ def disagreements(llm: LLM, requests: Sequence[NewRequest], reference: Sequence[
             seed=request.params.seed,
             ignore_eos=True,
         )
-        for request, tokens in zip(requests, reference)
+        for request, tokens in zip(requests, reference, strict=True)
     ]
     found = []
     for number, (output, tokens) in enumerate(zip(llm.generate(prompts, params, use_tqdm=False), reference)):

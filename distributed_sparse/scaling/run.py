@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -16,7 +17,9 @@ from distributed_sparse.model.sharding import check_divisibility
 from distributed_sparse.reporting.results import Record, Results
 from distributed_sparse.scaling.checks import Outcome, check_points
 from distributed_sparse.scaling.grid import Point, ScalingConfig
+from distributed_sparse.scaling.leaks import Surroundings
 from distributed_sparse.scaling.measure import OpenEngine, measure
+from distributed_sparse.scaling.sources import source_hash
 from distributed_sparse.selection import layer_configs
 
 logger = logging.getLogger(__name__)
@@ -50,12 +53,13 @@ class Scaling:
 
     def run(self, results: Results) -> None:
         """Measure what `results` lacks, the points of fewest ranks first in each group; a point that fails is kept as such."""
+        surroundings = Surroundings()  # of the whole run: what one point leaves behind is no part of how it should be
         with tqdm(total=len(self.points), unit="point", disable=None) as bar:
             for members in self._groups.values():
                 for point in members:
                     bar.set_description(point.label)
                     if not self._is_done(point, results):
-                        results.append(self._measured(point, results))
+                        results.append(self._measured(point, results, surroundings))
                     bar.update()
 
     def records(self, results: Results) -> list[tuple[Point, Record]]:
@@ -97,7 +101,7 @@ class Scaling:
     def _compared(self, point: Point) -> int:
         return min(self.checks.compared_prompts, point.workload.num_prompts or 0)
 
-    def _measured(self, point: Point, results: Results) -> Record:
+    def _measured(self, point: Point, results: Results, surroundings: Surroundings) -> Record:
         reference = self._reference_of(point)
         given = results.records.get(reference.key) if reference is not None and reference is not point else None
         named: Record = {"key": point.key, "point": point.axes, "settings": point.settings}
@@ -105,19 +109,29 @@ class Scaling:
             found = measure(
                 point,
                 self._open_engine,
+                surroundings,
                 self._compared(point),
                 makes_reference=reference is point,
                 reference=given if given is not None and "reference" in given else None,
             )
-        except (ValueError, RuntimeError, OSError, AssertionError) as error:
-            logger.warning("%s failed: %s", point.label, error)
-            return named | {"error": f"{type(error).__name__}: {error}"}
-        return named | found
+        except Exception as error:  # whatever it is, the other points go on
+            logger.exception("%s failed", point.label)
+            found = {"error": f"{type(error).__name__}: {error}"}
+        try:
+            left = surroundings.left_behind()  # the error is gone by now, and with its frames the engine
+        except Exception as error:
+            logger.exception("what %s has left behind cannot be told", point.label)
+            left = [f"unknown, for {type(error).__name__}: {error}"]
+        return named | found | {"left_behind": left}
 
 
 def identity() -> dict[str, Any]:
-    """What all points of a directory have in common, so that their numbers may be compared: the code and the machine."""
-    return {"kind": "scaling"} | {name: value for name, value in environment().items() if name != "command"}
+    """What all points of a directory have in common, so that their numbers may be compared: the code and the machine.
+
+    The sources are hashed, too: an uploaded or installed package has no commit, and one with changes says nothing of them.
+    """
+    common = {name: value for name, value in environment().items() if name != "command"}
+    return {"kind": "scaling", "sources": source_hash(Path(__file__).resolve().parents[1])} | common
 
 
 def _open(config: EngineConfig) -> Any:

@@ -19,8 +19,9 @@ token to its last, per token after the first, ITL from one token to the next.
 - speed-up: median TPOT of the point with the fewest ranks, at otherwise equal settings, over this one's; efficiency: that over
   the ratio of ranks.
 - Split of a step: medians of the last 256 steps, prefill and warm-up included (step, driver); select, attend and all-reduce are
-  rank 0's, means of its profile steps: one soon after the start, then one in {profile_every} steps (`-`: there was none; other:
-  the rest of the slowest rank's time; driver: what is not a shard's).
+  rank 0's, means of its profile steps since the start, warm-up included: the first decode step from the eighth step on, then
+  one in `profile_interval` (`-`: there was none). Other is the rest of the slowest rank's median (`-`: the parts exceed it,
+  being of other steps); driver: what is not a shard's.
 - Bytes are per rank, MB = 10^6 bytes; read: weights, and K, V and metadata, in a decode step of a whole batch.
 - density: tokens attended / tokens in context, in the layers that select; skew: the rank that attends most / the mean."""
 
@@ -32,13 +33,12 @@ Tried = Sequence[tuple[Point, Record]]
 
 def summary(identity: dict[str, Any], tried: Tried, outcomes: Sequence[Outcome]) -> str:
     """The Markdown text."""
-    from distributed_sparse.driver.driver import PROFILE_EVERY
-
     done = [(point, record) for point, record in tried if "error" not in record]
     failed = [(point, record) for point, record in tried if "error" in record]
     parts = [
         "# Scaling",
-        f"commit {identity['commit']}; {identity['cores']} cores of {identity['cpu']}, GPU: {identity['gpu'] or 'none'}; "
+        f"commit {identity['commit'] or 'unknown'}, sources {identity['sources']}; {identity['cores']} cores of "
+        f"{identity['cpu']}, GPU: {identity['gpu'] or 'none'}; "
         + ", ".join(f"{name} {version}" for name, version in identity["versions"].items()),
         *_common(tried),
         "## Checks\n\n" + _checks(outcomes),
@@ -47,7 +47,7 @@ def summary(identity: dict[str, Any], tried: Tried, outcomes: Sequence[Outcome])
         parts.append("## Points that failed\n\n" + "\n".join(f"- {point.label}: {record['error']}" for point, record in failed))
     if done:
         parts += [
-            LEGEND.format(profile_every=PROFILE_EVERY),
+            LEGEND,
             "## Times and rates\n\n" + _times(done),
             "## Split of a step (ms)\n\n" + _split(done),
             "## Bytes, all-reduce, density\n\n" + _bytes(done),
@@ -56,13 +56,14 @@ def summary(identity: dict[str, Any], tried: Tried, outcomes: Sequence[Outcome])
 
 
 def split_ms(record: Record) -> dict[str, float | None]:
-    """A step's time by part, in ms; None where no profile step was taken."""
+    """A step's time by part, in ms; None where no profile step was taken, and for a rest that would be negative."""
     ms = record["time_ms"]
     found: dict[str, float | None] = {"driver": ms["overhead_p50"]}
     if "attend" not in ms:
         return found | {"select": None, "attend": None, "all_reduce": None, "other": None}
     known = {name: ms.get(name, 0.0) for name in ("select", "attend", "all_reduce")}
-    return found | known | {"other": max(ms["shard_p50"] - sum(known.values()), 0.0)}
+    other = ms["shard_p50"] - sum(known.values())
+    return found | known | {"other": other if other >= 0 else None}
 
 
 def speed_ups(done: Tried) -> dict[str, tuple[float, float]]:
@@ -93,6 +94,7 @@ def _common(tried: Tried) -> list[str]:
     stated: dict[str, Any] = {
         "model": engine.model, "load_format": engine.load_format, "dtype": engine.dtype, "device": engine.device,
         "page_size": engine.page_size, "tensor_parallel_size": engine.tensor_parallel_size,
+        "profile_interval": engine.profile_interval,
         "context": load.input_len, "output_len": load.output_len, "batch": load.batch,
     }  # fmt: skip
     return [", ".join(f"{name}={value}" for name, value in stated.items() if name not in own)]
@@ -103,7 +105,7 @@ def _checks(outcomes: Sequence[Outcome]) -> str:
     for name in dict.fromkeys(outcome.check for outcome in outcomes):
         of_check = [outcome for outcome in outcomes if outcome.check == name and outcome.failures is not None]
         held = sum(not outcome.failures for outcome in of_check)
-        lines.append(f"- {name}: holds for {held} of {len(of_check)} points")
+        lines.append(f"- {name}: holds for {held} of {len(of_check)} points" if of_check else f"- {name}: nothing to compare")
         for outcome in of_check:
             shown = (outcome.failures or [])[:3]
             lines += [f"  - FAILED, {outcome.point}: {failure}" for failure in shown]

@@ -147,6 +147,8 @@ class Serving:
 
     @functools.cached_property
     def _introduction(self) -> Hello:
+        # torch is imported before the hello: between `Join` and the meeting, others wait where nothing can wake them
+        self._collectives = self._collectives or make_collectives(self._arguments)
         return introduction(self._arguments)
 
     @property

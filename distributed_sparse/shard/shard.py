@@ -107,16 +107,19 @@ class Shard:
                 self._drop_cache()
                 self._make_cache(num_pages)
                 self.num_pages = num_pages
+            self.slots = self._new_slots()
             self._warm_up()
         return Ready(
             rank=self.spec.rank, cache_bytes=num_pages * self.page_bytes[0], metadata_bytes=num_pages * self.page_bytes[1]
         )
 
     def _make_cache(self, num_pages: int) -> None:
-        max_pages = -(-self.max_model_len // self.config.page_size)
         self.cache = PagedCache(num_pages, self.geometry, self.policies)
         self.attention = SparseAttention(self.geometry, self.policies, self.cache)
-        self.slots = SlotTable(self.config.max_num_seqs, max_pages, self.device)
+        self.slots = self._new_slots()
+
+    def _new_slots(self) -> SlotTable:
+        return SlotTable(self.config.max_num_seqs, -(-self.max_model_len // self.config.page_size), self.device)
 
     def _drop_cache(self) -> None:
         for name in ("cache", "attention", "slots"):

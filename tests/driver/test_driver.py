@@ -44,7 +44,8 @@ class Engine:
         info = ModelInfo(331, num_layers=3, num_kv_heads=4, eos_token_ids=eos, max_model_len=MAX_MODEL_LEN)
         self.group = InProcessGroup(config)
         self.driver = Driver(config, info, tokenizer, self.group)
-        self.driver.start()
+        self.driver.group.start()
+        self.driver.resume()
         self.updates: dict[str, list[RequestUpdate]] = {}
         self.builders: dict[str, OutputBuilder] = {}
         self._numbers = itertools.count()
@@ -649,7 +650,7 @@ def test_stats_count_requests_pages_and_steps(path: Path) -> None:
     stats = engine.driver.stats()
     assert stats["requests"] == {"running": 1, "waiting": 1, "finished": 1, "aborted": 0, "failed": 1}
     assert stats["pages"] == {"total": engine.driver.allocator.total, "used": 2, "reserved": 3}
-    assert (stats["steps"], stats["generation"]) == (4, 0)
+    assert (stats["steps"], stats["generation"]) == (3, 0)
     assert stats["ranks"][0]["kv_heads"] == (0, 4)
     # 3 steps of which 2 were decode steps: 3 rows and 4 KV heads in 3 layers, each dense
     assert (stats["attention"]["rows_dense"], stats["attention"]["rows_sparse"]) == (3 * 4 * 3, 0)

@@ -369,13 +369,9 @@ def test_one_rank_raises_while_another_hangs_and_both_are_replaced(started, watc
     before = pids(group)
     os.kill(before[0], signal.SIGSTOP)
     assert fail(group, stand_in.FAIL_STEP).ranks == (1,), "that rank 0 hangs is not known yet"
-    with pytest.raises(ShardFailure) as caught:
-        group.rebuild()
-    assert caught.value.ranks == (0,)
-    replaced = group.processes[1].pid
     group.rebuild()
-    assert pids(group)[1] == replaced != before[1], "the replacement that was on its way is kept"
-    assert pids(group)[0] != before[0]
+    assert set(pids(group)).isdisjoint(before)
+    assert len(group.former) == 2, "the replacement that was on its way is kept"
     assert_it_works(group)
 
 
@@ -384,11 +380,9 @@ def test_a_survivor_that_does_not_leave_its_step_in_time_is_replaced_too(started
     before = pids(group)
     assert fail(group, stand_in.DEAF_STEP).ranks == (1,)
     began = time.monotonic()
-    with pytest.raises(ShardFailure, match="did not leave the collective group") as caught:
-        group.rebuild()
-    assert caught.value.ranks == (0,) and 0.9 < time.monotonic() - began < 6.0
-    group.rebuild()
-    assert before[0] not in pids(group)
+    group.rebuild()  # it waits in what nothing ends: that is no failure of its own
+    assert time.monotonic() - began > 0.9
+    assert set(pids(group)).isdisjoint(before)
     assert_it_works(group)
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, StepPlan, StepResult
-from distributed_sparse.driver.step_times import FIRST_STEPS_TIMEOUT_S, TIMEOUT_FLOOR_S, StepClock, StepTimes
+from distributed_sparse.driver.step_times import (
+    EMPTY_STEP_TIMEOUT_S,
+    FIRST_STEPS_TIMEOUT_S,
+    TIMEOUT_FLOOR_S,
+    StepClock,
+    StepTimes,
+)
 
 
 def prefill(num_tokens: int) -> StepPlan:
@@ -68,3 +74,9 @@ def test_the_gap_is_what_the_slowest_shard_waits_between_two_steps() -> None:
     assert times.medians_ms()["driver_cpu_p50"] == pytest.approx(0.5)
     times.add(decode(4), [StepResult(step=0, rank=0, started=50.0)], StepClock(0.0, 0.0, 0.0, 0.0, 0.0, None))
     assert times.medians_ms()["gap_p50"] == pytest.approx(3.0), "a pause is no gap"
+
+
+def test_an_empty_step_is_not_waited_for_as_a_first_one_is() -> None:
+    """The loop waits in it: a rank that lives and does not answer would hold up every call for two minutes."""
+    assert StepTimes(None).timeout(StepPlan(step=0, generation=0, report=True)) == EMPTY_STEP_TIMEOUT_S
+    assert StepTimes(60.0).timeout(StepPlan(step=0, generation=0)) == 60.0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
 from distributed_sparse.planner import measure
+from distributed_sparse.planner.hardware import Hardware, Rate
+from distributed_sparse.planner.rank import RankOnPaper
 from launch import plan
 
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
@@ -123,22 +126,85 @@ def test_an_unknown_gpu_or_model_is_refused_with_what_there_is(capsys: pytest.Ca
     assert "is no config.json" in capsys.readouterr().err
 
 
-def test_a_machine_that_was_measured_is_planned_with_what_was_found(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = measure.Found(1e10, 0.5, 1e12, 0.25, [(0.25, 0.25), (0.2, 0.1)], 1e-5, 1e-3, 5e-3)
-    asked = []
+def rate(name: str, median: float, unit: str = "bytes/s", varied: float = 1.2) -> Rate:
+    return Rate(name, unit, median, median / varied**0.5, median * varied**0.5)
 
-    def measured(ranks, context, batch, num_threads):
-        asked.append((len(ranks), context, batch, num_threads))
-        return measure._as_hardware([found] * ranks[0].shard.world_size, ranks, batch)
+
+def machine(world_size: int, operations_varied: float) -> measure.Found:
+    """What a rank found of dense and two more methods; the last one's choosing and attending cannot be told apart."""
+    dense, together = rate("dense: attention", 2.5e9), rate("window: attention", 2e9)
+    reduces = (rate("all-reduce of 8 bytes", 1e-3, "s"), rate("all-reduce of 9 bytes", 5e-3, "s"))
+    return measure.Found(
+        reading=rate("reading", 1e10),
+        matrices=rate("matrices, reading", 5e9),
+        operations=rate("matrices, computing", 1e12, "op/s", operations_varied),
+        dense=dense,
+        methods=[(dense, dense), (rate("quest: attention", 2e9), rate("quest: scoring", 1e9)), (together, together)],
+        kernel=rate("a kernel beside its bytes", 1e-5, "s"),
+        all_reduces=reduces if world_size > 1 else None,
+    )
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, ...]]:
+    """What `measure_cpu` was asked for: (methods, context, batch, threads). Operations of two ranks vary by 1.8."""
+    calls: list[tuple[int | None, ...]] = []
+
+    def measured(ranks: list[RankOnPaper], context: int, batch: int, num_threads: int | None) -> list[Hardware]:
+        calls.append((len(ranks), context, batch, num_threads))
+        world_size = ranks[0].shard.world_size
+        return measure._as_hardware([machine(world_size, 1.8 if world_size == 2 else 1.2)] * world_size, ranks, batch)
 
     monkeypatch.setattr(measure, "measure_cpu", measured)
-    assert run("--measure", "--tensor-parallel-size", "1,2", "--batch", "1,4", "--threads", "2", gpu="cpu") == 0
+    return calls
+
+
+MEASURE = ("--measure", "--tensor-parallel-size", "1,2", "--batch", "1,4", "--threads", "2")
+
+
+def test_a_machine_that_was_measured_is_planned_with_what_was_found(
+    capsys: pytest.CaptureFixture[str], asked: list[tuple[int | None, ...]]
+) -> None:
+    assert run(*MEASURE, gpu="cpu") == 0
     assert asked == [(2, 32768, 4, 2)] * 2
-    output = capsys.readouterr().out
+    _, output = capsys.readouterr().out.split("\n\n")  # its rates stand above
     assert "measured rates" in output.splitlines()[0]
-    cells = dict(zip([*plan.COLUMNS][4:], lines(output)["dense", "1", "32768", "1"]))
+    table = lines(output)
+    cells = dict(zip([*plan.COLUMNS][4:], table["dense", "1", "32768", "1"]))
     assert float(cells["limit_ms"]) == pytest.approx((15.01 + 4.295) / 10 * 1e3, rel=1e-3)
-    with_two = dict(zip([*plan.COLUMNS][4:], lines(output)["dense", "2", "32768", "4"]))
+    with_two = dict(zip([*plan.COLUMNS][4:], table["dense", "2", "32768", "4"]))
     assert float(with_two["reduce_ms"]) == pytest.approx(65, rel=1e-2), "65 all-reduces of the measured message"
+
+
+def test_every_measured_rate_is_shown_with_its_spread_and_one_that_varied_is_warned_of(
+    capsys: pytest.CaptureFixture[str], asked: list[tuple[int | None, ...]]
+) -> None:
+    assert run(*MEASURE, gpu="cpu") == 0
+    captured = capsys.readouterr()
+    rates = [line.split() for line in captured.out.split("\n\n")[0].splitlines()[2:]]
+    assert [line[0] for line in rates] == ["1"] * 7 + ["2"] * 9, "all-reduces of two ranks alone, and no rate twice"
+    assert ["2", "reading", "10", "9.129", "10.95", "GB/s"] in rates
+    assert ["1", "matrices,", "computing", "1000", "912.9", "1095", "Gop/s"] in rates
+    assert ["2", "all-reduce", "of", "8", "bytes", "1000", "912.9", "1095", "us"] in rates
+    (warning,) = captured.err.splitlines()
+    assert "at tensor_parallel_size 2, p90 is more than 1.5 times p10 of matrices, computing (1.8x): " in warning
+
+
+def test_the_file_keeps_what_was_measured_of_each_method(tmp_path: Path, asked: list[tuple[int | None, ...]]) -> None:
+    file = tmp_path / "plan.json"
+    assert run(*MEASURE, "--method", "quest,window", "--json", str(file), gpu="cpu") == 0
+    hardware = json.loads(file.read_text())["settings"]["hardware"]
+    assert {size: [*of_size] for size, of_size in hardware.items()} == {size: ["dense", "quest", "window"] for size in "12"}
+    shares = [hardware["2"][name]["select_share"] for name in ("dense", "quest", "window")]
+    assert shares == pytest.approx([0.25, 0.1, 0.2])
+    assert any(
+        each["name"] == "quest: scoring" and each["low"] < 1e9 < each["high"] for each in hardware["2"]["quest"]["rates"]
+    )
+
+
+def test_a_plot_without_matplotlib_is_refused_with_an_option_that_there_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run("--plot", "plan.png") == 2
+    assert "pip install -e '.[eval]', or leave --plot out" in capsys.readouterr().err

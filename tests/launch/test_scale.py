@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,15 @@ def test_the_cpu_grid_runs_over_one_and_two_ranks_and_all_its_checks_hold(tmp_pa
 
 def test_a_failed_point_is_exit_code_1_and_the_rest_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cut = ["grid.tensor_parallel_size=[1]", "grid.sparse=[dense]", "grid.nodes=[1, 2]", "workload.output_len=2"]
-    assert scale(tmp_path, *cut) == FAILED
+    logger = logging.getLogger("distributed_sparse")
+    before = logger.level
+    try:
+        assert scale(tmp_path, *cut) == FAILED
+        assert logger.level == logging.INFO  # what an engine asks a cluster for, and its ranks, are told while it runs
+    finally:
+        logger.setLevel(before)
     out = capsys.readouterr().out
-    assert "nodes=2: RuntimeError: the ranks stand on 1 nodes" in out and "- leaks: holds for 1 of 1 points" in out
+    assert "nodes=2: RuntimeError: the ranks stand on 1 nodes" in out and "- leaks: holds for 2 of 2 points" in out
 
 
 @pytest.mark.parametrize(

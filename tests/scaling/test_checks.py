@@ -44,6 +44,7 @@ def spoilt(path: list[Any], value: Any) -> dict[str, Any]:
         ("cache_bytes", ["ranks", 0, "cache_bytes"], 640, "rank 0 holds cache_bytes=640 in 10 pages, and its share is 320"),
         ("cache_bytes", ["ranks", 0, "metadata_bytes"], 24, "rank 0 holds metadata_bytes=24 in 10 pages"),
         ("all_reduce", ["all_reduce", "calls"], 34, "34 all-reduce calls, and 7 steps of 5 predict 35"),
+        ("all_reduce", ["all_reduce", "calls"], 30, "30 all-reduce calls, and 7 steps of 5 predict 35"),
         ("all_reduce", ["all_reduce", "bytes"], 4004, "4004 bytes went through all-reduce.* predicts 4000"),
         ("density", ["density", "layers", 1, 0], 0.2501, "layer 1, KV head 0: density 0.2501, and the settings say 0.25"),
         ("density", ["density", "layers", 0, 1], 0.9999, "layer 0, KV head 1"),
@@ -59,11 +60,33 @@ def test_a_wrong_record_fails_its_check_and_no_other(check: str, path: list[Any]
     assert not failed([spoilt(path, value)], Checks(**{check: False}))
 
 
-@pytest.mark.parametrize(("density", "holds"), [(0.0, False), (1e-3, True), (1.0, True), (1.001, False)])
-def test_a_density_that_the_data_decides_lies_within_zero_and_one(density: float, holds: bool) -> None:
+def test_ranks_that_all_hold_what_should_be_split_fail_even_if_their_share_says_so() -> None:
+    record = scaling_record(2)
+    record["expected"]["weight_bytes"] = 600  # slices that split nothing
+    for rank in record["ranks"]:
+        rank["weight_bytes"] = 600
+    (failure,) = failed([record])["weight_bytes"]
+    assert failure.startswith("2 ranks together hold 1200 bytes of weights") and failure.endswith("is 600")
+
+
+@pytest.mark.parametrize(
+    ("density", "most", "holds"),
+    [(0.0, 1.0, False), (1e-3, 1.0, True), (1.0, 1.0, True), (1.001, 1.0, False), (0.26, 0.26, True), (0.27, 0.26, False)],
+)
+def test_a_density_that_the_data_decides_is_more_than_nothing_and_no_more_than_allowed(
+    density: float, most: float, holds: bool
+) -> None:
     record = spoilt(["density", "layers", 1, 0], density)
     record["expected"]["density"][1] = None
+    record["expected"]["density_at_most"][1] = most
+    record["density"]["layers"][1][1] = most
     assert ("density" not in failed([record])) == holds
+
+
+def test_what_a_failed_point_has_left_behind_is_reported_and_nothing_else_of_it() -> None:
+    failure = {"key": "a", "error": "RuntimeError: no", "left_behind": ["thread driver"]}
+    assert failed([failure]) == {"leaks": ["left behind: thread driver"]}
+    assert failed([failure | {"left_behind": []}]) == {}
 
 
 def test_float32_tokens_may_differ_first_at_a_tie_only() -> None:
@@ -77,8 +100,26 @@ def test_float32_tokens_may_differ_first_at_a_tie_only() -> None:
 
 
 def test_a_reference_that_failed_leaves_the_tokens_of_its_group_unproven() -> None:
-    failure = {"key": "tp1", "error": "RuntimeError: no"}
+    failure = {"key": "tp1", "error": "RuntimeError: no", "left_behind": []}
     assert failed([failure, scaling_record(2)]) == {"tokens": ["its reference failed"]}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fewer_compared_prompts_than_were_kept_compare_the_first_ones(dtype: str) -> None:
+    reference = reference_record([[0.5] * 3, [0.5] * 3], dtype=dtype)
+    other = scaling_record(2, dtype=dtype, token_ids=[[5, 6, 7], [8, 9, 1]], disagreements=[[1, 2]])
+    assert failed([reference, other])["tokens"]
+    assert not failed([reference, other], Checks(compared_prompts=1))
+    assert not failed([reference, other | {"token_ids": [[5, 6, 7]], "disagreements": []}], Checks(compared_prompts=1))
+    spoilt_first = other | {"token_ids": [[5, 6, 1]], "disagreements": [[0, 2]]}
+    assert failed([reference, spoilt_first], Checks(compared_prompts=1))["tokens"]
+
+
+def test_a_reference_in_low_precision_is_compared_with_nothing_and_not_counted() -> None:
+    reference = reference_record([[0.5] * 3, [0.5] * 3], dtype="bfloat16")
+    other = scaling_record(2, dtype="bfloat16", disagreements=[])
+    outcomes = check_points([(record["key"], "group", record) for record in (reference, other)], Checks())
+    assert [one.failures for one in outcomes if one.check == "tokens"] == [None, []]
 
 
 def test_low_precision_counts_agreement_over_the_tokens_that_were_decided() -> None:

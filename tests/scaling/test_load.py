@@ -101,5 +101,6 @@ def test_an_engine_agrees_with_its_own_greedy_tokens_and_not_with_others(llm: LL
     assert disagreements(llm, requests, tokens) == []
     spoilt = [tokens[0], [*tokens[1][:5], (tokens[1][5] + 1) % 331]]
     assert disagreements(llm, requests, spoilt) == [(1, 5)]
+    assert disagreements(llm, requests[:1], spoilt) == [] and disagreements(llm, requests, spoilt[:1]) == []
     first = [[(tokens[0][0] + 1) % 331, *tokens[0][1:]], tokens[1]]
     assert (0, 0) in disagreements(llm, requests, first)

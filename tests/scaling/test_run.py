@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from distributed_sparse.config import EngineConfig
 from distributed_sparse.llm import LLM
 from distributed_sparse.reporting.results import Results
 from distributed_sparse.scaling.grid import ScalingConfig
+from distributed_sparse.scaling.leaks import Surroundings
 from distributed_sparse.scaling.run import Scaling
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import make_llm
@@ -29,13 +31,14 @@ class Engines:
     def __init__(self) -> None:
         self.opened: list[tuple[int, str]] = []
         self.refused: int | None = None
+        self.error: Exception = RuntimeError("no such ranks today")
 
     @contextmanager
     def __call__(self, config: EngineConfig) -> Iterator[LLM]:
         assert config.sparse is not None
         self.opened.append((config.tensor_parallel_size, config.sparse["method"]))
         if config.tensor_parallel_size == self.refused:
-            raise RuntimeError("no such ranks today")
+            raise self.error
         settings = asdict(config)
         with make_llm(settings.pop("model"), settings.pop("tensor_parallel_size"), **settings) as llm:
             yield llm
@@ -121,6 +124,70 @@ def test_a_point_that_fails_is_kept_with_its_error_the_others_go_on_and_it_is_tr
     engines.opened.clear()
     (one, two), failures = run(tmp_path, config, engines)
     assert engines.opened == [(1, "quest")] and failures["tokens"] == []
+
+
+@pytest.mark.parametrize("error", [KeyError("rank"), TypeError("no rank"), MemoryError()])
+def test_no_error_of_a_point_ends_the_run_and_its_traceback_is_logged(
+    error: Exception, model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engines = Engines()
+    engines.refused, engines.error = 1, error
+    (one, two), _ = run(tmp_path, configured(model, {"tensor_parallel_size": [1, 2]}), engines)
+    assert one["error"].startswith(type(error).__name__) and "error" not in two
+    assert "in __call__" in caplog.text and "tensor_parallel_size=1 failed" in caplog.text
+
+
+def test_what_a_failed_point_leaves_behind_is_reported_with_it_and_not_taken_for_granted_afterwards(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end, opened = threading.Event(), Engines()
+    left_behind = Surroundings.left_behind
+    monkeypatch.setattr(Surroundings, "left_behind", lambda self: left_behind(self, timeout=0.5))
+
+    @contextmanager
+    def leaking(config: EngineConfig) -> Iterator[LLM]:
+        with opened(config) as llm:
+            if config.tensor_parallel_size == 1:
+                threading.Thread(target=end.wait, name="driver", daemon=True).start()
+                raise RuntimeError("and its thread stays")
+            yield llm
+
+    try:
+        with Results(tmp_path, {"kind": "scaling"}) as results:
+            scaling = Scaling(configured(model, {"tensor_parallel_size": [1, 2]}), leaking)
+            scaling.run(results)
+            (_, one), (_, two) = scaling.records(results)
+            failures = [outcome.failures for outcome in scaling.outcomes(results) if outcome.check == "leaks"]
+    finally:
+        end.set()
+    assert one["error"] == "RuntimeError: and its thread stays" and one["left_behind"] == ["thread driver"]
+    assert two["left_behind"] == ["thread driver, since an earlier point"]
+    assert all(failures) and len(failures) == 2
+
+
+def test_a_leak_check_that_fails_itself_fails_the_check_and_not_the_run(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(self: Surroundings) -> list[str]:
+        raise ConnectionError("the cluster does not answer")
+
+    monkeypatch.setattr(Surroundings, "left_behind", lost)
+    (record,), failures = run(tmp_path, configured(model, {}), Engines())
+    assert failures["leaks"] == ["left behind: unknown, for ConnectionError: the cluster does not answer"]
+    assert "error" not in record
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fewer_compared_prompts_go_on_in_a_directory_of_more(dtype: str, model: str, tmp_path: Path) -> None:
+    given = {"agreement": 0.8, "compared_prompts": 3}
+    engines = Engines()
+    run(tmp_path, configured(model, {"tensor_parallel_size": [1, 2]}, given, dtype=dtype), engines)
+    for compared in (2, 1):
+        lowered = configured(model, {"tensor_parallel_size": [1, 2, 4]}, given | {"compared_prompts": compared}, dtype=dtype)
+        engines.opened.clear()
+        (_, same, four), failures = run(tmp_path, lowered, engines)
+        assert engines.opened == ([(4, "quest")] if compared == 2 else []) and failures["tokens"] == []
+        assert len(same["token_ids"]) == 3 and len(four["token_ids"]) == 2
 
 
 def test_low_precision_is_held_against_the_tokens_of_the_fewest_ranks(model: str, tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from distributed_sparse.scaling.checks import Checks, check_points
+from distributed_sparse.scaling.checks import Checks, Outcome, check_points
 from distributed_sparse.scaling.grid import ScalingConfig
 from distributed_sparse.scaling.plots import write_plots
 from distributed_sparse.scaling.summary import speed_ups, split_ms, summary
 from tests.support.scaling_records import reference_record, scaling_record
 
-IDENTITY = {"commit": "abc", "cores": 2, "cpu": "a cpu", "gpu": None, "versions": {"torch": "2.13"}}
+IDENTITY = {"commit": None, "sources": "def", "cores": 2, "cpu": "a cpu", "gpu": None, "versions": {"torch": "2.13"}}
 
 
 def tried(**grid: Any) -> list[Any]:
@@ -37,14 +37,27 @@ def test_a_step_is_split_into_parts_that_add_up_and_unknown_ones_stay_unknown() 
     assert split_ms(record)["other"] is None
 
 
+def test_parts_that_exceed_the_median_step_leave_a_dash_and_not_a_rest_of_zero() -> None:
+    found = tried(batch=[1])
+    found[0][1]["time_ms"]["attend"] = 3.0
+    assert split_ms(found[0][1])["other"] is None
+    assert "| 1 | 3.90 | 0.50 | 3.00 | 0.25 | - | 0.30 |" in summary(IDENTITY, found, [])
+
+
+def test_the_summary_names_the_code_and_a_check_that_had_nothing_to_compare() -> None:
+    found = tried(batch=[1])
+    text = summary(IDENTITY, found, [Outcome("density", "batch=1", None)])
+    assert "commit unknown, sources def; 2 cores" in text and "- density: nothing to compare" in text
+
+
 def test_the_summary_names_the_points_that_failed_and_every_failure_of_a_check() -> None:
     found = tried(batch=[1, 2])
-    found[0] = (found[0][0], {"error": "EngineError: shard 1 died"})
+    found[0] = (found[0][0], {"error": "EngineError: shard 1 died", "left_behind": []})
     found[1][1]["pages_used_at_end"] = 4
     outcomes = check_points([(point.label, point.group, record) for point, record in found], Checks())
     text = summary(IDENTITY, found, outcomes)
     assert "- batch=1: EngineError: shard 1 died" in text
-    assert "- leaks: holds for 0 of 1 points\n  - FAILED, batch=2: 4 pages were in use" in text
+    assert "- leaks: holds for 1 of 2 points\n  - FAILED, batch=2: 4 pages were in use" in text
     assert "| 2 | 20.00 / 20.00 / 21.00 | 4.00 / 4.00 / 5.00 |" in text
 
 

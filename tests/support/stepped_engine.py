@@ -103,7 +103,8 @@ class SteppedEngine:
         )
         self.group = ThreadShardGroup(config)
         self.driver = Driver(config, info, None, self.group)
-        self.driver.start()
+        self.driver.group.start()
+        self.driver.resume()
         self._builders: dict[str, OutputBuilder] = {}
         self._numbers = itertools.count()
 
