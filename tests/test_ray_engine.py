@@ -216,6 +216,7 @@ def leave(environment: dict[str, str], path: Path, *sizes: int, stay: bool) -> t
     raise AssertionError("the engine did not start: " + process.stderr.read())
 
 
+@pytest.mark.slow  # four ranks start twice
 def test_more_ranks_than_cores_run_twice_in_a_process_that_leaves_nothing_behind(
     ray_environment: Path, path: Path, engines: Engines
 ) -> None:

@@ -87,7 +87,7 @@ def undisturbed(llm: LLM) -> list[list[int]]:
     ("ranks", "number"),
     [
         pytest.param([1], signal.SIGKILL, id="rank 1 is killed"),
-        pytest.param([0, 1], signal.SIGKILL, id="both are killed"),
+        pytest.param([0, 1], signal.SIGKILL, id="both are killed", marks=pytest.mark.slow),
         pytest.param([0], signal.SIGKILL, id="rank 0 is killed", marks=pytest.mark.slow),
         pytest.param([1], signal.SIGSTOP, id="rank 1 hangs", marks=pytest.mark.slow),
     ],
@@ -147,6 +147,7 @@ def lose_a_node(path: str) -> dict[str, Any]:
     return {"tokens": [undisturbed, disturbed], "before": before, "after": stats["ranks"], "recoveries": stats["recovery_log"]}
 
 
+@pytest.mark.slow  # the soak removes nodes, too
 def test_a_node_goes_and_streams_go_on_on_another(ray_environment: Path, tmp_path: Path) -> None:
     path = decisive_checkpoint(tmp_path / "model")
     code = f"import json, tests.test_ray_recovery as own; print(json.dumps(own.lose_a_node({str(path)!r})))"

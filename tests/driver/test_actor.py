@@ -126,6 +126,7 @@ def test_a_stream_that_nobody_reads_pauses_so_that_the_service_sees_the_silence(
     assert waiting <= UNREAD_ITEMS + 1
 
 
+@pytest.mark.slow  # tests/test_ray_engine.py has one of them
 def test_wrong_settings_arrive_as_the_value_errors_that_they_are(local_ray, config):
     import dataclasses
 
@@ -266,6 +267,7 @@ def run_client(tmp_path: Path, config: EngineConfig, count: int, address: str | 
     raise AssertionError("the client did not start: " + "".join(lines))
 
 
+@pytest.mark.slow  # tests/test_ray_engine.py has the like for a whole process
 def test_nothing_outlives_a_client_that_is_killed(local_ray, config, tmp_path):
     import ray
 
@@ -281,6 +283,7 @@ def test_nothing_outlives_a_client_that_is_killed(local_ray, config, tmp_path):
     assert placement_groups() == before
 
 
+@pytest.mark.slow  # two engines start
 def test_two_engines_share_a_ray_of_their_own_and_the_last_one_ends_it(ray_environment, config, tmp_path, monkeypatch):
     """Two of two ranks each on any number of cores; `ray start` was never called."""
     monkeypatch.setenv("RAY_TMPDIR", str(ray_environment / "own"))
