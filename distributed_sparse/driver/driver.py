@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate, SampleUpdate, TraceUpdate
 from distributed_sparse.driver.detokenizer import CompletionText, Detokenizer, StopChecker
-from distributed_sparse.driver.engine_metrics import EngineMetrics
+from distributed_sparse.driver.engine_metrics import AttendedDensity, EngineMetrics
 from distributed_sparse.driver.messages import LogprobBlock, ShardReport, StepPlan, StepResult
 from distributed_sparse.driver.pages import PageAllocator
 from distributed_sparse.driver.scheduler import Scheduler
@@ -381,27 +381,6 @@ class Driver:
     def report(self) -> None:
         """One empty step in which every rank tells what it has counted since its generation began."""
         self._execute(StepPlan(step=self._steps, generation=self.group.generation, report=True))
-
-
-class AttendedDensity:
-    """Tokens attended over tokens in context, between the last two reports in which there were any."""
-
-    def __init__(self) -> None:
-        self.lately: float | None = None
-        self._before = (0, 0)
-
-    def begin(self) -> None:
-        """The ranks count from zero again: another generation."""
-        self._before = (0, 0)
-
-    def add(self, reports: list[ShardReport | None]) -> None:
-        """Take in what every rank has counted since its generation began."""
-        told = [report for report in reports if report is not None]
-        attended = sum(tokens for report in told for layer in report.tokens_attended for tokens in layer)
-        context = sum(report.tokens_in_context * len(layer) for report in told for layer in report.tokens_attended)
-        if context > self._before[1]:
-            self.lately = (attended - self._before[0]) / (context - self._before[1])
-        self._before = attended, context
 
 
 def derived_seed(engine_seed: int, arrival: int) -> int:

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
+from distributed_sparse.driver.messages import ShardReport
 from distributed_sparse.metrics import RequestMetrics
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -105,3 +106,24 @@ class EngineMetrics:
             readings = Readings(dict(self._observed), dict(self._counted))
             self._observed, self._counted = defaultdict(list), Counter()
         return readings
+
+
+class AttendedDensity:
+    """Tokens attended over tokens in context, between the last two reports in which there were any."""
+
+    def __init__(self) -> None:
+        self.lately: float | None = None
+        self._before = (0, 0)
+
+    def begin(self) -> None:
+        """The ranks count from zero again: another generation."""
+        self._before = (0, 0)
+
+    def add(self, reports: list[ShardReport | None]) -> None:
+        """Take in what every rank has counted since its generation began."""
+        told = [report for report in reports if report is not None]
+        attended = sum(tokens for report in told for layer in report.tokens_attended for tokens in layer)
+        context = sum(report.tokens_in_context * len(layer) for report in told for layer in report.tokens_attended)
+        if context > self._before[1]:
+            self.lately = (attended - self._before[0]) / (context - self._before[1])
+        self._before = attended, context

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from distributed_sparse.driver import messages
 from distributed_sparse.driver.channel import Channel, ChannelClosed, ChannelTimeout, Listener, address_family
+from distributed_sparse.driver.failures import describe, refusal_of, refuse_unequal, refuse_unequal_methods
 from distributed_sparse.driver.messages import (
     Alive,
     AllocateCache,
@@ -206,28 +207,24 @@ class RemoteShardGroup(ShardGroup):
         return self.ranks
 
     def _meet(self, missing: list[int], deadline: float) -> tuple[list[Loaded], list[Ready]]:
-        assert self._listener is not None
-        kept = sorted(self._channels)
-        self._regrouping = set(kept)
+        self._regrouping = set(self._channels)
         self._send_all(Regroup(self.generation))
         if self._store_address is None:
             # bound here, so that its port is known, and closed to other networks, before torch is imported
             store_socket = socket.create_server((self.host, 0), family=address_family(self.host))
             self._store_address = store_socket.getsockname()[:2]
             try:
-                self._spawn(missing, self._listener.address, self._store_address, deadline)
+                self._begin(missing, deadline)
                 self._store = open_store(self.host, store_socket)
             finally:
                 store_socket.close()
         else:
-            self._spawn(missing, self._listener.address, self._store_address, deadline)
-        self._heard |= dict.fromkeys(missing, time.monotonic())  # from now on their silence counts
+            self._begin(missing, deadline)
         late = self._await_regrouped(min(deadline, time.monotonic() + REGROUP_TIMEOUT_S))
         if late:  # they wait in a collective that nothing ends, or load for long: no failure of theirs
             logger.warning("ranks %s do not leave what they are in, and are replaced, too", late)
             self._end(late)
-            self._spawn(late, self._listener.address, self._store_address, deadline)
-            self._heard |= dict.fromkeys(late, time.monotonic())
+            self._begin(late, deadline)
         self._gather(Hello, deadline, "connect")
         refuse_unequal(self._hellos)
         self._send_all(Join())
@@ -235,6 +232,12 @@ class RemoteShardGroup(ShardGroup):
         refuse_unequal_methods(loaded, self._hellos)
         self._send_all(AllocateCache(min(message.max_pages for message in loaded)))
         return loaded, self._gather(Ready, deadline, "allocate its cache and warm up")
+
+    def _begin(self, ranks: list[int], deadline: float) -> None:
+        """Spawn ranks; from then on their silence counts."""
+        assert self._listener is not None and self._store_address is not None
+        self._spawn(ranks, self._listener.address, self._store_address, deadline)
+        self._heard |= dict.fromkeys(ranks, time.monotonic())
 
     def _await_regrouped(self, deadline: float) -> list[int]:
         """Returns once the ranks that are regrouped have said hello; at `deadline`, those that have not."""
@@ -277,8 +280,7 @@ class RemoteShardGroup(ShardGroup):
         """The next message of every rank, each of which must be a `kind`; `task`: what a rank did not do in time."""
         ranks, began = range(self.world_size), time.monotonic()
         while missing := [rank for rank in ranks if not self._inbox[rank]]:
-            if self._cancelled.is_set():
-                raise self._fail({}, hung=True)
+            self._raise_if_cancelled()
             remaining = deadline - time.monotonic()
             # ranks that say all the time that they are alive leave no silence in which to look at the others
             if self._read(max(min(POLL_S, remaining), 0.0)) and time.monotonic() - self._listened < POLL_S:
@@ -419,7 +421,7 @@ class RemoteShardGroup(ShardGroup):
             raise self._failure
 
     def _raise_if_cancelled(self) -> None:
-        """For `_spawn` to call wherever it waits."""
+        """To be called wherever something is waited for, in `_spawn`, too."""
         if self._cancelled.is_set():
             raise self._fail({}, hung=True)
 
@@ -454,85 +456,6 @@ class RemoteShardGroup(ShardGroup):
     def _close_channels(self) -> None:
         for channel in [*self._channels.values(), *self._strangers]:
             channel.close()
-
-
-def describe(news: Mapping[int, str | Failed], hellos: dict[int, Hello]) -> ShardFailure:
-    """One failure out of what is known of each rank that has failed.
-
-    A rank that only saw a collective break off has not caused anything as long as another rank has.
-    """
-
-    def consequence(what: str | Failed) -> bool:
-        return isinstance(what, Failed) and what.waits
-
-    root = {rank: what for rank, what in sorted(news.items()) if not consequence(what)} or dict(sorted(news.items()))
-    texts, traceback = [], ""
-    for rank, what in root.items():
-        if isinstance(what, Failed):
-            traceback = traceback or ("" if what.waits else what.traceback)
-            texts.append(f"{place(rank, hellos)} failed: {what.error}")
-        else:
-            texts.append(f"{place(rank, hellos)} {what}")
-    return ShardFailure(tuple(root), "; ".join(texts) or "the shards have been stopped", traceback)
-
-
-def refusal_of(
-    failure: ShardFailure, news: Mapping[int, str | Failed], world_size: int, hellos: dict[int, Hello]
-) -> ValueError | None:
-    """Where shards refused to start with ValueErrors, which the user can mend: the first of them as one."""
-    prefix = "ValueError: "
-    errors = {rank: what.error for rank in failure.ranks if isinstance(what := news.get(rank), Failed)}
-    if not errors or len(errors) < len(failure.ranks) or not all(error.startswith(prefix) for error in errors.values()):
-        return None
-    rank, error = next(iter(errors.items()))
-    text = error.removeprefix(prefix)
-    everyone = len(errors) == world_size and len(set(errors.values())) == 1
-    return ValueError(text if everyone else f"{place(rank, hellos)}: {text}")
-
-
-def place(rank: int, hellos: dict[int, Hello]) -> str:
-    """A rank, its node and its process, for the user."""
-    hello = hellos.get(rank)
-    return f"rank {rank} (node {hello.node_id}, host {hello.hostname}, pid {hello.pid})" if hello else f"rank {rank}"
-
-
-def refuse_unequal(hellos: dict[int, Hello]) -> None:
-    """Ranks must run the same versions on the same weights.
-
-    Raises:
-        ValueError: names two ranks that differ, and both values.
-    """
-    first = hellos[0]
-    for rank, hello in sorted(hellos.items()):
-        for name in sorted(first.versions.keys() | hello.versions.keys()):
-            mine, other = first.versions.get(name, "not installed"), hello.versions.get(name, "not installed")
-            if mine != other:
-                raise ValueError(
-                    f"{place(0, hellos)} has {name} {mine}, but {place(rank, hellos)} has {name} {other}; "
-                    f"install the same {name} on every node"
-                )
-        if hello.weights_fingerprint != first.weights_fingerprint:
-            raise ValueError(
-                f"{place(0, hellos)} and {place(rank, hellos)} hold different weights (fingerprints "
-                f"{first.weights_fingerprint[:12]} and {hello.weights_fingerprint[:12]}); put the same checkpoint on every node"
-            )
-
-
-def refuse_unequal_methods(loaded: list[Loaded], hellos: dict[int, Hello]) -> None:
-    """One allocator serves all ranks: their methods must agree on which pages are freed and shared.
-
-    Raises:
-        ValueError: names two ranks that differ, and both values.
-    """
-    first = loaded[0]
-    for message in loaded:
-        for name in ("kept_pages", "forks_copy_pages"):
-            mine, other = getattr(first, name), getattr(message, name)
-            if mine != other:
-                raise ValueError(
-                    f"{place(0, hellos)} has {name}={mine}, but {place(message.rank, hellos)} has {name}={other}; "
-                    "install the same sparse method on every node"
-                )
 
 
 def open_store(host: str, listening: socket.socket) -> Any:

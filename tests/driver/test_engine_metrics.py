@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from distributed_sparse.driver.driver import AttendedDensity
-from distributed_sparse.driver.engine_metrics import EngineMetrics
+from distributed_sparse.driver.engine_metrics import AttendedDensity, EngineMetrics
 from distributed_sparse.driver.messages import ShardReport
 
 
