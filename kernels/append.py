@@ -1,4 +1,7 @@
-"""append: write new keys and values into their pages, keep the pages' min and max exact, and write the low-bit copy."""
+"""append: write new keys and values into their pages, keep the pages' min and max exact, and write the low-bit copy.
+
+`rotary_append` gives queries and keys their rotary position embedding on the way.
+"""
 
 from __future__ import annotations
 
@@ -49,3 +52,49 @@ def append(
     else:
         from distributed_sparse.kernels.append_torch import append_torch as impl
     impl(k, v, pages, starts, offsets, counts, k_pages, v_pages, page_min_max, key_codes, key_scales, key_offset)
+
+
+def rotary_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pages: Tensor,
+    starts: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_min_max: Tensor | None = None,
+    key_codes: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    key_offset: Tensor | None = None,
+    *,
+    return_keys: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotate q and k by the angles of their tokens (RoFormer, arXiv 2104.09864), and append the rotated keys.
+
+    Channel pairs (i, i + d/2) turn, the half-rotation layout of Hugging Face: in float32, rounded once to the dtype. What is
+    appended, and what page_min_max and key_codes are of, is the rounded key.
+
+    Args:
+        q: [N, H_q, d] pre-RoPE queries, dtype of the cache; H_q = G * H_kv. Need not be contiguous, nor k and v (views of a
+            fused qkv).
+        k: [N, H_kv, d] pre-RoPE keys.
+        cos, sin: float32 [N, d/2] of position * inverse frequency, the attention factor of the rope type folded in.
+        return_keys: whether somebody reads the rotated keys beside the pages.
+
+    The other arguments are those of `append`.
+
+    Returns:
+        New contiguous rotated q, and, with ``return_keys``, rotated k (without: None). Rows of a token that is in no run are
+        undefined.
+    """
+    if q.is_cuda:
+        from distributed_sparse.kernels.append_triton import rotary_append_triton as impl
+    else:
+        from distributed_sparse.kernels.append_torch import rotary_append_torch as impl
+    runs = (pages, starts, offsets, counts)
+    metadata = (page_min_max, key_codes, key_scales, key_offset)
+    return impl(q, k, v, cos, sin, *runs, k_pages, v_pages, *metadata, return_keys=return_keys)

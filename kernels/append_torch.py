@@ -53,6 +53,43 @@ def append_torch(
     page_min_max[pages] = torch.stack([low, high], dim=2)
 
 
+def rotary_append_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pages: Tensor,
+    starts: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_min_max: Tensor | None = None,
+    key_codes: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    key_offset: Tensor | None = None,
+    *,
+    return_keys: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """See `distributed_sparse.kernels.append.rotary_append`."""
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    runs = (pages, starts, offsets, counts)
+    append_torch(k, v, *runs, k_pages, v_pages, page_min_max, key_codes, key_scales, key_offset)
+    return q, k if return_keys else None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [N, H, d] with each channel pair (i, i + d/2) turned by its token's angle: contiguous, in x's dtype."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [N, 1, d/2]
+    first, second = x.float().chunk(2, dim=-1)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    out_first, out_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).sub_(second * sin)
+    torch.mul(second, cos, out=out_second).add_(first * sin)
+    return out.to(x.dtype)
+
+
 def _quantise(keys: Tensor, offset: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, H_kv, d * bits / 8] and scales float16 [N, H_kv, 2] of keys [N, H_kv, d]."""
     x = keys.float() if offset is None else keys.float() - offset

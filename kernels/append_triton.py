@@ -1,19 +1,30 @@
-"""append in Triton: one program per (run, KV head) writes the run's tokens, their low-bit copy, and its page's min and max."""
+"""append in Triton: one program per (run, KV head) writes the run's tokens, their low-bit copy, and its page's min and max.
+
+With a rotary embedding there is a second program per (run, KV head), which turns the queries of the head's group.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_TOKENS = 16
+_APPEND_SHAPE = (16, 4)
+_ROTARY_SHAPE = (8, 8)
+"""Rows of a tile (tokens of a run, or (token, query head of the group)) and warps: what spills no register."""
 
 
 # The runs are rows of one transferred table: where they start changes with the batch, and must not compile anew.
 @triton.jit(do_not_specialize_on_alignment=["p_pages", "p_starts", "p_offsets", "p_counts"])
 def _append_kernel(
+    p_q,  # [N, H_q, d]; with p_cos, else None
     p_k,
     p_v,
+    p_cos,  # [N, d/2] | None: k is rotated already
+    p_sin,
+    p_q_out,  # [N, H_q, d], contiguous; with p_cos
+    p_k_out,  # [N, H_kv, d], contiguous, | None
     p_pages,
     p_starts,
     p_offsets,
@@ -24,10 +35,14 @@ def _append_kernel(
     p_codes,
     p_scales,
     p_offset,
+    stride_q_n,
+    stride_q_h,
     stride_k_n,
     stride_k_h,
     stride_v_n,
     stride_v_h,
+    stride_cos_n,
+    stride_sin_n,
     stride_kp_page,
     stride_kp_h,
     stride_kp_s,
@@ -44,6 +59,8 @@ def _append_kernel(
     stride_sc_h,
     stride_sc_s,
     stride_o_h,
+    H_KV: tl.constexpr,
+    G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -57,11 +74,26 @@ def _append_kernel(
     count = tl.load(p_counts + i_run)
     if count == 0:
         return
-    page = tl.load(p_pages + i_run).to(tl.int64)
     start = tl.load(p_starts + i_run).to(tl.int64)
-    offset = tl.load(p_offsets + i_run).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
+    if p_cos is not None:
+        p_cos += start * stride_cos_n
+        p_sin += start * stride_sin_n
+        if i_h >= H_KV:
+            p_q += start * stride_q_n + (i_h - H_KV) * G * stride_q_h
+            p_q_out += (start * H_KV + i_h - H_KV) * G * D
+            for i_first in range(0, count * G, BLOCK_T):
+                i_r = i_first + tl.arange(0, BLOCK_T)
+                i_t, i_g = i_r // G, i_r % G
+                mask = (i_t < count)[:, None] & m_d[None, :]
+                p_row = p_q + i_t * stride_q_n + i_g * stride_q_h
+                b_q = _turned(p_row, p_cos + i_t * stride_cos_n, p_sin + i_t * stride_sin_n, o_d, mask, D)
+                o_out = (i_t * (H_KV * G) + i_g)[:, None] * D + o_d[None, :]
+                tl.store(p_q_out + o_out, b_q.to(p_q_out.dtype.element_ty), mask=mask)
+            return
+    page = tl.load(p_pages + i_run).to(tl.int64)
+    offset = tl.load(p_offsets + i_run).to(tl.int64)
     p_k += start * stride_k_n + i_h * stride_k_h
     p_v += start * stride_v_n + i_h * stride_v_h
     p_k_pages += page * stride_kp_page + i_h * stride_kp_h + offset * stride_kp_s
@@ -79,7 +111,10 @@ def _append_kernel(
     for i_first in range(0, count, BLOCK_T):
         i_t = i_first + tl.arange(0, BLOCK_T)
         mask = (i_t < count)[:, None] & m_d[None, :]
-        b_k = tl.load(p_k + i_t[:, None] * stride_k_n + o_d[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
+        b_k = _keys(p_k, p_cos, p_sin, i_t, o_d, mask, stride_k_n, stride_cos_n, stride_sin_n, dtype, D)  # [BLOCK_T, BLOCK_D]
+        if p_k_out is not None:
+            o_out = ((start + i_t) * H_KV + i_h)[:, None] * D + o_d[None, :]
+            tl.store(p_k_out + o_out, b_k.to(dtype), mask=mask)
         b_k = b_k + 0.0  # -0.0 becomes +0.0
         b_v = tl.load(p_v + i_t[:, None] * stride_v_n + o_d[None, :], mask=mask, other=0.0)
         tl.store(p_k_pages + i_t[:, None] * stride_kp_s + o_d[None, :], b_k.to(dtype), mask=mask)
@@ -107,7 +142,7 @@ def _append_kernel(
             b_packed = tl.zeros([BLOCK_T, BLOCK_W], tl.int32)
             for i_part in tl.static_range(8 // BITS):
                 o_c = i_part * width + o_w  # the keys once more, from the cache: the codes of one byte lie d / n channels apart
-                b_x = tl.load(p_k + i_t[:, None] * stride_k_n + o_c[None, :], mask=m_w, other=0.0).to(tl.float32) + 0.0
+                b_x = _keys(p_k, p_cos, p_sin, i_t, o_c, m_w, stride_k_n, stride_cos_n, stride_sin_n, dtype, D) + 0.0
                 if HAS_OFFSET:
                     b_x -= tl.load(p_offset + o_c, mask=o_w < width, other=0.0)[None, :]
                 b_divisor = tl.broadcast_to(tl.where(b_scale == 0.0, 1.0, b_scale), [BLOCK_T, BLOCK_W])
@@ -126,6 +161,34 @@ def _append_kernel(
         tl.store(p_high, b_high.to(dtype), mask=m_d)
 
 
+@triton.jit
+def _keys(
+    p_k, p_cos, p_sin, i_t, o_c, mask, stride_k_n, stride_cos_n, stride_sin_n, dtype: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """float32 [tokens, channels] of the keys as the cache takes them: rotated where angles are given, then rounded."""
+    if p_cos is not None:
+        p_row = p_k + i_t * stride_k_n
+        b_k = _turned(p_row, p_cos + i_t * stride_cos_n, p_sin + i_t * stride_sin_n, o_c, mask, D).to(dtype).to(tl.float32)
+    else:
+        b_k = tl.load(p_k + i_t[:, None] * stride_k_n + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    return b_k
+
+
+@triton.jit
+def _turned(p_rows, p_cos, p_sin, o_c, mask, D: tl.constexpr):
+    """float32 [rows, channels]: channels o_c of the rows, each turned with its partner, d/2 channels away."""
+    HALF: tl.constexpr = D // 2
+    is_first = o_c < HALF
+    o_partner = tl.where(is_first, o_c + HALF, o_c - HALF)
+    o_angle = tl.where(is_first, o_c, o_c - HALF)
+    b_x = tl.load(p_rows[:, None] + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_partner = tl.load(p_rows[:, None] + o_partner[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_cos = tl.load(p_cos[:, None] + o_angle[None, :], mask=mask, other=0.0)
+    b_sin = tl.load(p_sin[:, None] + o_angle[None, :], mask=mask, other=0.0)
+    b_turn = b_partner * b_sin
+    return b_x * b_cos + tl.where(is_first[None, :], -b_turn, b_turn)
+
+
 def append_triton(
     k: Tensor,
     v: Tensor,
@@ -141,18 +204,77 @@ def append_triton(
     key_offset: Tensor | None = None,
 ) -> None:
     """See `distributed_sparse.kernels.append.append`."""
+    runs = (pages, starts, offsets, counts)
+    _launch(None, k, v, None, None, None, None, *runs, k_pages, v_pages, page_min_max, key_codes, key_scales, key_offset)
+
+
+def rotary_append_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pages: Tensor,
+    starts: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_min_max: Tensor | None = None,
+    key_codes: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    key_offset: Tensor | None = None,
+    *,
+    return_keys: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """See `distributed_sparse.kernels.append.rotary_append`."""
+    q, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, cos, sin))
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if return_keys else None
+    runs = (pages, starts, offsets, counts)
+    metadata = (page_min_max, key_codes, key_scales, key_offset)
+    _launch(q, k, v, cos, sin, q_out, k_out, *runs, k_pages, v_pages, *metadata)
+    return q_out, k_out
+
+
+def _launch(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_out: Tensor | None,
+    k_out: Tensor | None,
+    pages: Tensor,
+    starts: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_min_max: Tensor | None,
+    key_codes: Tensor | None,
+    key_scales: Tensor | None,
+    key_offset: Tensor | None,
+) -> None:
     if pages.numel() == 0:
         return
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    assert k.dtype == k_pages.dtype
     assert k_pages.stride(-1) == v_pages.stride(-1) == 1
     assert page_min_max is None or page_min_max.stride(-1) == 1
     assert key_codes is None or (key_scales is not None and key_codes.stride(-1) == key_scales.stride(-1) == 1)
     assert key_offset is None or key_offset.stride(-1) == 1
-    dim = k.shape[-1]
+    heads, dim = k.shape[1:]
     width = 0 if key_codes is None else key_codes.shape[-1]
-    _append_kernel[(pages.numel(), k.shape[1])](
+    block_tokens, num_warps = _APPEND_SHAPE if q is None else _ROTARY_SHAPE
+    _append_kernel[(pages.numel(), heads if q is None else 2 * heads)](
+        q,
         k,
         v,
+        cos,
+        sin,
+        q_out,
+        k_out,
         pages,
         starts,
         offsets,
@@ -163,21 +285,26 @@ def append_triton(
         key_codes,
         key_scales,
         key_offset,
+        *((0, 0) if q is None else q.stride()[:2]),
         *k.stride()[:2],
         *v.stride()[:2],
+        0 if cos is None else cos.stride(0),
+        0 if sin is None else sin.stride(0),
         *k_pages.stride()[:3],
         *v_pages.stride()[:3],
         *((0, 0, 0) if page_min_max is None else page_min_max.stride()[:3]),
         *((0, 0, 0) if key_codes is None else key_codes.stride()[:3]),
         *((0, 0, 0) if key_scales is None else key_scales.stride()[:3]),
         0 if key_offset is None else key_offset.stride(0),
+        H_KV=heads,
+        G=1 if q is None else q.shape[1] // heads,
         D=dim,
-        BLOCK_T=_BLOCK_TOKENS,
+        BLOCK_T=block_tokens,
         BLOCK_D=triton.next_power_of_2(dim),
         HAS_MIN_MAX=page_min_max is not None,
         BITS=8 * width // dim,
         BLOCK_W=triton.next_power_of_2(width),
         HAS_OFFSET=key_codes is not None and key_offset is not None,
-        num_warps=4,
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distributed_sparse.kernels.attend import CHUNK_TOKENS
+from distributed_sparse.kernels.scratch import scratch
 
 SCRATCH_BYTES = 8 << 20
 """Float32 keys and values gathered at a time: large enough to hide the cost of a call, small enough to stay in the cache."""
@@ -62,7 +63,8 @@ def attend_torch(
 
     num_partials = np.zeros(num_rows, dtype=np.int64)
     capacity = int(sum((chunks.per_row for chunks in lists), start=num_partials).max())
-    outs, lses = torch.empty(num_rows * capacity, group, head_dim), torch.empty(num_rows * capacity, group)
+    outs = scratch("attend: partial outputs", (num_rows * capacity, group, head_dim))
+    lses = torch.empty(num_rows * capacity, group)
     for chunks in lists:
         places = chunks.row * capacity + num_partials[chunks.row] + chunks.index
         _attend_chunks(q_rows, k_pages, v_pages, chunks, scale, outs, lses, places)
@@ -92,11 +94,13 @@ def combine_torch(
     weights = (lses - highest[:, None]).exp()
     live = (lses > float("-inf"))[..., None]
     most = int(num_partials.max())
-    weighted = [*(weights[:, :most, :, None] * outs[:, :most]).where(live[:, :most], 0.0).unbind(1)]  # an empty one may be NaN
+    weighted = scratch("combine", (num_rows, most, group, head_dim))
+    torch.mul(weights[:, :most, :, None], outs[:, :most], out=weighted)
+    parts = [*weighted.masked_fill_(~live[:, :most], 0.0).unbind(1)]  # an empty one may be NaN
     if partial is not None:
-        weighted.append((weights[:, -1, :, None] * partial[0]).where(live[:, -1], 0.0))
+        parts.append((weights[:, -1, :, None] * partial[0]).where(live[:, -1], 0.0))
     out, total = torch.zeros(num_rows, group, head_dim), torch.zeros(num_rows, group)
-    for part in weighted:  # one by one in index order: the order of torch.sum would change with the capacity
+    for part in parts:  # one by one in index order: the order of torch.sum would change with the capacity
         out += part
     for weight in (*weights[:, :most].unbind(1), weights[:, -1]):
         total += weight
@@ -151,9 +155,9 @@ def _attend_chunks(
     # A whole number of chunks for each thread.
     threads = torch.get_num_threads()
     chunks_at_once = max(SCRATCH_BYTES // (2 * CHUNK_TOKENS * head_dim * 4) // threads, 1) * threads
-    # Allocated once a call: were there a second one, malloc would return both to the system, to be faulted in anew each time.
-    scratch = k_pages.new_empty(2, chunks_at_once * CHUNK_TOKENS * head_dim)
-    wide_scratch = scratch if is_wide else scratch.new_empty(scratch.shape, dtype=torch.float32)
+    space = (2, chunks_at_once * CHUNK_TOKENS * head_dim)
+    wide = scratch("attend", space)
+    narrow = wide if is_wide else scratch("attend", space, k_pages.dtype)
     width_class = np.searchsorted(CHUNK_WIDTHS, chunks.length)
     for i in np.unique(width_class):
         width = CHUNK_WIDTHS[i]
@@ -163,11 +167,11 @@ def _attend_chunks(
                 some = items[start : start + at_once]
                 blocks = torch.from_numpy(chunks.blocks[some, : width // chunks.block_tokens].ravel())
                 used = len(some) * width * head_dim
-                torch.index_select(k_blocks, 0, blocks, out=scratch[0, :used].view(-1, block_elements))
-                torch.index_select(v_blocks, 0, blocks, out=scratch[1, :used].view(-1, block_elements))
+                torch.index_select(k_blocks, 0, blocks, out=narrow[0, :used].view(-1, block_elements))
+                torch.index_select(v_blocks, 0, blocks, out=narrow[1, :used].view(-1, block_elements))
                 if not is_wide:
-                    wide_scratch[:, :used].copy_(scratch[:, :used])
-                keys, values = wide_scratch[:, :used].view(2, len(some), width, head_dim)
+                    wide[:, :used].copy_(narrow[:, :used])
+                keys, values = wide[:, :used].view(2, len(some), width, head_dim)
                 mask = None if is_full[some[0]] else _mask_past(torch.from_numpy(chunks.length[some]), keys, values)
                 q = q_rows[torch.from_numpy(chunks.row[some])].float()
                 out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

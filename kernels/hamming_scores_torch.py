@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distributed_sparse.kernels.scratch import scratch
+
 _TILE_WORDS = 1 << 18
 """Words gathered at a time: few calls, and they and one temporary stay in the processor's cache."""
 
@@ -19,8 +21,8 @@ def hamming_scores_torch(q_signatures: Tensor, signatures: Tensor, page_table: T
     blocks = signatures.view(num_pages, -1).view(lane)  # [num_pages, H_kv * S * lanes]
     queries = q_signatures.reshape(batch, heads, 1, group * words).view(lane)  # [B, H_kv, 1, lanes]
     tile_pages = max(_TILE_WORDS // (heads * page_size * group * words), 1)
-    gathered = torch.empty(tile_pages, blocks.shape[1], dtype=lane)
-    temporary = torch.empty_like(gathered)
+    gathered = scratch("hamming_scores: words", (tile_pages, blocks.shape[1]), lane)
+    temporary = scratch("hamming_scores: spare", gathered.shape, lane)
     for b, length in enumerate(context_lens.tolist()):
         pages_used = -(-length // page_size)
         for start in range(0, pages_used, tile_pages):

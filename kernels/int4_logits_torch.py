@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distributed_sparse.kernels.scratch import scratch
+
 _TILE_TOKENS = 128
 """Tokens per matrix product. The shape of every product is the same, whatever the row's length or the batch, and a short last
 tile is filled up with left-overs: so are the bits of a token's logit."""
@@ -44,10 +46,10 @@ def int4_logits_torch(
     tiles_at_once = max(_SCRATCH_BYTES // (tile_tokens * dim * 4), 1)
     most = min(tiles_at_once, len(row))
     code_blocks = key_codes.view(-1, page_size * width)
-    gathered = code_blocks.new_empty(most, tile_pages, page_size * width)
-    part = code_blocks.new_empty(most, tile_tokens, width)
-    unpacked = torch.empty(most, tile_tokens, dim)
-    results = torch.empty(len(row), group, tile_tokens)
+    gathered = scratch("int4_logits: codes", (most, tile_pages, page_size * width), torch.uint8)
+    part = scratch("int4_logits: codes of a part", (most, tile_tokens, width), torch.uint8)
+    unpacked = scratch("int4_logits: unpacked", (most, tile_tokens, dim))
+    results = scratch("int4_logits: results", (len(row), group, tile_tokens))
     queries = q_rows[row]
     for start in range(0, len(row), tiles_at_once):
         some = slice(start, min(start + tiles_at_once, len(row)))

@@ -1,18 +1,19 @@
-"""page_scores on torch: metadata is gathered tile by tile into a buffer that stays in cache, then multiplied there."""
+"""page_scores on torch: the metadata of whole pages is gathered tile by tile, where they do not lie side by side."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_TILE_PAGES = 64
-"""Pages per matrix product. The shape of every product is the same, whatever the row's length or the batch, and a short
-last tile is filled up with the null page: so are the bits of a page's score."""
+from distributed_sparse.kernels.scratch import scratch
 
+_TILE_PAGES = 512
+"""Pages per matrix product: every call has to wake the other threads up, and what it reads is to stay in the cache."""
 
-_TILES_AT_ONCE = 8
-"""Tiles gathered, and multiplied by one call, together: every call has to wake the other threads up. They still fit into
-the processor's cache."""
+_LAST_TILE_PAGES = (64, 128, 256, _TILE_PAGES)
+"""Pages that a row's last tile is filled up to with the null page: the smallest that holds it. So the shapes of the products,
+and the bits of the scores, follow the row's length alone."""
 
 
 def page_scores_torch(
@@ -26,27 +27,33 @@ def page_scores_torch(
     # [min(q, 0), relu(q)] . [m, M] is min(q, 0).m + relu(q).M: one product, as a page stores m and M side by side.
     split = torch.cat([wide.clamp(max=0), wide.clamp(min=0)], dim=-1)  # [B, H_kv, G, 2 d]
 
-    metadata = page_min_max.view(-1, 2 * dim)  # [num_pages_total * H_kv, 2 d]
-    scores = torch.full((batch, heads, page_table.shape[1]), float("-inf"), dtype=torch.float32, device=q.device)
-    most = min(-(-page_table.shape[1] // _TILE_PAGES), _TILES_AT_ONCE) * heads  # products of one call: one per (tile, KV head)
-    gathered = torch.empty(most * _TILE_PAGES, 2 * dim, dtype=metadata.dtype, device=q.device)
-    wide_gathered = gathered if metadata.dtype == torch.float32 else torch.empty_like(gathered, dtype=torch.float32)
-    products = torch.empty(most, group, _TILE_PAGES, dtype=torch.float32, device=q.device)
-    head = torch.arange(heads, dtype=torch.int32, device=q.device)[:, None]
+    metadata = page_min_max.view(len(page_min_max), -1)  # [num_pages_total, H_kv * 2 d]
+    scores = torch.empty(batch, heads, page_table.shape[1])
     for b, length in enumerate(num_pages.tolist()):
-        queries = split[b].repeat(most // heads, 1, 1)  # [most, G, 2 d]
-        tiles = torch.zeros(-(-length // _TILE_PAGES) * _TILE_PAGES, dtype=torch.int32, device=q.device)
-        tiles[:length] = page_table[b, :length]
-        index = (tiles.view(-1, 1, _TILE_PAGES) * heads + head).flatten(1)  # [tiles, H_kv * TILE]
-        for first, some in enumerate(index.split(_TILES_AT_ONCE)):
-            start, end = first * _TILES_AT_ONCE * _TILE_PAGES, min((first + 1) * _TILES_AT_ONCE * _TILE_PAGES, length)
-            used = len(some) * heads
-            torch.index_select(metadata, 0, some.flatten(), out=gathered[: used * _TILE_PAGES])
-            if wide_gathered is not gathered:
-                wide_gathered[: used * _TILE_PAGES].copy_(gathered[: used * _TILE_PAGES])
-            keys = wide_gathered[: used * _TILE_PAGES].view(used, _TILE_PAGES, 2 * dim)
-            torch.bmm(queries[:used], keys.mT, out=products[:used])
-            reduced = products[:used].amax(1) if group_reduction == "max" else products[:used].sum(1)
-            by_head = reduced.view(len(some), heads, _TILE_PAGES).transpose(0, 1).flatten(1)  # [H_kv, pages]
-            scores[b, :, start:end] = by_head[:, : end - start]
+        scores[b, :, length:] = float("-inf")
+        for start in range(0, length, _TILE_PAGES):
+            pages = page_table[b, start : min(start + _TILE_PAGES, length)]
+            width = next(width for width in _LAST_TILE_PAGES if width >= len(pages))
+            kept = _kept(metadata, pages, width).view(width, heads, 2 * dim).permute(1, 2, 0)  # [H_kv, 2 d, width]
+            products = torch.bmm(split[b], kept, out=scratch("page_scores: products", (heads, group, width)))[..., : len(pages)]
+            found = scores[b, :, start : start + len(pages)]
+            if group_reduction == "max":
+                torch.amax(products, 1, out=found)
+            else:
+                torch.sum(products, 1, out=found)
     return scores
+
+
+def _kept(metadata: Tensor, pages: Tensor, width: int) -> Tensor:
+    """float32 [width, elements] rows of some pages, null pages behind them, in a buffer that stays in the cache.
+
+    Pages that lie side by side are read where they are: with the same strides, so for the same bits.
+    """
+    shape = (width, metadata.shape[1])
+    if len(pages) == width and (np.diff(pages.numpy()) == 1).all():
+        rows = metadata[(first := int(pages[0])) : first + width]
+    else:
+        padded = torch.zeros(width, dtype=torch.int32)
+        padded[: len(pages)] = pages
+        rows = torch.index_select(metadata, 0, padded, out=scratch("page_scores", shape, metadata.dtype))
+    return rows if rows.dtype == torch.float32 else scratch("page_scores", shape).copy_(rows)

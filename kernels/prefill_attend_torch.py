@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.kernels.attend_torch import combine_torch
+from distributed_sparse.kernels.scratch import scratch
 
 HISTORY_BLOCK_TOKENS = 4096
 """Tokens of a chunk's history gathered and attended at a time: bounds the scratch, whatever the context."""
@@ -44,7 +45,8 @@ def _attend_chunk(
     def attend(queries: Tensor, begin: int, end: int, is_causal: bool) -> tuple[Tensor, Tensor]:
         """Results [H_q, L, d] and [H_q, L]. The KV heads are the batch; one K serves all rows of a group, with stride 0."""
         keys, values = (
-            _gather(cache, pages, begin, end)[:, None].expand(-1, queries.shape[1], -1, -1) for cache in (k_pages, v_pages)
+            _gather(cache, pages, begin, end, scratch_name)[:, None].expand(-1, queries.shape[1], -1, -1)
+            for cache, scratch_name in ((k_pages, "prefill_attend: keys"), (v_pages, "prefill_attend: values"))
         )
         part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, 0.0, is_causal, scale=scale
@@ -61,11 +63,12 @@ def _attend_chunk(
     out.copy_(merged[0].transpose(0, 1))
 
 
-def _gather(cache: Tensor, pages: Tensor, begin: int, end: int) -> Tensor:
+def _gather(cache: Tensor, pages: Tensor, begin: int, end: int, scratch_name: str) -> Tensor:
     """Tokens begin..end of a sequence, [H_kv, end - begin, d], from its pages."""
     num_kv_heads, page_size, head_dim = cache.shape[1:]
     first = begin // page_size
     pages = pages[first : -(-end // page_size)]
     blocks = (pages * num_kv_heads + torch.arange(num_kv_heads)[:, None]).flatten()
-    gathered = cache.view(-1, page_size * head_dim).index_select(0, blocks).view(num_kv_heads, -1, head_dim)
-    return gathered[:, begin - first * page_size : end - first * page_size]
+    gathered = scratch(scratch_name, (len(blocks), page_size * head_dim), cache.dtype)
+    torch.index_select(cache.view(-1, page_size * head_dim), 0, blocks, out=gathered)
+    return gathered.view(num_kv_heads, -1, head_dim)[:, begin - first * page_size : end - first * page_size]

@@ -63,6 +63,33 @@ def top_k_pages_reference(
     return selected
 
 
+def count_attended_reference(
+    num_pages: Tensor,
+    last_page_len: Tensor,
+    context_lens: Tensor,
+    page_size: int,
+    *,
+    num_tokens: Tensor | None = None,
+    partial_num_pages: Tensor | None = None,
+    partial_num_tokens: Tensor | None = None,
+    read_apart: Tensor | None = None,
+) -> tuple[list[int], list[int], list[int]]:
+    """See `count_attended`: what is added to each counter, [H_kv] each, row by row and page by page."""
+    heads = num_pages.shape[1]
+    attended, sparse, apart = [0] * heads, [0] * heads, [0] * heads
+    for b, context in enumerate(context_lens.tolist()):
+        for h in range(heads if context else 0):
+            tokens = 0
+            for pages in (num_pages, partial_num_pages):
+                listed = 0 if pages is None else int(pages[b, h])
+                tokens += sum(page_size if page < listed - 1 else int(last_page_len[b]) for page in range(listed))
+            tokens += sum(int(listed[b, h]) for listed in (num_tokens, partial_num_tokens) if listed is not None)
+            attended[h] += tokens
+            sparse[h] += tokens < context
+            apart[h] += 0 if read_apart is None else int(read_apart[b, h])
+    return attended, sparse, apart
+
+
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `rms_norm`, without any rounding. float64 [..., D]."""
     wide = x.double()
@@ -70,7 +97,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See `rotary`: channel i + d/2 is the imaginary part of channel i; the rotation is a complex product. float64."""
+    """See `rotary_append`: channel i + d/2 is the imaginary part of channel i; the rotation is a complex product. float64."""
     real, imaginary = x.double().chunk(2, dim=-1)
     turned = torch.complex(real, imaginary) * torch.complex(cos.double(), sin.double())[:, None]
     return torch.cat([turned.real, turned.imag], dim=-1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.kernels.residual_statistics import GRAM_ROWS, ResidualStatistics
+from distributed_sparse.kernels.scratch import scratch
 
 
 def residual_statistics_torch(
@@ -48,8 +49,7 @@ def residual_statistics_torch(
             slots = tokens[b, own, :m]
             head = torch.tensor(some, dtype=torch.int32)[:, None]
             index = (slots // page_size * heads + head) * page_size + slots % page_size
-            # One allocation: of two, malloc would return both to the system, to be faulted in anew each time.
-            gathered = k_slots.new_empty(2, index.numel(), dim)
+            gathered = scratch("residual_statistics", (2, index.numel(), dim), k_slots.dtype)
             torch.index_select(k_slots, 0, index.view(-1), out=gathered[0])
             torch.index_select(v_slots, 0, index.view(-1), out=gathered[1])
             keys, values = gathered.float().view(2, len(some), m, dim)

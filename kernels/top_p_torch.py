@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distributed_sparse.kernels.scratch import scratch
+
 _BINS = 4096
 
 _RANGE = 64.0
@@ -70,9 +72,8 @@ def _threshold(row: Tensor, least: Tensor, p: float) -> Tensor:
     Sums are float64 and run over a row from its first token to its last, then from its highest bin to its lowest.
     """
     top = row.amax(dim=-1, keepdim=True)
-    # One block for both: were there two, malloc would return them to the system, to be faulted in anew each time.
-    scratch = torch.empty(2, *row.shape, dtype=torch.float64)
-    weights, bins = scratch[0], scratch[1].view(torch.int64)
+    weights = scratch("top_p: weights", row.shape, torch.float64)
+    bins = scratch("top_p: bins", row.shape, torch.int64)
     weights.copy_(row).sub_(top).exp_()
     per_unit = _BINS / (top - least[:, None]).clamp(1e-30, _RANGE)
     bins.copy_((top - row).mul_(per_unit).clamp_(max=_BINS - 1))  # ascends where the logit falls, rounding included

@@ -249,7 +249,7 @@ def test_expected_time_is_bytes_kernels_collectives_and_the_driver(path: Path) -
     assert found.weights_s == pytest.approx(rank.weight_bytes_read(3) / 0.85e9)
     assert found.attention_s == pytest.approx(attention.dense_kv / 0.85e9 + attention.sparse_kv / 0.77e9)
     assert found.select_s == pytest.approx(attention.scored / 0.77e9)
-    assert found.kernels_s == pytest.approx(1e-6 * (3 * 11 + 2 * (2 + 10)))
+    assert found.kernels_s == pytest.approx(1e-6 * (3 * 10 + 2 * (2 + 1)))
     assert found.all_reduce_s == pytest.approx(7 * (1e-5 + 3 * 64 * 4 / 1e9))
     assert found.gather_s == pytest.approx(2e-5 + (3 * 166 * 4 + 24) / 1e9)  # 331 rows of lm_head over two ranks
     parts = (found.weights_s, found.attention_s, found.select_s, found.kernels_s, found.all_reduce_s, found.gather_s, 3e-4)

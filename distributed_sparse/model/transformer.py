@@ -12,17 +12,18 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from distributed_sparse.kernels.linear import linear
 from distributed_sparse.kernels.rms_norm import add_rms_norm, rms_norm
-from distributed_sparse.kernels.rotary import rotary
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.rope import Rope
 from distributed_sparse.model.sharding import LocalSizes, ShardSpec
 from distributed_sparse.model.weights import LayerWeights, Weights
 
-Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""attention(layer, q [N, H_q, d], k [N, H_kv, d], v [N, H_kv, d]) -> [N, H_q, d]: appends k and v to the cache, and attends.
+Attention = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""attention(layer, q [N, H_q, d], k [N, H_kv, d], v [N, H_kv, d], cos [N, d/2], sin [N, d/2]) -> [N, H_q, d]: gives q and k
+their rotary embedding, appends k and v to the cache, and attends.
 
-q and k come after the rotary embedding, contiguous; v is a strided view. All have the model's dtype, and so has the result.
+q, k and v may be strided views; they have the model's dtype, and so has the result. cos and sin are float32 (`Rope.cos_sin`).
 """
 
 
@@ -80,7 +81,7 @@ class Transformer:
 
     def logits(self, hidden_rows: Tensor) -> Tensor:
         """[L, D] rows of `forward`'s result -> float32 [L, vocab_size], the same on every rank."""
-        gathered = self.collectives.all_gather(F.linear(hidden_rows, self.weights.lm_head))  # [L, V_local * world_size]
+        gathered = self.collectives.all_gather(linear(hidden_rows, self.weights.lm_head))  # [L, V_local * world_size]
         # Padding rows stand behind the last token id: cut off, they can neither be sampled nor enter a softmax.
         return gathered[:, : self.config.vocab_size].float()
 
@@ -93,19 +94,18 @@ class Transformer:
 
     def _attention(self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         d, sizes, eps = self.config.head_dim, self.sizes, self.config.rms_norm_eps
-        qkv = F.linear(x, layer.qkv, layer.qkv_bias)
+        qkv = linear(x, layer.qkv, layer.qkv_bias)
         q, k, v = (
             part.unflatten(-1, (-1, d)) for part in qkv.split([sizes.q_size, sizes.kv_size, sizes.kv_size], dim=-1)
         )  # [N, H, d]
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
-        q, k = rotary(q, k, cos, sin)
-        heads = attention(index, q, k, v)  # [N, H_q, d]
-        return self._add_once(self.collectives.all_reduce(F.linear(heads.flatten(1), layer.o)), layer.o_bias)
+        heads = attention(index, q, k, v, cos, sin)  # [N, H_q, d]
+        return self._add_once(self.collectives.all_reduce(linear(heads.flatten(1), layer.o)), layer.o_bias)
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        return self._add_once(self.collectives.all_reduce(F.linear(F.silu(gate) * up, layer.down)), layer.down_bias)
+        gate, up = linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        return self._add_once(self.collectives.all_reduce(linear(F.silu(gate) * up, layer.down)), layer.down_bias)
 
     @staticmethod
     def _add_once(total: Tensor, bias: Tensor | None) -> Tensor:

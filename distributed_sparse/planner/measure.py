@@ -21,7 +21,6 @@ from torch import Tensor
 from distributed_sparse.bench.layer import Inputs, LayerSettings, make_inputs
 from distributed_sparse.bench.measure import Times, time_in_turn
 from distributed_sparse.kernels.rms_norm import add_rms_norm
-from distributed_sparse.kernels.rotary import rotary
 from distributed_sparse.planner.hardware import MEASURED, Hardware, Interconnect, Protocol, Rate
 from distributed_sparse.planner.rank import RankOnPaper
 from distributed_sparse.planner.times import KERNELS_PER_LAYER
@@ -310,8 +309,7 @@ def _small_operations(rank: RankOnPaper, one: Inputs) -> Rate:
     runs = AppendRuns(page, rows, (newest % geometry.page_size).int(), torch.ones_like(rows))
 
     def layer(number: int) -> None:
-        rotary(one.q, k, angle, angle)
-        one.cache.append(k, v, runs)
+        one.cache.rotary_append(one.q, k, v, angle, angle, runs)
         for _ in range(2):
             add_rms_norm(x, x, norm, model.rms_norm_eps)
         F.silu(gate) * gate

@@ -26,7 +26,7 @@ from distributed_sparse.shard.cache import PagedCache
 TOKEN_BYTES = 8
 """A sampled token's id, as rank 0 broadcasts it."""
 
-COUNTING_KERNELS = 10
+COUNTING_KERNELS = 1
 """Kernels with which `SparseAttention` counts, on the device, what a sparse layer has read."""
 
 

@@ -9,8 +9,8 @@ import torch
 from distributed_sparse.planner.hardware import Hardware
 from distributed_sparse.planner.rank import TOKEN_BYTES, RankOnPaper
 
-KERNELS_PER_LAYER = 11
-"""Kernels of a dense layer's decode: qkv, rotary, append, attend, o, norm, gate and up, silu, multiply, down, norm."""
+KERNELS_PER_LAYER = 10
+"""Kernels of a dense layer's decode: qkv, rotary and append, attend, o, norm, gate and up, silu, multiply, down, norm."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ from distributed_sparse.planner.rank import RankOnPaper
 from distributed_sparse.scaling.grid import Point
 from distributed_sparse.scaling.latency import RequestTimes
 from distributed_sparse.selection import layer_configs
-from distributed_sparse.selection.base import SparseConfig
-from distributed_sparse.selection.twilight import TwilightConfig
 
 
 def expectations(point: Point, model: ModelConfig, times: Sequence[RequestTimes]) -> dict[str, Any]:
@@ -33,7 +31,7 @@ def expectations(point: Point, model: ModelConfig, times: Sequence[RequestTimes]
         attended = [layer.attended_tokens(context, engine.page_size) for context in contexts]
         known = [count for count in attended if count is not None]
         density.append(sum(known) / sum(contexts) if contexts and len(known) == len(attended) else None)
-        most = [most_attended(layer, context, engine.page_size) for context in contexts]
+        most = [layer.most_attended_tokens(context, engine.page_size) for context in contexts]
         at_most.append(sum(most) / sum(contexts) if contexts else 1.0)
     added = replicated_elements(model) * (num_ranks - 1) + padding_elements(model, num_ranks)
     return {
@@ -64,19 +62,6 @@ def padding_elements(model: ModelConfig, num_ranks: int) -> int:
     vocabularies = 1 if model.tie_word_embeddings else 2
     of_inner = 3 * model.hidden_size + (2 if model.mlp_bias else 0)  # gate, up and down; biases of gate and up
     return vocabularies * rows * model.hidden_size + model.num_hidden_layers * inner * of_inner
-
-
-def most_attended(config: SparseConfig, context_len: int, page_size: int) -> int:
-    """Tokens that a row of such a context attends at most, whatever the data."""
-    exact = config.attended_tokens(context_len, page_size)
-    if exact is not None:
-        return exact
-    if isinstance(config, TwilightConfig) and context_len >= config.min_context:
-        pages = config.candidates(context_len, page_size)
-        if pages is not None:
-            missing = -context_len % page_size  # the newest page is a candidate, and may be partial
-            return min(pages * page_size - missing, context_len)
-    return context_len
 
 
 def contexts_of(times: Sequence[RequestTimes]) -> list[int]:

@@ -106,6 +106,11 @@ class SparseConfig:
         """
         return None
 
+    def most_attended_tokens(self, context_len: int, page_size: int) -> int:
+        """Tokens that a row of such a context attends at most, whatever the data."""
+        exact = self.attended_tokens(context_len, page_size)
+        return exact if exact is not None else context_len
+
     def read_apart_tokens(self, context_len: int, page_size: int) -> int:
         """Tokens whose K and V a sparse row of such a context reads beside those that it attends."""
         return 0

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distributed_sparse.kernels.append import append
+from distributed_sparse.kernels.append import append, rotary_append
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class AppendRuns:
     starts: Tensor
     offsets: Tensor
     counts: Tensor
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As the kernels take them."""
+        return self.pages, self.starts, self.offsets, self.counts
 
 
 @dataclass(frozen=True)
@@ -152,22 +157,39 @@ class LayerCache:
 
     def append(self, k: Tensor, v: Tensor, runs: AppendRuns) -> None:
         """Write a batch's post-RoPE k and v [N, H_kv, d] into their pages, and what the metadata keeps of them."""
-        append(
-            k,
-            v,
-            runs.pages,
-            runs.starts,
-            runs.offsets,
-            runs.counts,
-            self.k_pages,
-            self.v_pages,
-            page_min_max=self.metadata.get("page_min_max"),
-            key_codes=self.metadata.get("key_codes"),
-            key_scales=self.metadata.get("key_scales"),
-            key_offset=self.constants.get("key_offset"),
-        )
+        append(k, v, *runs.columns, self.k_pages, self.v_pages, *self._written_by_the_kernel)
         for kind in self.kinds:
             kind.append(self, k, runs)
+
+    def rotary_append(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, runs: AppendRuns) -> Tensor:
+        """Rotate a batch's q [N, H_q, d] and k [N, H_kv, d] by cos and sin (float32 [N, d/2]), and append: see `append`.
+
+        Returns:
+            Rotated q.
+        """
+        keepers = [kind for kind in self.kinds if type(kind).append is not Metadata.append]
+        q, rotated = rotary_append(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            *runs.columns,
+            self.k_pages,
+            self.v_pages,
+            *self._written_by_the_kernel,
+            return_keys=bool(keepers),
+        )
+        for kind in keepers:
+            assert rotated is not None
+            kind.append(self, rotated, runs)
+        return q
+
+    @property
+    def _written_by_the_kernel(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Metadata as `append` takes it."""
+        kept = self.metadata.get
+        return kept("page_min_max"), kept("key_codes"), kept("key_scales"), self.constants.get("key_offset")
 
     @property
     def pages(self) -> list[Tensor]:

@@ -80,6 +80,13 @@ class TwilightConfig(SparseConfig):
     def attended_tokens(self, context_len: int, page_size: int) -> int | None:
         return context_len if self.keeps_all(context_len, page_size) else None
 
+    def most_attended_tokens(self, context_len: int, page_size: int) -> int:
+        pages = self.candidates(context_len, page_size) if context_len >= self.min_context else None
+        if pages is None:
+            return context_len
+        missing = -context_len % page_size  # the newest page is a candidate, and may be partial
+        return min(pages * page_size - missing, context_len)
+
 
 class TwilightPolicy(Policy):
     """Estimates the candidates' logits from low-bit keys; keeps, per query head, the smallest set of mass >= p (algorithm 1).

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distributed_sparse.kernels.count_attended import count_attended
 from distributed_sparse.kernels.prefill_attend import prefill_attend
-from distributed_sparse.selection.base import Policy, Selection, attend_selection
+from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, attend_selection
 from distributed_sparse.selection.metadata import Geometry, LayerCache
 from distributed_sparse.shard.batch import StepBatch
 from distributed_sparse.shard.cache import PagedCache
@@ -24,9 +25,11 @@ class SparseAttention:
         self.timer = Timer(geometry.device)
         for policy in policies:
             policy.timer = self.timer
-        self._counters = torch.zeros((len(policies), geometry.num_kv_heads), dtype=torch.int64, device=geometry.device)
-        self._sparse_rows = torch.zeros((), dtype=torch.int64, device=geometry.device)
-        self._read_apart = torch.zeros((), dtype=torch.int64, device=geometry.device)
+        self.dense_layers: list[int] = []
+        """Layers of this step of which the host knows that every row is dense: they are not counted on the device."""
+        heads = geometry.num_kv_heads
+        self._tokens_attended = torch.zeros((len(policies), heads), dtype=torch.int64, device=geometry.device)
+        self._sparse_rows, self._read_apart = torch.zeros((2, heads), dtype=torch.int64, device=geometry.device).unbind(0)
         self._dense_tokens = [0] * len(policies)
         self._rows = 0
         self._context_tokens = 0
@@ -37,22 +40,40 @@ class SparseAttention:
         self.batch = batch
         self.tracer = tracer
         self.timer.enabled = profile
-        self._rows += batch.num_decode * self.geometry.num_kv_heads * len(self.policies)
-        self._context_tokens += sum(batch.context_lens)
+        self.dense_layers = []
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one layer over the batch.
+    def account(self, context_lens: list[int], dense_layers: list[int]) -> None:
+        """Count a step as far as the host knows it, once per step: a replayed graph runs the rest, and no line of this.
+
+        Args:
+            context_lens: of the step's decode rows, without padding.
+            dense_layers: as the layers' calls left them (in the step itself, or when its graph was captured).
+        """
+        if not context_lens:
+            return
+        tokens = sum(context_lens)
+        self._rows += len(context_lens) * self.geometry.num_kv_heads * len(self.policies)
+        self._context_tokens += tokens
+        for layer, policy in enumerate(self.policies):
+            if layer in dense_layers:
+                self._dense_tokens[layer] += tokens
+            else:
+                self._scored_bytes += policy.bytes_scored(context_lens)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Attention of one layer over the batch. Work for the device alone: what the host counts, `account` does.
 
         Args:
             layer: its index.
-            q: [N, H_q, d]; k, v: [N, H_kv, d]: post-RoPE, this rank's heads, decode rows first.
+            q: [N, H_q, d]; k, v: [N, H_kv, d]: this rank's heads before the rotary embedding, decode rows first.
+            cos, sin: float32 [N, d/2] of each token's angles.
 
         Returns:
             [N, H_q, d].
         """
         batch, cache = self.batch, self.cache.layers[layer]
         with self.timer("append"):
-            cache.append(k, v, batch.runs)
+            q = cache.rotary_append(q, k, v, cos, sin, batch.runs)
         if batch.prefill is None:
             return self._decode(layer, q, cache)
         num_decode, prefill = batch.num_decode, batch.prefill
@@ -84,24 +105,32 @@ class SparseAttention:
         return out
 
     def _count(self, layer: int, selection: Selection) -> None:
-        """Add to the counters, on the device where the host does not know."""
+        """Add to the counters on the device, where the host does not know."""
         batch = self.batch.decode
         assert batch is not None
         if selection.is_dense:
-            self._dense_tokens[layer] += sum(self.batch.context_lens)
+            self.dense_layers.append(layer)
             return
-        attended = selection.attended(batch.last_page_len, batch.page_size)
-        self._counters[layer] += attended.sum(0)
-        self._sparse_rows += (attended < batch.context_lens[:, None]).sum()
-        if selection.read_apart is not None:
-            self._read_apart += selection.read_apart.sum()
-        self._scored_bytes += self.policies[layer].bytes_scored(self.batch.context_lens)
+        partial = selection.partial_of
+        count_attended(
+            self._tokens_attended[layer],
+            self._sparse_rows,
+            self._read_apart,
+            selection.num_pages,
+            batch.last_page_len,
+            batch.context_lens,
+            batch.page_size,
+            num_tokens=selection.num_tokens,
+            partial_num_pages=None if partial is None else partial.num_pages,
+            partial_num_tokens=None if partial is None else _listed_tokens(partial, batch),
+            read_apart=selection.read_apart,
+        )
 
     # ---- what a ShardReport says
 
     @property
     def tokens_attended(self) -> list[list[int]]:
-        counted = self._counters.tolist()
+        counted = self._tokens_attended.tolist()
         return [[tokens + dense for tokens in heads] for heads, dense in zip(counted, self._dense_tokens)]
 
     @property
@@ -111,11 +140,19 @@ class SparseAttention:
     @property
     def rows(self) -> tuple[int, int]:
         """(dense, sparse): a row is one (sequence, KV head, layer, step)."""
-        sparse = int(self._sparse_rows)
+        sparse = int(self._sparse_rows.sum())
         return self._rows - sparse, sparse
 
     @property
     def bytes_read(self) -> int:
         """K and V of the attended tokens and of those read apart, and what the methods scored."""
         token_bytes = 2 * self.geometry.head_dim * self.geometry.dtype.itemsize
-        return token_bytes * (sum(map(sum, self.tokens_attended)) + int(self._read_apart)) + self._scored_bytes
+        return token_bytes * (sum(map(sum, self.tokens_attended)) + int(self._read_apart.sum())) + self._scored_bytes
+
+
+def _listed_tokens(partial: Selection, batch: DecodeBatch) -> Tensor | None:
+    """Tokens that a partial result's selection lists, and those of a partial result of its own."""
+    if partial.partial_of is None:
+        return partial.num_tokens
+    deeper = partial.partial_of.attended(batch.last_page_len, batch.page_size)
+    return deeper if partial.num_tokens is None else deeper + partial.num_tokens

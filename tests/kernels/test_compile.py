@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.append_triton import append_triton
+from distributed_sparse.kernels.append_triton import append_triton, rotary_append_triton
+from distributed_sparse.kernels.count_attended_triton import count_attended_triton
 from distributed_sparse.kernels.hamming_scores_triton import hamming_scores_triton
 from distributed_sparse.kernels.int4_logits_triton import int4_logits_triton
 from distributed_sparse.kernels.page_scores_triton import page_scores_triton
 from distributed_sparse.kernels.residual_statistics_triton import residual_statistics_triton
 from distributed_sparse.kernels.rms_norm_triton import add_rms_norm_triton, rms_norm_triton
-from distributed_sparse.kernels.rotary_triton import rotary_triton
 from distributed_sparse.kernels.sample_residual_triton import sample_residual_triton
 from distributed_sparse.kernels.signatures_triton import append_signatures_triton, pack_signs_triton
 from distributed_sparse.kernels.top_k_pages_triton import top_k_pages_triton
@@ -89,13 +89,6 @@ def test_rms_norm_compiles(architecture, dim, dtype):
         assert_compiles(rms_norm_triton, x, weight, 1e-6, architecture=architecture)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", HEAD_DIMS)
-def test_rotary_compiles(architecture, dim, dtype):
-    q, k, angle = torch.zeros(2, 32, dim, dtype=dtype), torch.zeros(2, 8, dim, dtype=dtype), torch.zeros(2, dim // 2)
-    assert_compiles(rotary_triton, q, k, angle, angle, architecture=architecture)
-
-
 def low_bit_copy(bits: int, dim: int, heads: int = 8) -> tuple[Tensor, Tensor]:
     codes = torch.zeros(5, heads, 16, dim * bits // 8, dtype=torch.uint8)
     return codes, torch.zeros(5, heads, 16, 2, dtype=torch.float16)
@@ -110,6 +103,39 @@ def test_append_with_a_low_bit_copy_compiles(architecture, dim, bits, dtype):
     page_min_max, offset = torch.zeros(5, 8, 2, dim, dtype=dtype), torch.zeros(8, dim)
     assert_compiles(append_triton, *batch, page_min_max, *low_bit_copy(bits, dim), offset, architecture=architecture)
     assert_compiles(append_triton, *batch, None, *low_bit_copy(bits, dim), architecture=architecture)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 4, 5])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_rotary_append_compiles(architecture, dim, group, dtype):
+    q, k = torch.zeros(3, 8 * group, dim, dtype=dtype), torch.zeros(3, 8, dim, dtype=dtype)
+    angle, pages = torch.zeros(3, dim // 2), torch.zeros(5, 8, 16, dim, dtype=dtype)
+    batch = (q, k, k, angle, angle, integers(3), integers(3), integers(3), integers(3), pages, pages)
+    assert_compiles(rotary_append_triton, *batch, architecture=architecture)
+    page_min_max = torch.zeros(5, 8, 2, dim, dtype=dtype)
+    assert_compiles(rotary_append_triton, *batch, page_min_max, architecture=architecture, return_keys=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_rotary_append_with_a_low_bit_copy_compiles(architecture, dim, bits, dtype):
+    q, k = torch.zeros(3, 32, dim, dtype=dtype), torch.zeros(3, 8, dim, dtype=dtype)
+    angle, pages = torch.zeros(3, dim // 2), torch.zeros(5, 8, 16, dim, dtype=dtype)
+    batch = (q, k, k, angle, angle, integers(3), integers(3), integers(3), integers(3), pages, pages)
+    page_min_max, offset = torch.zeros(5, 8, 2, dim, dtype=dtype), torch.zeros(8, dim)
+    metadata = (page_min_max, *low_bit_copy(bits, dim), offset)
+    assert_compiles(rotary_append_triton, *batch, *metadata, architecture=architecture)
+    assert_compiles(rotary_append_triton, *batch, None, *low_bit_copy(bits, dim), architecture=architecture)
+
+
+def test_no_product_of_the_rotation_is_fused_into_its_sum(architecture):
+    """A fused one rounds once instead of twice: other bits than the CPU's."""
+    q, pages, angle = torch.zeros(3, 8, 64), torch.zeros(5, 8, 16, 64), torch.zeros(3, 32)
+    batch = (q, q, q, angle, angle, *[integers(3)] * 4, pages, pages)
+    (launch,) = compile_launches(rotary_append_triton, *batch, architecture=architecture)
+    assert "mul.f32" in launch.ptx.replace(".rn", "") and "fma" not in launch.ptx
 
 
 def test_keys_are_quantised_by_ieee_division_alone(architecture):
@@ -199,3 +225,12 @@ def test_signatures_and_hamming_scores_compile(architecture, group, words, dtype
     assert_compiles(append_signatures_triton, x, *runs, signatures, architecture=architecture)
     queries = integers(2, 2 * group, words)
     assert_compiles(hamming_scores_triton, queries, signatures, integers(2, 128), integers(2), architecture=architecture)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_count_attended_compiles(architecture, page_size):
+    counters, counts = torch.zeros(3, 8, dtype=torch.int64), integers(5, 8)
+    rows = (*counters, counts, integers(5), integers(5), page_size)
+    assert_compiles(count_attended_triton, *rows, architecture=architecture)
+    every = dict.fromkeys(("num_tokens", "partial_num_pages", "partial_num_tokens", "read_apart"), counts)
+    assert_compiles(count_attended_triton, *rows, **every, architecture=architecture)

@@ -81,13 +81,13 @@ def test_a_page_of_one_key_scores_exactly_that_key(implementation):
 def test_a_row_has_the_same_bits_in_any_batch_with_any_heads_and_any_table_width(implementation, one_thread):
     """Promise A: a rank that holds one KV head selects the same pages as one that holds them all."""
     torch.manual_seed(3)
-    heads, group, dim, width = 8, 4, 128, 150
+    heads, group, dim, width = 8, 4, 128, 600  # tiles of every width
+    lengths = [width - 3, 40, 65, 130, 400]
     if implementation.is_interpreter:
-        heads, width = 3, 70
+        heads, width, lengths = 3, 70, [67, 40, 65]
     _, page_min_max = metadata(width + 1, heads, dim, torch.float32)
-    lengths = [width - 3, 40, 65]
     table, num_pages = tables(lengths, width)
-    q = torch.randn(3, heads * group, dim)
+    q = torch.randn(len(lengths), heads * group, dim)
     for group_reduction in ("max", "sum"):
         together = score(implementation, q, page_min_max, table, num_pages, group_reduction=group_reduction)
         for b, n in enumerate(lengths):
@@ -114,6 +114,24 @@ def test_a_page_scores_the_same_bits_at_any_place_of_the_table(implementation, o
     forward = score(implementation, q, page_min_max, table, num_pages)
     backward = score(implementation, q, page_min_max, table.flip(1), num_pages)
     assert torch.equal(forward, backward.flip(2))
+
+
+@pytest.mark.implementations("torch")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_that_lie_side_by_side_score_the_bits_of_scattered_ones(implementation, one_thread, dtype):
+    """What is read where it lies instead of gathered must not tell: another engine has the same pages elsewhere."""
+    torch.manual_seed(5)
+    _, scattered = metadata(701, 4, 128, dtype)
+    table, num_pages = tables([640], 640)
+    side_by_side = scattered.clone()
+    side_by_side[33:673] = scattered[table[0].long()]
+    run = torch.arange(33, 673, dtype=torch.int32)[None]
+    broken = run.clone()
+    broken[0, 300], side_by_side[700] = 700, side_by_side[333]
+    q = torch.randn(1, 16, 128).to(dtype)
+    expected = score(implementation, q, scattered, table, num_pages)
+    assert torch.equal(score(implementation, q, side_by_side, run, num_pages), expected)
+    assert torch.equal(score(implementation, q, side_by_side, broken, num_pages), expected)
 
 
 def test_an_unknown_group_reduction_is_refused_by_name():

@@ -19,15 +19,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from distributed_sparse.kernels.append_triton import append_triton
+from distributed_sparse.kernels.append_triton import append_triton, rotary_append_triton
 from distributed_sparse.kernels.attend_triton import attend_triton, combine_triton
+from distributed_sparse.kernels.count_attended_triton import count_attended_triton
 from distributed_sparse.kernels.hamming_scores_triton import hamming_scores_triton
 from distributed_sparse.kernels.int4_logits_triton import int4_logits_triton
 from distributed_sparse.kernels.page_scores_triton import page_scores_triton
 from distributed_sparse.kernels.prefill_attend_triton import prefill_attend_triton
 from distributed_sparse.kernels.residual_statistics_triton import residual_statistics_triton
 from distributed_sparse.kernels.rms_norm_triton import add_rms_norm_triton, rms_norm_triton
-from distributed_sparse.kernels.rotary_triton import rotary_triton
 from distributed_sparse.kernels.sample_residual_triton import sample_residual_triton
 from distributed_sparse.kernels.signatures_triton import append_signatures_triton, pack_signs_triton
 from distributed_sparse.kernels.top_k_pages_triton import top_k_pages_triton
@@ -121,6 +121,20 @@ def test_append_with_a_low_bit_copy_is_compiled_once(q_heads, kv_heads, dtype, w
 
 @on_every_shard
 @in_every_dtype
+@pytest.mark.parametrize("kept", ["nothing", "min and max", "a low-bit copy", "keys"])
+def test_rotary_append_is_compiled_once(q_heads, kv_heads, dtype, kept):
+    k_pages, v_pages, page_min_max = cache(kv_heads, dtype)
+    metadata = {"nothing": (), "min and max": (page_min_max,), "a low-bit copy": (None, *low_bit_copy(kv_heads)), "keys": ()}
+    with recorded_keys() as keys:
+        for tokens in TOKENS:
+            angles = torch.arange(tokens).float()[:, None] * torch.ones(DIM // 2)
+            batch = (*projected(tokens, q_heads, kv_heads, dtype), angles.cos(), angles.sin(), *index_rows(4, tokens))
+            rotary_append_triton(*batch, k_pages, v_pages, *metadata[kept], return_keys=kept == "keys")
+    assert_one_key_each(keys, "_append_kernel")
+
+
+@on_every_shard
+@in_every_dtype
 def test_int4_logits_and_top_p_are_compiled_once(q_heads, kv_heads, dtype):
     """Over lists of Quest, and over the page table itself."""
     key_codes, key_scales = low_bit_copy(kv_heads)
@@ -178,6 +192,18 @@ def test_attend_is_compiled_once_for_the_whole_context_and_for_lists_of_any_widt
     assert_one_key_each(keys, "_attend_kernel", "_combine_kernel")
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+def test_count_attended_is_compiled_once_per_kind_of_selection(kv_heads):
+    counters = torch.zeros(5, kv_heads, dtype=torch.int64)
+    with recorded_keys() as keys:
+        for layer, batch in product(range(3), BATCHES):
+            num_pages, last_page_len, context_lens = index_rows(3, batch)
+            counts = torch.ones(batch, kv_heads, dtype=torch.int32)
+            for listed in (num_pages[:, None].expand(-1, kv_heads), counts, counts.T.contiguous().T):
+                count_attended_triton(counters[layer], *counters[3:], listed, last_page_len, context_lens, PAGE_SIZE)
+    assert_one_key_each(keys, "_count_attended_kernel")
+
+
 @pytest.mark.parametrize("group", [1, 4])
 def test_combine_is_compiled_once(group):
     with recorded_keys() as keys:
@@ -220,17 +246,6 @@ def test_rms_norm_is_compiled_once_for_queries_and_once_for_keys(q_heads, kv_hea
         for tokens in TOKENS:
             rms_norm_triton(projected(tokens, q_heads, kv_heads, dtype)[part], weight, 1e-6)
     assert_one_key_each(keys, "_rms_norm_kernel")
-
-
-@on_every_shard
-@in_every_dtype
-def test_rotary_is_compiled_once(q_heads, kv_heads, dtype):
-    with recorded_keys() as keys:
-        for tokens in TOKENS:
-            q, k, _ = projected(tokens, q_heads, kv_heads, dtype)
-            angles = torch.arange(tokens).float()[:, None] * torch.ones(DIM // 2)
-            rotary_triton(q, k, angles.cos(), angles.sin())
-    assert_one_key_each(keys, "_rotary_kernel")
 
 
 @on_every_shard

@@ -138,7 +138,7 @@ def test_logits_of_chosen_rows_equal_those_rows_of_all(tmp_path: Path) -> None:
     model = DenseModel(tiny_checkpoint(tmp_path)).transformer
     positions = torch.arange(30)
     tokens = torch.tensor(PROMPT[:30])
-    hidden = model.forward(tokens, positions, positions + 1, lambda layer, q, k, v: q)
+    hidden = model.forward(tokens, positions, positions + 1, lambda layer, q, *_: q)
     assert hidden.shape == (30, 64)
     torch.testing.assert_close(model.logits(hidden[[4, 29]]), model.logits(hidden)[[4, 29]])
     assert model.logits(hidden[:0]).shape == (0, 331)  # a step in which no sequence wants logits
@@ -150,15 +150,15 @@ def test_attention_sees_each_layer_once_with_this_ranks_heads(tmp_path: Path) ->
     def shapes(collectives: ThreadCollectives) -> list[tuple[int, ...]]:
         seen: list[tuple[int, ...]] = []
 
-        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            seen.append((layer, *q.shape, *k.shape, *v.shape))
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            seen.append((layer, *q.shape, *k.shape, *v.shape, *cos.shape, *sin.shape))
             return q
 
         positions = torch.arange(6)
         DenseModel(path, collectives).transformer.forward(torch.tensor(PROMPT[:6]), positions, positions + 1, attention)
         return seen
 
-    expected = [(layer, 6, 4, 32, 6, 2, 32, 6, 2, 32) for layer in (0, 1)]
+    expected = [(layer, 6, 4, 32, 6, 2, 32, 6, 2, 32, 6, 16, 6, 16) for layer in (0, 1)]
     assert run_ranks(2, shapes) == [expected, expected]
 
 
@@ -194,5 +194,5 @@ def test_forward_never_waits_for_the_device(tmp_path: Path) -> None:
     weights = load_weights(path, config, shard, torch.float32, "meta")
     model = Transformer(config, shard, weights, SingleRank())
     tokens = torch.zeros(9, dtype=torch.int64, device="meta")
-    hidden = model.forward(tokens, tokens, tokens, lambda layer, q, k, v: q)
+    hidden = model.forward(tokens, tokens, tokens, lambda layer, q, *_: q)
     assert model.logits(hidden).shape == (9, 331)

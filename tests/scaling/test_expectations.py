@@ -11,7 +11,7 @@ from distributed_sparse.model import sharding
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.sharding import ShardSpec, TensorSlice, tensor_slices
 from distributed_sparse.scaling.checks import Checks, check_points
-from distributed_sparse.scaling.expectations import expectations, most_attended
+from distributed_sparse.scaling.expectations import expectations
 from distributed_sparse.scaling.grid import Point, ScalingConfig
 from distributed_sparse.scaling.latency import RequestTimes
 from distributed_sparse.selection import resolve_sparse_config
@@ -77,12 +77,12 @@ def test_slices_that_split_nothing_fail_the_check_of_the_weights(tmp_path: Any, 
 )
 def test_twilight_attends_no_more_than_its_candidates(settings: dict[str, Any], context: int, most: int) -> None:
     config = resolve_sparse_config({"method": "twilight", **settings})
-    assert most_attended(config, context, 16) == most
+    assert config.most_attended_tokens(context, 16) == most
 
 
 def test_where_rows_may_go_dense_there_is_no_bound_and_where_the_budget_decides_it_is_the_budget() -> None:
-    assert most_attended(resolve_sparse_config({"method": "vattention"}), 8192, 16) == 8192
-    assert most_attended(resolve_sparse_config({"method": "quest", "token_budget": 64}), 1000, 16) == 64 - 8
+    assert resolve_sparse_config({"method": "vattention"}).most_attended_tokens(8192, 16) == 8192
+    assert resolve_sparse_config({"method": "quest", "token_budget": 64}).most_attended_tokens(1000, 16) == 64 - 8
 
 
 def test_the_bound_on_density_is_over_the_decode_steps_of_all_requests(tmp_path: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distributed_sparse.kernels.reference import rotary_reference
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.sharding import ShardSpec
 from distributed_sparse.model.transformer import Collectives, Transformer
@@ -32,8 +33,9 @@ class DenseCache:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """q [N, H_q, d], k and v [N, H_kv, d] of the newest N tokens -> [N, H_q, d]."""
+        q, k = (rotary_reference(x, cos, sin).to(x.dtype) for x in (q, k))
         self.keys[layer] = torch.cat([self.keys[layer], k]) if layer in self.keys else k
         self.values[layer] = torch.cat([self.values[layer], v]) if layer in self.values else v
         group = q.shape[1] // k.shape[1]

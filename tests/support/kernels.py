@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+from distributed_sparse.kernels import scratch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this process runs Triton kernels in the interpreter, on CPU tensors: the second of the two pytest processes."""
@@ -56,7 +59,10 @@ IMPLEMENTATIONS = (TORCH, INTERPRETER, TRITON)
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill what torch allocates uninitialised with NaN (floats) or the least value (integers: no index that exists)."""
+    """Fill what torch allocates uninitialised with NaN (floats) or the least value (integers: no index that exists).
+
+    What a thread keeps as scratch is given anew, and so poisoned, each time.
+    """
     names = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
     originals = [getattr(owner, name) for owner, name in names]
 
@@ -66,10 +72,18 @@ def poisoned_memory() -> Iterator[None]:
     try:
         for (owner, name), original in zip(names, originals):
             setattr(owner, name, poisoning(original))
-        yield
+        with patch.object(scratch._buffers, "by_name", _ForgetfulDict()):
+            yield
     finally:
         for (owner, name), original in zip(names, originals):
             setattr(owner, name, original)
+
+
+class _ForgetfulDict(dict):
+    """Keeps nothing."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
 
 
 def poison_(tensor: Tensor) -> Tensor:

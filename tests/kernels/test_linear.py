@@ -1,0 +1,42 @@
+"""linear, in whatever form, is the product with the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from distributed_sparse.kernels.linear import FEW_ROWS, linear
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("size", [96, 97])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, FEW_ROWS, FEW_ROWS + 1, 17])
+def test_it_is_x_times_the_weights_and_the_bias(
+    threads: int, num_rows: int, size: int, has_bias: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(num_rows + size)
+    x = torch.randn(num_rows, 64, generator=generator).to(dtype)
+    weight = torch.randn(size, 64, generator=generator).to(dtype)
+    bias = torch.randn(size, generator=generator).to(dtype) if has_bias else None
+    expected = x.double() @ weight.double().T + (bias.double() if bias is not None else 0.0)
+    out = linear(x, weight, bias)
+    assert (out.shape, out.dtype, out.is_contiguous()) == ((num_rows, size), dtype, True)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), expected, atol=tolerance * 16, rtol=tolerance)
+
+
+def test_rows_that_are_views_of_a_larger_tensor_are_read_as_they_lie(threads: int) -> None:
+    x = torch.randn(2, 5, 64)[:, 2]
+    weight = torch.randn(96, 64)
+    torch.testing.assert_close(linear(x, weight), x.contiguous() @ weight.T, atol=1e-4, rtol=1e-5)
