@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distributed_sparse.bench.accuracy import MAX_ERROR, WrongResult, check_close
 from distributed_sparse.bench.measure import read_bandwidth, time_in_turn
 from distributed_sparse.kernels.reference import attend_reference, page_scores_reference
 from distributed_sparse.selection import policy_class, resolve_sparse_config
@@ -17,9 +18,6 @@ from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, at
 from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata
 from distributed_sparse.selection.quest import QuestPolicy
 from distributed_sparse.timer import Timer
-
-MAX_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""RMS error over RMS of the float64 result, above which no speed is printed."""
 
 PARTS = ("append", "score", "top_k", "estimate", "prune", "sample", "attend")
 """What a step is made of; `attend` holds the part that a policy attends itself."""
@@ -59,7 +57,7 @@ class LayerSettings:
 
 @dataclass
 class Inputs:
-    """Contents of one cache: contiguous [B, H_kv, n, d] and the same data in scattered pages."""
+    """Contents of one cache: k and v contiguous [B, H_kv, n, d] (or the newest token's alone), and in scattered pages."""
 
     q: Tensor
     k: Tensor
@@ -77,7 +75,7 @@ def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
     around every part).
 
     Raises:
-        AssertionError: a result is off its float64 reference.
+        WrongResult: a result is off its float64 reference.
     """
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     group_size = settings.num_heads // settings.num_kv_heads
@@ -108,13 +106,10 @@ def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
         apart = _mean(s.read_apart for s in selections if s.read_apart is not None)
         scored = 0 if name == "sdpa" else methods[name].bytes_scored([settings.context] * settings.batch)
         num_bytes, seconds = (tokens + apart) * token_bytes + scored, times[name].median
-        low, high = times[name].spread
         rows.append(
             {
                 "method": name,
-                "ms": seconds * 1e3,
-                "p10_ms": low * 1e3,
-                "p90_ms": high * 1e3,
+                **times[name].ms,
                 "density": tokens / all_tokens,
                 "MB": num_bytes / 1e6,
                 "bytes_ms": num_bytes / bandwidth * 1e3,
@@ -152,9 +147,15 @@ def breakdown(inputs: list[Inputs], policy: Policy, geometry: Geometry, repeats:
     return {part: ms.get(part, 0.0) for part in PARTS}
 
 
-def make_inputs(settings: LayerSettings, geometry: Geometry, kinds: tuple[Metadata, ...], seed: int) -> Inputs:
-    """Data as `LayerSettings` says, its pages scattered over the cache."""
-    generator = torch.Generator(geometry.device).manual_seed(seed)
+def make_inputs(
+    settings: LayerSettings, geometry: Geometry, kinds: tuple[Metadata, ...], seed: int, contiguous: bool = True
+) -> Inputs:
+    """Data as `LayerSettings` says, its pages scattered over the cache.
+
+    Args:
+        contiguous: keep K and V beside the pages, too; else of each sequence the newest token's alone.
+    """
+    generator, scatter = (torch.Generator(geometry.device).manual_seed(seed) for _ in range(2))
     n, page_size, heads = settings.context, settings.page_size, settings.num_kv_heads
     pages_each = -(-n // page_size)
     num_pages = settings.batch * pages_each + 1
@@ -163,23 +164,25 @@ def make_inputs(settings: LayerSettings, geometry: Geometry, kinds: tuple[Metada
         return torch.randn(shape, generator=generator, device=geometry.device).to(geometry.dtype)
 
     q = random(settings.batch, settings.num_heads, settings.head_dim)
-    k, v = random(settings.batch, heads, n, settings.head_dim), random(settings.batch, heads, n, settings.head_dim)
-    k *= settings.key_spread
-    for b in range(settings.batch if settings.heavy_tokens else 0):
-        for head in range(settings.num_heads):
-            query = q[b, head].float()
-            where = torch.randint(n, (settings.heavy_tokens,), generator=generator, device=geometry.device)
-            along = query * (settings.heavy_logit / geometry.scale / query.square().sum())
-            k[b, head // geometry.group_size, where] = along.to(geometry.dtype)
     cache = LayerCache.allocate(0, num_pages, geometry, kinds)
-    table = (torch.randperm(num_pages - 1, generator=generator, device=geometry.device) + 1).to(torch.int32)
-    table = table[: settings.batch * pages_each].view(settings.batch, pages_each)
     starts = torch.arange(pages_each, dtype=torch.int32, device=geometry.device) * page_size
     counts = (n - starts).clamp_max(page_size)
+    table = torch.empty((settings.batch, pages_each), dtype=torch.int32, device=geometry.device)
+    free = torch.randperm(num_pages - 1, generator=scatter, device=geometry.device).to(torch.int32) + 1
+    kept_shape = (settings.batch, heads, n if contiguous else 1, settings.head_dim)
+    kept_k, kept_v = (torch.empty(kept_shape, dtype=geometry.dtype, device=geometry.device) for _ in range(2))
     for row in range(settings.batch):
-        cache.append(
-            k[row].transpose(0, 1), v[row].transpose(0, 1), AppendRuns(table[row], starts, torch.zeros_like(starts), counts)
-        )
+        k, v = random(heads, n, settings.head_dim), random(heads, n, settings.head_dim)
+        k *= settings.key_spread
+        for head in range(settings.num_heads if settings.heavy_tokens else 0):
+            query = q[row, head].float()
+            where = torch.randint(n, (settings.heavy_tokens,), generator=generator, device=geometry.device)
+            along = query * (settings.heavy_logit / geometry.scale / query.square().sum())
+            k[head // geometry.group_size, where] = along.to(geometry.dtype)
+        table[row] = free[row * pages_each : (row + 1) * pages_each]
+        runs = AppendRuns(table[row], starts, torch.zeros_like(starts), counts)
+        cache.append(k.transpose(0, 1), v.transpose(0, 1), runs)
+        kept_k[row], kept_v[row] = k[:, -kept_shape[2] :], v[:, -kept_shape[2] :]
     lengths = torch.full((settings.batch,), n, dtype=torch.int32, device=geometry.device)
     num_pages_each = torch.full_like(lengths, pages_each)
     key = torch.zeros(4, settings.batch, dtype=torch.int64, device=geometry.device)
@@ -193,7 +196,7 @@ def make_inputs(settings: LayerSettings, geometry: Geometry, kinds: tuple[Metada
         max_context_len=n,
         page_size=page_size,
     )
-    return Inputs(q, k, v, cache, batch)
+    return Inputs(q, kept_k, kept_v, cache, batch)
 
 
 def check(one: Inputs, policy: Policy, geometry: Geometry) -> None:
@@ -204,8 +207,7 @@ def check(one: Inputs, policy: Policy, geometry: Geometry) -> None:
     out = _attend(one, selection, geometry).cpu()
     first = None if selection.partial_of is None else _reference(one, selection.partial_of, geometry, None)
     expected, _ = _reference(one, selection, geometry, first)
-    error = ((out.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
-    assert error <= MAX_ERROR[geometry.dtype], f"{type(policy).__name__}: RMS error {error:.2e} of its own float64 result"
+    check_close(type(policy).__name__, out, expected, MAX_ERROR[geometry.dtype])
 
 
 def check_pages(one: Inputs, policy: QuestPolicy, selection: Selection) -> None:
@@ -221,7 +223,8 @@ def check_pages(one: Inputs, policy: QuestPolicy, selection: Selection) -> None:
     pages = selection.pages[..., :k].cpu()
     chosen = (table[:, None, :, None] == pages[:, :, None, :]).any(-1)
     worst = scores.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
-    assert (chosen.sum(-1) == k).all() and (worst >= threshold - 1e-4 * threshold.abs()).all(), "Quest chose other pages"
+    if not ((chosen.sum(-1) == k).all() and (worst >= threshold - 1e-4 * threshold.abs()).all()):
+        raise WrongResult("Quest chose other pages than the best by their float64 scores")
 
 
 def _methods(settings: LayerSettings) -> dict[str, dict[str, Any]]:

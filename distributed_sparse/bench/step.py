@@ -22,6 +22,7 @@ class StepSettings:
     batch: int = 8
     tokens: int = 400
     backend: str = "auto"
+    device: str = "cpu"
 
 
 NEGLIGIBLE_MODEL = {
@@ -53,7 +54,7 @@ def bench_step(settings: StepSettings) -> dict[str, Any]:
             tensor_parallel_size=settings.tensor_parallel_size,
             distributed_executor_backend=settings.backend,
             load_format="dummy",
-            device="cpu",
+            device=settings.device,
             max_num_seqs=settings.batch,
             kv_cache_memory_bytes=1 << 26,
         ) as llm:
@@ -63,5 +64,5 @@ def bench_step(settings: StepSettings) -> dict[str, Any]:
             stats = llm.stats()
     weights = max(rank["weight_bytes"] for rank in stats["ranks"])
     cache = stats["attention"]["bytes_read"] / stats["steps"] / settings.tensor_parallel_size
-    bytes_ms = (weights + cache) / read_bandwidth(torch.device("cpu")) * 1e3
+    bytes_ms = (weights + cache) / read_bandwidth(torch.device(settings.device)) * 1e3
     return {"steps": stats["steps"], **stats["time_ms"], "bytes_ms": bytes_ms, "settings": asdict(settings)}

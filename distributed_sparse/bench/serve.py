@@ -1,0 +1,250 @@
+"""serve: requests that arrive whether or not the engine keeps up. Names and definitions are those of `vllm bench serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from distributed_sparse.bench.accuracy import WrongResult
+from distributed_sparse.bench.decode import DecodeSettings, one_ray
+from distributed_sparse.bench.measure import Unavailable, check_memory, torch_threads
+from distributed_sparse.bench.models import BenchModel, bench_model
+from distributed_sparse.bench.synthetic import SyntheticLLM, SyntheticShard
+from distributed_sparse.bench.ttft import NEVER
+from distributed_sparse.client import EngineError
+from distributed_sparse.llm import LLM
+from distributed_sparse.model.limits import resolve_device, resolve_dtype
+from distributed_sparse.planner.rank import RankOnPaper
+from distributed_sparse.sampling_params import SamplingParams
+from distributed_sparse.scaling.latency import RequestTimes, latencies, spread_ms
+
+CHECKED_REQUESTS = 2
+
+TIE_NATS = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+"""Two tokens whose log-probabilities are so close may be chosen either way."""
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """What arrives, and at which engine."""
+
+    model: str = DecodeSettings.model
+    method: tuple[str, ...] = ("dense", "quest")
+    set: tuple[str, ...] = ()
+    request_rate: tuple[float, ...] = (math.inf,)
+    """Requests per second; inf: all at once."""
+    burstiness: float = 1.0
+    """Shape of the gamma distribution of the gaps: 1 is Poisson, less is burstier."""
+    num_prompts: int = 16
+    random_input_len: int = 512
+    random_output_len: int = 32
+    seed: int = 0
+    tensor_parallel_size: int = 1
+    dtype: str = "auto"
+    device: str = "cpu"
+    threads: int | None = None
+    page_size: int = 16
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "random_input_len", "random_output_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
+        for name, values in (("request-rate", self.request_rate), ("burstiness", (self.burstiness,))):
+            if any(not value > 0 for value in values):
+                raise ValueError(f"--{name} {values} must be above 0")
+
+    def prompt(self, number: int, vocab_size: int) -> list[int]:
+        """Of the request of that number."""
+        return np.random.default_rng([self.seed, number]).integers(3, vocab_size, self.random_input_len).tolist()
+
+    def as_decode(self) -> DecodeSettings:
+        """What both benchmarks share."""
+        return DecodeSettings(method=self.method, set=self.set, tensor_parallel_size=(self.tensor_parallel_size,))
+
+
+@dataclass
+class Served:
+    """One request as its client saw it."""
+
+    times: RequestTimes
+    due: float
+    """When it was to be sent (`time.monotonic`)."""
+    error: str | None = None
+
+
+def arrival_times(count: int, request_rate: float, burstiness: float, seed: int) -> list[float]:
+    """Seconds from the start at which requests arrive: gaps of a gamma distribution of mean 1 / request_rate."""
+    if math.isinf(request_rate):
+        return [0.0] * count
+    gaps = np.random.default_rng(seed).gamma(burstiness, 1.0 / (request_rate * burstiness), count)
+    return np.cumsum(gaps).tolist()
+
+
+def bench_serve(settings: ServeSettings, told: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
+    """Serve the same requests with each method at each rate.
+
+    Returns:
+        Rows of "method", "request_rate" and what `vllm bench serve` saves: "duration" (s), "completed", "failed",
+        "total_input_tokens", "total_output_tokens", "request_throughput", "output_throughput", "total_token_throughput" (per
+        second), and {mean, median, p99}_{ttft, tpot, itl, e2el}_ms; beside them "max_send_delay_ms" (how late the client was)
+        and "greedy_agreement" (of checked requests, the share of tokens that a dense prefill of prompt and output ranks first);
+        or "unavailable" or "wrong", with the reason.
+    """
+    device, rows = resolve_device(settings.device), []
+    with bench_model(settings.model) as model, torch_threads(settings.threads), one_ray(settings.as_decode()):
+        dtype = resolve_dtype(settings.dtype, model.config.dtype)
+        for method, sparse in settings.as_decode().sections().items():
+            of_method: list[dict[str, Any]] = []
+            try:
+                with _engine(settings, model, sparse, dtype, device) as llm:
+                    warm_up = SamplingParams(temperature=0.0, max_tokens=settings.random_output_len, ignore_eos=True)
+                    llm.generate(settings.prompt(settings.num_prompts, model.config.vocab_size), warm_up, use_tqdm=False)
+                    for rate in settings.request_rate:
+                        of_method.append(_at_rate(settings, llm, rate, method, dtype))
+            except (Unavailable, EngineError, ValueError) as reason:
+                of_method.append({"unavailable": str(reason)})
+            for row in of_method:
+                row |= {"method": method, "tensor_parallel_size": settings.tensor_parallel_size}
+                rows.append({"method": row.pop("method"), **row})
+                told(rows[-1])
+    return rows
+
+
+def _engine(
+    settings: ServeSettings, model: BenchModel, sparse: dict[str, Any] | None, dtype: torch.dtype, device: torch.device
+) -> SyntheticLLM:
+    """Room for as many requests as run at once; nothing is filled synthetically."""
+    length = settings.random_input_len + settings.random_output_len + 1
+    num_seqs = min(settings.max_num_seqs, settings.num_prompts)
+    paper = RankOnPaper(model.config, settings.tensor_parallel_size, sparse, settings.page_size, dtype)
+    cache_bytes = (num_seqs * -(-length // settings.page_size) + 1) * sum(paper.page_bytes)
+    ranks = settings.tensor_parallel_size if device.type == "cpu" else 1
+    check_memory(f"{num_seqs} requests at once", ranks * (paper.weight_bytes + cache_bytes), device)
+    return SyntheticLLM(
+        str(model.path),
+        partial(SyntheticShard, fill_from=NEVER, num_threads=settings.threads),
+        load_format=model.load_format,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        sparse=sparse,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        page_size=settings.page_size,
+        max_model_len=length,
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=max(settings.max_num_batched_tokens, num_seqs),
+        kv_cache_memory_bytes=cache_bytes,
+        seed=settings.seed,
+    )
+
+
+def _at_rate(settings: ServeSettings, llm: LLM, rate: float, method: str, dtype: torch.dtype) -> dict[str, Any]:
+    vocab_size = llm.model_config.vocab_size
+    prompts = [settings.prompt(number, vocab_size) for number in range(settings.num_prompts)]
+    due = arrival_times(settings.num_prompts, rate, settings.burstiness, settings.seed)
+    served = asyncio.run(serve(llm, prompts, due, settings.random_output_len))
+    row: dict[str, Any] = {"request_rate": rate if math.isfinite(rate) else "inf", "burstiness": settings.burstiness}
+    try:
+        agreement = greedy_agreement(llm, prompts, served, method, dtype, settings.random_output_len)
+    except WrongResult as wrong:
+        return {**row, "wrong": str(wrong)}
+    return row | summary(served) | {"greedy_agreement": agreement}
+
+
+async def serve(llm: LLM, prompts: Sequence[list[int]], due: Sequence[float], output_len: int) -> list[Served]:
+    """Send each request when it is due, whatever has become of the others, and wait for all of them.
+
+    Args:
+        due: seconds from now on.
+        output_len: tokens that each generates.
+    """
+    params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+    started = time.monotonic()
+    return await asyncio.gather(*(_one(llm, prompt, params, started + after) for prompt, after in zip(prompts, due)))
+
+
+async def _one(llm: LLM, prompt: list[int], params: SamplingParams, due: float) -> Served:
+    await asyncio.sleep(max(0.0, due - time.monotonic()))
+    times = RequestTimes(time.monotonic(), len(prompt))
+    served = Served(times, due)
+    try:
+        stream = await asyncio.to_thread(llm.stream, prompt, params)  # beside the loop: submitting may wait for the engine
+        async for output in stream:
+            tokens = output.outputs[0].token_ids
+            if len(tokens) > len(times.token_ids):
+                times.arrivals.append(time.monotonic())
+                times.token_ids = list(tokens)
+            served.error = output.error
+    except (EngineError, ValueError) as error:
+        served.error = str(error)
+    return served
+
+
+def summary(served: Sequence[Served]) -> dict[str, Any]:
+    """What they took together, under the names of `vllm bench serve`; latencies of completed requests alone."""
+    completed = [one.times for one in served if one.error is None]
+    errors = sorted({one.error for one in served if one.error is not None})
+    row: dict[str, Any] = {
+        "completed": len(completed),
+        "failed": len(served) - len(completed),
+        "max_send_delay_ms": max(one.times.sent - one.due for one in served) * 1e3,
+        "errors": errors,
+    }
+    if not completed:
+        return {**row, "unavailable": f"no request was completed: {errors[0]}"}
+    taken = latencies(completed)
+    row |= {
+        "duration": taken["duration_s"],
+        "total_input_tokens": sum(one.num_prompt_tokens for one in completed),
+        "total_output_tokens": sum(len(one.token_ids) for one in completed),
+        "request_throughput": taken["requests_per_s"],
+        "output_throughput": taken["output_tokens_per_s"],
+        "total_token_throughput": taken["total_tokens_per_s"],
+    }
+    taken["e2el_ms"] = spread_ms([one.arrivals[-1] - one.sent for one in completed])
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        spread = taken[f"{name}_ms"] or dict.fromkeys(("mean", "median", "p99"))
+        row |= {f"{statistic}_{name}_ms": value for statistic, value in spread.items()}
+    return row
+
+
+def greedy_agreement(
+    llm: LLM, prompts: Sequence[list[int]], served: Sequence[Served], method: str, dtype: torch.dtype, output_len: int
+) -> float | None:
+    """Of the first completed requests, the share of their tokens that a dense prefill of prompt and output ranks first.
+
+    A dense engine's must be, up to ties: they were decoded in a changing batch, and are prefilled alone.
+
+    Raises:
+        WrongResult: a request has fewer tokens than it should, or a dense engine another token than its prefill.
+    """
+    equal, total = 0, 0
+    checked = [place for place, one in enumerate(served) if one.error is None][:CHECKED_REQUESTS]
+    for place in checked:
+        prompt, tokens = prompts[place], served[place].times.token_ids
+        if len(tokens) != output_len:
+            raise WrongResult(f"{method}: request {place} has {len(tokens)} tokens instead of {output_len}")
+        params = SamplingParams(max_tokens=1, prompt_logprobs=1, ignore_eos=True)
+        output = llm.generate([*prompt, *tokens], params, use_tqdm=False)[0]
+        assert output.prompt_logprobs is not None
+        for position, token in enumerate(tokens, len(prompt)):
+            of_position = output.prompt_logprobs[position]
+            assert of_position is not None
+            best = max(entry.logprob for entry in of_position.values())
+            behind = best - of_position[token].logprob
+            equal, total = equal + (behind == 0.0), total + 1
+            if method == "dense" and behind > TIE_NATS[dtype]:
+                number = position - len(prompt) + 1
+                raise WrongResult(
+                    f"{method}: token {number} of request {place} is behind the best one of its prefill by {behind:.2g} nats"
+                )
+    return equal / total if total else None

@@ -1,0 +1,172 @@
+"""python -m launch.bench: every subcommand prints a table, writes JSON and a picture, and its exit code says what happened."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed_sparse.bench import plots
+from distributed_sparse.bench.ops import attention
+from launch import bench
+from tests.support.bench_models import tiny_shape
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HEADS = ["--num-heads=4", "--num-kv-heads=2", "--head-dim=64", "--token-budget=256", "--caches=1", "--repeats=1", "--threads=1"]
+KERNELS = ["kernels", *HEADS, "--context=512,1024", "--batch=1", "--prefill-tokens=64"]
+SERVE = [
+    "serve",
+    "--num-prompts=3",
+    "--random-input-len=40",
+    "--random-output-len=4",
+    "--request-rate=100,inf",
+    "--method=dense",
+]
+
+
+def decode_command(model: Path) -> list[str]:
+    return ["decode", f"--model={model}", "--context=1200", "--output-len=6", "--rounds=1", "--warm-up-s=0", "--threads=1"]
+
+
+def run(arguments: list[str], folder: Path) -> tuple[int, dict[str, Any]]:
+    code = bench.main([*arguments, f"--json={folder / 'out.json'}", f"--plot={folder / 'out.png'}"])
+    result = json.loads((folder / "out.json").read_text())
+    assert (folder / "out.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("command", "commit", "cpu", "cores", "versions"):
+        assert name in result["environment"]
+    return code, result
+
+
+def test_kernels_prints_every_op_and_why_peers_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, result = run([*KERNELS, "--ops=attend dense,rms_norm"], tmp_path)
+    assert code == 0 and result["benchmark"] == "kernels" and result["settings"]["dtype"] == "float32"
+    measured = [(row["op"], row["implementation"], row.get("context")) for row in result["rows"] if "ms" in row]
+    assert measured[:3] == [("attend dense", "torch", 512), ("attend dense", "sdpa", 512), ("rms_norm", "torch", None)]
+    printed = capsys.readouterr().out
+    assert "measured copy bandwidth" in printed and "bandwidth_share" in printed
+    assert (
+        "unavailable: attend dense flashinfer context=1024 batch=1 page_size=16: flashinfer has no kernels for cpu" in printed
+    )
+
+
+def test_a_wrong_kernel_is_named_its_speed_is_not_printed_and_the_exit_code_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(attention, "attend", lambda q, **_: torch.randn_like(q))
+    assert bench.main([*KERNELS, "--ops=attend dense,rms_norm", "--context=512"]) == 1
+    printed = capsys.readouterr().out
+    assert "wrong: attend dense torch context=512 batch=1 page_size=16: attend dense: RMS error" in printed
+    assert [line.split()[0] for line in printed.splitlines() if "1.00x" in line] == ["rms_norm"]
+
+
+def test_layer_takes_lists_of_contexts_and_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, result = run(["layer", *HEADS, "--context=2048,4096", "--batch=1"], tmp_path)
+    assert code == 0 and [row["context"] for row in result["rows"] if row["method"] == "dense"] == [2048, 4096]
+    assert capsys.readouterr().out.count("speedup_over_sdpa") == 2
+
+
+def test_layer_says_what_does_not_fit_and_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from distributed_sparse.bench import layer
+
+    right = layer.bench_layer
+
+    def bench_layer(settings: layer.LayerSettings) -> Any:
+        if settings.context == 4096:
+            raise torch.OutOfMemoryError("out of GPU memory")
+        return right(settings)
+
+    monkeypatch.setattr(layer, "bench_layer", bench_layer)
+    assert bench.main(["layer", *HEADS, "--context=4096,2048"]) == 0
+    printed = capsys.readouterr().out
+    assert "context 4096" in printed and "unavailable: out of memory: out of GPU memory" in printed
+    assert "speedup_over_sdpa" in printed
+
+
+def test_a_wrong_layer_ends_with_a_plain_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from distributed_sparse.bench import layer
+
+    right = layer.attend_selection
+    monkeypatch.setattr(layer, "attend_selection", lambda *arguments: right(*arguments) * 1.1)
+    assert bench.main(["layer", *HEADS, "--context=2048"]) == 1
+    shown = capsys.readouterr()
+    assert "no speed of a wrong result: DensePolicy: RMS error" in shown.err and "bytes_limit" not in shown.out
+
+
+def test_decode_prints_both_tables_and_what_was_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*decode_command(tiny_shape(tmp_path / "model")), "--set=sparse.token_budget=256", "--ttft=64"]
+    code, result = run(command, tmp_path)
+    assert code == 0 and (tmp_path / "out-ttft.png").exists()
+    assert [row["contestant"] for row in result["rows"] if "tpot_ms" in row] == [
+        "dense", "quest", "transformers static", "transformers dynamic",
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "caches filled with random keys and values, no prompt computed" in printed
+    assert "Compared before: log-probabilities of a short sequence with transformers' (dense, quest)" in printed
+    assert "over_transformers" in printed and "Time to first token" in printed
+
+
+def test_decode_without_peers(tmp_path: Path) -> None:
+    code, result = run([*decode_command(tiny_shape(tmp_path / "model")), "--peer=none", "--method=dense"], tmp_path)
+    assert code == 0 and [row["contestant"] for row in result["rows"]] == ["dense"]
+    assert "short sequence" in result["rows"][0]["checked"], "compared with transformers all the same"
+
+
+def test_step_prints_its_medians(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, result = run(["step", "--tensor-parallel-size=1", "--tokens=12", "--batch=2"], tmp_path)
+    assert code == 0 and result["rows"][0]["step_p50"] > 0
+    assert "overhead_p50" in capsys.readouterr().out
+
+
+def test_serve_prints_throughput_and_latencies_by_vllm_s_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, result = run([*SERVE, f"--model={tiny_shape(tmp_path / 'model')}"], tmp_path)
+    assert code == 0 and [row["request_rate"] for row in result["rows"]] == [100.0, "inf"]
+    assert result["settings"]["request_rate"] == ["100.0", "inf"], "JSON knows no infinity"
+    printed = capsys.readouterr().out
+    for name in (
+        "request_throughput",
+        "output_throughput",
+        "total_token_throughput",
+        "median_ttft_ms",
+        "p99_itl_ms",
+        "mean_e2el_ms",
+    ):
+        assert name in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["kernels", "--ops=attned"], "--ops='attned' is not known; use one of 'rms_norm'"),
+        (["decode", "--peer=tensorrt"], "--peer='tensorrt' is not known"),
+        (["decode", "--model=no/such/model/anywhere"], "no/such/model/anywhere"),
+        (["decode", "--method=quset", "--context=1200"], "sparse.method='quset' is not known"),
+        (["serve", "--set=dtype=float16"], "only keys of sparse methods can be set"),
+    ],
+)
+def test_bad_usage_is_said_by_name(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_numbers_below_one_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["kernels", "--context=0"])
+    assert "has a number that is not above 0" in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert bench.main([*KERNELS, "--plot=out.png"]) == 2
+    assert "--plot needs matplotlib, which is not installed; run pip install -e '.[eval]'" in capsys.readouterr().err
+
+
+def test_nothing_measured_is_nothing_to_draw(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing was measured, so there is nothing to draw"):
+        plots.write_plot(tmp_path / "out.png", "kernels", [{"op": "attend dense", "unavailable": "out of memory"}], "kernels")
