@@ -1,17 +1,51 @@
-"""StepBatch: a StepPlan as the tensors that one forward pass needs. Decode rows come first, then the prompt chunks."""
+"""StepLayout and StepBatch: a plan's tokens as the host lays them out, and as one forward pass takes them.
+
+Decode rows come first, then the prompt chunks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distributed_sparse.driver.messages import StepPlan
+from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, StepPlan
 from distributed_sparse.selection.base import DecodeBatch
 from distributed_sparse.selection.metadata import AppendRuns
+from distributed_sparse.shard.inputs import Arrays
 from distributed_sparse.shard.slots import SlotTable
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """What the host knows of a step's tokens.
+
+    Attributes:
+        arrays: what the device has to know, by name. Equal numbers of rows give equal names and shapes in decode steps.
+        num_decode: decode rows, those that pad the batch included.
+        context_lens: of the real decode rows.
+        max_context_len: the longest of them, 0 without any.
+        max_chunk_len, max_chunk_end: tokens of the longest prompt chunk, and the longest context that one of them ends at.
+        takes_sampled: whether a decode row's token is the one that the device itself sampled last.
+        trace: whether a decode row is traced.
+    """
+
+    arrays: Arrays
+    num_decode: int
+    context_lens: list[int]
+    max_context_len: int
+    max_chunk_len: int
+    max_chunk_end: int
+    takes_sampled: bool
+    trace: bool
+
+    @classmethod
+    def of_decode(cls, num_rows: int, max_context_len: int) -> StepLayout:
+        """Any decode step of so many rows, padding included, and of contexts up to a length: as a captured step sees it."""
+        return cls({}, num_rows, [], max_context_len, 0, 0, takes_sampled=True, trace=False)
 
 
 @dataclass(frozen=True)
@@ -35,112 +69,122 @@ class StepBatch:
     num_decode: int
     decode: DecodeBatch | None
     prefill: PrefillBatch | None
-    context_lens: list[int]
-    """Of the decode rows, known on the host."""
 
 
-def build_batch(plan: StepPlan, slots: SlotTable, page_size: int) -> StepBatch:
-    """Lay out a plan's tokens; the slots have taken in its new pages already."""
-    device = slots.device
-    decode_slots = np.array([row.slot for row in plan.decode], dtype=np.int64)
-    decode_positions = np.array([row.position for row in plan.decode], dtype=np.int64)
-    tokens = [row.token if row.token is not None else 0 for row in plan.decode]
-    positions = [decode_positions]
-    prefill_lengths = [np.array([slots.setup(row.slot).prefill_length for row in plan.decode], dtype=np.int64)]
-    runs = _Runs()
-    runs.add(
-        slots.host_page_table[decode_slots, decode_positions // page_size],
-        np.arange(len(plan.decode)),
-        decode_positions % page_size,
-        np.ones(len(plan.decode), dtype=np.int64),
-    )
-    for chunk in plan.prefill:
-        length = len(chunk.tokens)
-        positions.append(np.arange(chunk.start, chunk.start + length))
-        prefill_lengths.append(np.full(length, slots.setup(chunk.slot).prefill_length))
-        borders = np.unique(
-            np.r_[chunk.start, np.arange(-(-chunk.start // page_size), -(-(chunk.start + length) // page_size)) * page_size]
-        )
-        ends = np.r_[borders[1:], chunk.start + length]
-        pages = slots.host_page_table[chunk.slot, borders // page_size]
-        runs.add(pages, len(tokens) + borders - chunk.start, borders % page_size, ends - borders)
-        tokens += chunk.tokens
-    all_positions = np.concatenate(positions)
-    ints = np.stack(
-        [np.array(tokens, dtype=np.int64), all_positions, np.maximum(all_positions + 1, np.concatenate(prefill_lengths))]
-    )
-    token_ids, device_positions, rope_lengths = torch.from_numpy(ints).to(device, non_blocking=True).unbind(0)
-    token_ids = _with_device_tokens(token_ids, plan, slots)
-    context_lens = decode_positions + 1
-    return StepBatch(
-        token_ids=token_ids,
-        positions=device_positions,
-        rope_lengths=rope_lengths,
-        runs=runs.to(device),
-        num_decode=len(plan.decode),
-        decode=_decode_batch(plan, decode_slots, context_lens, slots, page_size) if plan.decode else None,
-        prefill=_prefill_batch(plan, slots, page_size) if plan.prefill else None,
-        context_lens=context_lens.tolist(),
-    )
+def lay_out(plan: StepPlan, slots: SlotTable, page_size: int, num_rows: int | None = None) -> StepLayout:
+    """Lay out a plan's tokens; the slots have taken in its new pages already.
 
-
-class _Runs:
-    def __init__(self) -> None:
-        self._parts: list[np.ndarray] = []
-
-    def add(self, pages: np.ndarray, starts: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> None:
-        self._parts.append(np.stack([pages, starts, offsets, counts]).astype(np.int32))
-
-    def to(self, device: torch.device) -> AppendRuns:
-        return AppendRuns(*torch.from_numpy(np.concatenate(self._parts, axis=1)).to(device, non_blocking=True).unbind(0))
-
-
-def _with_device_tokens(token_ids: Tensor, plan: StepPlan, slots: SlotTable) -> Tensor:
-    """Fill in the tokens that the shard sampled itself."""
-    rows = [index for index, row in enumerate(plan.decode) if row.token is None]
-    if not rows:
-        return token_ids
-    where = torch.tensor([rows, [plan.decode[row].slot for row in rows]], device=slots.device)
-    token_ids = token_ids.clone()
-    token_ids[where[0]] = slots.last_token[where[1]]
-    return token_ids
-
-
-def _decode_batch(
-    plan: StepPlan, decode_slots: np.ndarray, context_lens: np.ndarray, slots: SlotTable, page_size: int
-) -> DecodeBatch:
-    num_pages = -(-context_lens // page_size)
-    last_page_len = context_lens - (num_pages - 1) * page_size
-    host = np.stack([decode_slots, num_pages, context_lens, last_page_len]).astype(np.int32)
-    rows, *lengths = torch.from_numpy(host).to(slots.device, non_blocking=True).unbind(0)
-    setups = [slots.setup(slot) for slot in decode_slots.tolist()]
-    seeds = np.array([setup.seed for setup in setups], dtype=np.uint64)
-    # the prompt is the same whichever sample computes it
-    samples = np.array(
-        [
-            setup.sample_index if position >= setup.prompt_length else 0
-            for setup, position in zip(setups, (context_lens - 1).tolist())
-        ]
-    )
-    key = np.stack([seeds & np.uint64(0xFFFFFFFF), seeds >> np.uint64(32), samples, context_lens - 1]).astype(np.int64)
-    table = slots.page_table[:, : int(num_pages.max())].index_select(0, rows)
-    return DecodeBatch(
-        page_table=table,
-        num_pages=lengths[0],
-        context_lens=lengths[1],
-        last_page_len=lengths[2],
-        random_key=torch.from_numpy(key).to(slots.device, non_blocking=True),
-        max_context_len=int(context_lens.max()),
-        page_size=page_size,
+    Args:
+        num_rows: decode rows that a batch of decode rows alone is padded to. A row that pads has no context and no page:
+            nothing is appended for it, and it attends to nothing.
+    """
+    num_rows = len(plan.decode) if num_rows is None else num_rows
+    assert num_rows == len(plan.decode) or not plan.prefill, "prompt tokens follow the decode rows"
+    decode = _decode_arrays(plan.decode, slots, page_size, num_rows)
+    chunks = [_chunk_arrays(chunk, slots, page_size) for chunk in plan.prefill]
+    starts = num_rows + np.cumsum([0, *(chunk.num_tokens for chunk in plan.prefill)])
+    for chunk, start in zip(chunks, starts):
+        chunk["run_starts"] += start
+    arrays = {
+        name: np.concatenate([array, *(chunk[name] for chunk in chunks)]).astype(array.dtype) if name in _OF_TOKENS else array
+        for name, array in decode.items()
+    }
+    if chunks:
+        arrays["chunk_slots"] = np.array([chunk.slot for chunk in plan.prefill], dtype=np.int64)
+        arrays["chunk_starts"] = (starts - num_rows).astype(np.int32)
+        arrays["chunk_ends"] = np.array([chunk.end for chunk in plan.prefill], dtype=np.int32)
+    context_lens = [row.end for row in plan.decode]
+    return StepLayout(
+        arrays=arrays,
+        num_decode=num_rows,
+        context_lens=context_lens,
+        max_context_len=max(context_lens, default=0),
+        max_chunk_len=max((chunk.num_tokens for chunk in plan.prefill), default=0),
+        max_chunk_end=max((chunk.end for chunk in plan.prefill), default=0),
+        takes_sampled=any(row.token is None for row in plan.decode),
         trace=any(row.trace for row in plan.decode),
     )
 
 
-def _prefill_batch(plan: StepPlan, slots: SlotTable, page_size: int) -> PrefillBatch:
-    lengths = [len(chunk.tokens) for chunk in plan.prefill]
-    context_lens = [chunk.start + length for chunk, length in zip(plan.prefill, lengths)]
-    host = torch.tensor([[chunk.slot for chunk in plan.prefill], context_lens], dtype=torch.int32)
-    rows, device_lens = host.to(slots.device, non_blocking=True).unbind(0)
-    query_start = torch.tensor(np.r_[0, np.cumsum(lengths)], dtype=torch.int32).to(slots.device, non_blocking=True)
-    table = slots.page_table[:, : -(-max(context_lens) // page_size)].index_select(0, rows)
-    return PrefillBatch(table, query_start, device_lens, max(lengths))
+_OF_TOKENS = ("token_ids", "positions", "rope_lengths", "run_pages", "run_starts", "run_offsets", "run_counts")
+"""Arrays that decode rows and prompt chunks share."""
+
+
+def _decode_arrays(decode: list[DecodeRow], slots: SlotTable, page_size: int, num_rows: int) -> Arrays:
+    given = np.array([(row.slot, row.position, -1 if row.token is None else row.token) for row in decode], dtype=np.int64)
+    padded = np.zeros((num_rows, 3), dtype=np.int64)
+    padded[: len(decode)] = given.reshape(-1, 3)
+    slot, position, token = padded.T
+    slots.check(slot[: len(decode)])
+    is_real = np.arange(num_rows) < len(decode)
+    context_lens = np.where(is_real, position + 1, 0)
+    num_pages = -(-context_lens // page_size)
+    random_key = slots.sampling.random_key(slot, position)
+    random_key[2] = np.where(position >= slots.prompt_length[slot], random_key[2], 0)  # all samples share the prompt
+    return {
+        "token_ids": np.maximum(token, 0),
+        "positions": position,
+        "rope_lengths": np.maximum(position + 1, slots.prefill_length[slot]),
+        "run_pages": np.where(is_real, slots.host_page_table[slot, position // page_size], 0).astype(np.int32),
+        "run_starts": np.arange(num_rows, dtype=np.int32),
+        "run_offsets": (position % page_size).astype(np.int32),
+        "run_counts": is_real.astype(np.int32),
+        "is_sampled": token < 0,
+        "slots": slot,
+        "num_pages": num_pages.astype(np.int32),
+        "context_lens": context_lens.astype(np.int32),
+        "last_page_len": (context_lens - (num_pages - 1) * page_size).astype(np.int32),
+        "random_key": random_key,
+    }
+
+
+def _chunk_arrays(chunk: PrefillChunk, slots: SlotTable, page_size: int) -> Arrays:
+    """One prompt chunk's tokens, and a run for each page that they reach; `run_starts` within the chunk."""
+    slots.check(np.array([chunk.slot]))
+    positions = np.arange(chunk.start, chunk.end)
+    first_page, last_page = chunk.start // page_size, (chunk.end - 1) // page_size
+    pages = np.arange(first_page, last_page + 1)
+    begins = np.maximum(pages * page_size, chunk.start)
+    ends = np.minimum((pages + 1) * page_size, chunk.end)
+    return {
+        "token_ids": np.array(chunk.tokens, dtype=np.int64),
+        "positions": positions,
+        "rope_lengths": np.maximum(positions + 1, slots.prefill_length[chunk.slot]),
+        "run_pages": slots.host_page_table[chunk.slot, pages],
+        "run_starts": begins - chunk.start,
+        "run_offsets": begins % page_size,
+        "run_counts": ends - begins,
+    }
+
+
+def make_batch(layout: StepLayout, views: Mapping[str, Tensor], slots: SlotTable, page_size: int) -> StepBatch:
+    """A layout's batch, of its arrays on the device."""
+    num_decode = layout.num_decode
+    if layout.takes_sampled:
+        token_ids = views["token_ids"][:num_decode]
+        torch.where(views["is_sampled"], slots.last_token.index_select(0, views["slots"]), token_ids, out=token_ids)
+    decode = None
+    if num_decode:
+        decode = DecodeBatch(
+            page_table=slots.page_table[:, : -(-layout.max_context_len // page_size)].index_select(0, views["slots"]),
+            num_pages=views["num_pages"],
+            context_lens=views["context_lens"],
+            last_page_len=views["last_page_len"],
+            random_key=views["random_key"],
+            max_context_len=layout.max_context_len,
+            page_size=page_size,
+            trace=layout.trace,
+        )
+    prefill = None
+    if layout.max_chunk_len:
+        table = slots.page_table[:, : -(-layout.max_chunk_end // page_size)].index_select(0, views["chunk_slots"])
+        prefill = PrefillBatch(table, views["chunk_starts"], views["chunk_ends"], layout.max_chunk_len)
+    return StepBatch(
+        token_ids=views["token_ids"],
+        positions=views["positions"],
+        rope_lengths=views["rope_lengths"],
+        runs=AppendRuns(*(views[f"run_{name}"] for name in ("pages", "starts", "offsets", "counts"))),
+        num_decode=num_decode,
+        decode=decode,
+        prefill=prefill,
+    )

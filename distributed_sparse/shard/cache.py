@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from distributed_sparse.selection.base import Policy
 from distributed_sparse.selection.metadata import Geometry, LayerCache
@@ -28,12 +29,8 @@ class PagedCache:
         metadata = sum(tensor.nbytes for tensor in kept)
         return len(policies) * 2 * tokens * geometry.dtype.itemsize, metadata
 
-    def copy_pages(self, copies: list[tuple[int, int]]) -> None:
-        """Copy whole pages (from, to) with their metadata, in every layer. All are read before any is written."""
-        if not copies:
-            return
-        device = self.layers[0].k_pages.device
-        source, target = torch.tensor(copies, device=device).unbind(1)
+    def copy_pages(self, source: Tensor, target: Tensor) -> None:
+        """Copy whole pages, int64 [C] both, with their metadata, in every layer. All are read before any is written."""
         for layer in self.layers:
             for pages in layer.pages:
-                pages[target] = pages[source]
+                pages.index_copy_(0, target, pages.index_select(0, source))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from distributed_sparse.driver.messages import SlotSetup
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.shard.sampler import gumbel, mask_logits
+from distributed_sparse.shard.sampler import Draws, gumbel, mask_logits
 
 TIE = 1e-4
 """In float32 a margin below it is a tie: GEMMs and all-reduces sum in other orders at another number of ranks."""
@@ -38,7 +38,8 @@ def relative_margin(logits: Tensor, params: SamplingParams, sample_index: int, p
             suppressed=[],
             suppress_until=0,
         )
-        scores = mask_logits(scores, [setup]) + gumbel([setup], [position], scores.shape[1], scores.device)
+        draws = Draws.of([setup], [position], scores.shape[1], scores.device)
+        scores = mask_logits(scores, draws) + gumbel(draws, scores.shape[1])
     best, second = scores[0].topk(2).values
     return float((best - second) / logits.std())
 

@@ -35,7 +35,7 @@ def check_kernels(geometry: Geometry) -> None:
 
 
 def max_pages(
-    config: EngineConfig, device: torch.device, page_bytes: int, max_model_len: int, profile: Callable[[], None]
+    config: EngineConfig, device: torch.device, page_bytes: int, max_model_len: int, profile: Callable[[], int]
 ) -> int:
     """Pages that this rank has room for.
 
@@ -44,7 +44,7 @@ def max_pages(
 
     Args:
         page_bytes: bytes of one page over all layers, metadata included.
-        profile: runs the largest step that the configuration allows.
+        profile: runs the largest step that the configuration allows; returns the bytes that CUDA graphs will hold beside it.
 
     Raises:
         ValueError: they would not hold one sequence of max_model_len beside the null page.
@@ -65,13 +65,13 @@ def max_pages(
     return pages
 
 
-def _free_gpu_bytes(utilization: float, device: torch.device, profile: Callable[[], None]) -> int:
+def _free_gpu_bytes(utilization: float, device: torch.device, profile: Callable[[], int]) -> int:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    profile()
+    graph_bytes = profile()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)  # other processes, the CUDA context
-    return max(0, int(total * utilization) - peak - others)
+    return max(0, int(total * utilization) - peak - graph_bytes - others)

@@ -3,78 +3,97 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distributed_sparse.driver.messages import LogprobBlock, SlotSetup
 from distributed_sparse.kernels.philox import TOKEN_SAMPLING, philox, uniform
+from distributed_sparse.shard.sampling_table import SamplingTable
 
 
-def sample(logits: Tensor, setups: Sequence[SlotSetup], positions: Sequence[int]) -> Tensor:
+@dataclass(frozen=True)
+class Draws:
+    """How R tokens are drawn, D <= R of them at a temperature above 0. What no token needs is None, and costs nothing.
+
+    suppressed:  int64 [E]        entries of the flattened logits that may not be drawn yet
+    drawn:       int64 [D]        rows at a temperature above 0, where others are not; the others are greedy
+    temperature: float32 [D, 1]   None: all are greedy
+    random_key:  int64 [4, D, 1]  low and high 32 bits of the seed, sample index, position of the token
+    min_p:       float32 [D, 1]
+    top_k:       int64 [D, 1]     the vocabulary's size where it cuts nothing off
+    top_p:       float32 [D, 1]   2 where it cuts nothing off
+    """
+
+    suppressed: Tensor | None = None
+    drawn: Tensor | None = None
+    temperature: Tensor | None = None
+    random_key: Tensor | None = None
+    min_p: Tensor | None = None
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+
+    @classmethod
+    def of(cls, setups: Sequence[SlotSetup], positions: Sequence[int], vocab_size: int, device: torch.device) -> Draws:
+        """For callers outside of a step: `setups` say how each row's sequence samples, `positions` where its token will be."""
+        table = SamplingTable(len(setups))
+        for row, setup in enumerate(setups):
+            table.set(row, setup)
+        arrays = table.draws(np.arange(len(setups)), np.array(positions, dtype=np.int64), vocab_size)
+        return cls(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+
+
+def sample(logits: Tensor, draws: Draws) -> Tensor:
     """Draw one token per row.
 
     Masks in vLLM's order: temperature, min_p, top_k, top_p; then Gumbel-max, so a draw is an argmax and repeats exactly.
+    The caller's logits stay as they are; nothing waits for the device.
 
     Args:
         logits: float32 [R, V].
-        setups: how each row's sequence samples.
-        positions: the position that each sampled token will have.
+        draws: how.
 
     Returns:
         int64 [R].
     """
-    logits = _suppress(logits, setups, positions)
-    drawn = [row for row, setup in enumerate(setups) if setup.temperature > 0]
-    if not drawn:
+    if draws.suppressed is not None:
+        logits = logits.flatten().index_fill(0, draws.suppressed, -torch.inf).view_as(logits)
+    if draws.temperature is None:
         return logits.argmax(-1)
-    scores = logits.clone()  # the caller's logits are still wanted, for log-probabilities
-    rows = torch.tensor(drawn, device=logits.device)
-    chosen = [setups[row] for row in drawn]
-    masked = mask_logits(logits[rows], chosen)
-    scores[rows] = masked + gumbel(chosen, [positions[row] for row in drawn], logits.shape[1], logits.device)
+    of_drawn = logits if draws.drawn is None else logits.index_select(0, draws.drawn)
+    scores = mask_logits(of_drawn, draws) + gumbel(draws, logits.shape[1])
+    if draws.drawn is not None:
+        scores = logits.index_copy(0, draws.drawn, scores)
     return scores.argmax(-1)
 
 
-def mask_logits(logits: Tensor, setups: Sequence[SlotSetup]) -> Tensor:
-    """float32 [R, V] logits over their temperature, -inf where min_p, top_k or top_p exclude a token."""
-
-    def column(values: list[float] | list[int]) -> Tensor:
-        return torch.tensor(values, device=logits.device)[:, None]
-
-    logits = logits / column([setup.temperature for setup in setups])
-    if any(setup.min_p > 0 for setup in setups):
+def mask_logits(logits: Tensor, draws: Draws) -> Tensor:
+    """float32 [D, V] logits over their temperature, -inf where min_p, top_k or top_p exclude a token."""
+    assert draws.temperature is not None
+    logits = logits / draws.temperature
+    if draws.min_p is not None:
         # p >= min_p * p_max, in logits; log(0) = -inf keeps everything
-        floor = logits.amax(-1, keepdim=True) + column([setup.min_p for setup in setups]).log()
+        floor = logits.amax(-1, keepdim=True) + draws.min_p.log()
         logits = logits.masked_fill(logits < floor, -torch.inf)
-    vocab_size = logits.shape[1]
-    top_k = [setup.top_k if 0 < setup.top_k < vocab_size else vocab_size for setup in setups]
-    if min(top_k) == vocab_size and all(setup.top_p >= 1 for setup in setups):
+    if draws.top_k is None or draws.top_p is None:
         return logits
     best, order = logits.sort(dim=-1, descending=True, stable=True)
-    best = best.masked_fill(torch.arange(vocab_size, device=logits.device) >= column(top_k), -torch.inf)
+    best = best.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= draws.top_k, -torch.inf)
     before = best.softmax(-1).cumsum(-1).roll(1, -1)  # mass of the tokens ahead; the best one always stays
-    before[:, 0] = 0.0
-    best = best.masked_fill(before >= column([setup.top_p if setup.top_p < 1 else 2.0 for setup in setups]), -torch.inf)
+    before.select(1, 0).zero_()
+    best = best.masked_fill(before >= draws.top_p, -torch.inf)
     return torch.empty_like(logits).scatter_(1, order, best)
 
 
-def gumbel(setups: Sequence[SlotSetup], positions: Sequence[int], vocab_size: int, device: torch.device) -> Tensor:
-    """Standard Gumbel noise float32 [R, V]: key (request seed), counter (vocabulary quad, sample index, position, use)."""
-
-    def column(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)[:, None]
-
-    mask = 0xFFFFFFFF
-    words = philox(
-        (column([setup.seed & mask for setup in setups]), column([setup.seed >> 32 for setup in setups])),
-        (
-            torch.arange(-(-vocab_size // 4), device=device)[None],
-            column([setup.sample_index for setup in setups]),
-            column(list(positions)),
-            torch.tensor(TOKEN_SAMPLING, device=device),
-        ),
-    )
+def gumbel(draws: Draws, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise float32 [D, V]: key (request seed), counter (vocabulary quad, sample index, position, use)."""
+    assert draws.random_key is not None
+    seed_low, seed_high, sample_index, position = draws.random_key
+    quad = torch.arange(-(-vocab_size // 4), device=position.device)[None]
+    use = torch.full_like(quad, TOKEN_SAMPLING)
+    words = philox((seed_low, seed_high), (quad, sample_index, position, use))
     u = uniform(torch.stack(words, dim=-1)).flatten(1)[:, :vocab_size]
     return -(-u.log()).log()
 
@@ -101,22 +120,6 @@ def logprob_block(
         ids = _bytes(torch.cat([tokens[:, None], best_ids], dim=1).to(torch.int32))
         values = torch.cat([own, best], dim=1)
     return LogprobBlock(slot, position, values.shape[0], values.shape[1], ids, _bytes(values), _bytes(ranks))
-
-
-def _suppress(logits: Tensor, setups: Sequence[SlotSetup], positions: Sequence[int]) -> Tensor:
-    """-inf at the tokens that would end a sequence before its min_tokens."""
-    entries = [
-        (row, token)
-        for row, (setup, position) in enumerate(zip(setups, positions))
-        if position < setup.suppress_until
-        for token in setup.suppressed
-    ]
-    if not entries:
-        return logits
-    rows, tokens = torch.tensor(entries, device=logits.device).unbind(1)
-    logits = logits.clone()
-    logits[rows, tokens] = -torch.inf
-    return logits
 
 
 def _bytes(array: Tensor) -> bytes:

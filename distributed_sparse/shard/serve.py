@@ -1,4 +1,4 @@
-"""serve: the life of one shard: say hello, join, load, allocate, then a result for every plan until told to stop.
+"""serve: the life of one shard: say hello, join, load, allocate, then a result for every plan, in order, until told to stop.
 
 When another rank fails it keeps its weights, says hello to the next generation, and goes on.
 
@@ -16,10 +16,12 @@ import os
 import platform
 import socket
 import threading
+import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 
@@ -35,19 +37,26 @@ from distributed_sparse.driver.messages import (
     Ready,
     Regroup,
     StepPlan,
-    StepResult,
     Stop,
+    ToShard,
 )
 
 if TYPE_CHECKING:
     from distributed_sparse.config import EngineConfig
     from distributed_sparse.shard.collectives import Collectives
+    from distributed_sparse.shard.pending import PendingStep
+
+M = TypeVar("M")
 
 logger = logging.getLogger(__name__)
 
 COMPARED_PACKAGES = ("distributed-sparse", "torch", "triton")
 HEARTBEAT_S = 0.5
 """A shard says that it is alive this often."""
+MAX_PENDING = 2
+"""Steps queued on the device before the first one's result is waited for."""
+RESULT_POLL_S = 1e-4
+"""How often a shard whose device is at work looks whether it is done, while it also listens for the next plan."""
 
 
 class ShardLife(Protocol):
@@ -59,8 +68,8 @@ class ShardLife(Protocol):
     def allocate(self, num_pages: int) -> Ready:
         """Cache allocated, warm-up done. Called again in every generation, for nothing to be left of the last one's counts."""
 
-    def step(self, plan: StepPlan) -> StepResult:
-        """One step."""
+    def begin(self, plan: StepPlan) -> PendingStep:
+        """One step, queued behind those begun before it; computed where it cannot be queued."""
 
     def close(self) -> None:
         """Give everything back."""
@@ -105,8 +114,10 @@ def run_shard(arguments: ShardArguments) -> None:
         opened.callback(serving.close)
         try:
             channel.send(serving.hello)
-            while not isinstance(message := channel.receive(), Stop):
-                channel.send(serving.answer(message))
+            while not isinstance(message := next_message(channel, serving), Stop):
+                answer = serving.answer(message)
+                if answer is not None:
+                    channel.send(answer)
         except ChannelClosed as error:
             logger.warning("rank %d ends: the driver has gone (%s)", arguments.rank, error)
         except BaseException as error:
@@ -114,6 +125,18 @@ def run_shard(arguments: ShardArguments) -> None:
             with contextlib.suppress(OSError):
                 channel.send(failed(arguments.rank, error))
             raise
+
+
+def next_message(channel: Channel, serving: Serving) -> ToShard:
+    """The next word of the Driver; until it comes, and before too much is queued, results go out as they get ready."""
+    while serving.pending:
+        if serving.pending[0].ready or len(serving.pending) == MAX_PENDING:
+            channel.send(serving.finish_step())
+        elif channel.poll():
+            break
+        else:
+            time.sleep(RESULT_POLL_S)
+    return channel.receive()
 
 
 @contextlib.contextmanager
@@ -136,14 +159,20 @@ def heartbeat(channel: Channel, rank: int) -> Iterator[None]:
 
 
 class Serving:
-    """A shard and its collectives, from one generation to the next; `answer` does what one message asks for."""
+    """A shard and its collectives, from one generation to the next; `answer` does what one message asks for.
+
+    Attributes:
+        pending: steps begun whose results have not been sent, the oldest first.
+    """
 
     def __init__(self, arguments: ShardArguments) -> None:
+        self.pending: deque[PendingStep] = deque()
         self._arguments = arguments
         self._generation = arguments.generation
         self._collectives: Collectives | None = None
         self._shard: ShardLife | None = None
         self._loaded: Loaded | None = None
+        self._broken = False
 
     @functools.cached_property
     def _introduction(self) -> Hello:
@@ -156,31 +185,47 @@ class Serving:
         """The first word in this generation."""
         return msgspec.structs.replace(self._introduction, generation=self._generation)
 
-    def answer(self, message: StepPlan | Join | AllocateCache | Regroup) -> Message:
-        """What to send back.
+    def answer(self, message: StepPlan | Join | AllocateCache | Regroup) -> Message | None:
+        """What to send back at once; None for a plan: it is `pending`, or its group has broken, and it is forgotten.
 
         A collective that breaks off is another rank's failure: this one keeps its weights, and waits to be regrouped.
 
         Raises:
             Exception: whatever the shard raised; it cannot go on.
         """
+        return self._or_broken(lambda: self._do(message))
+
+    def finish_step(self) -> Message:
+        """The result of the oldest pending step. Raises as `answer`."""
+        step = self.pending.popleft()
+        return self._or_broken(step.result)
+
+    def _do(self, message: StepPlan | Join | AllocateCache | Regroup) -> Message | None:
+        if isinstance(message, StepPlan):
+            assert self._shard is not None
+            if not self._broken:  # else it was sent before the Driver knew
+                self.pending.append(self._shard.begin(message))
+            return None
+        if isinstance(message, Join):
+            return self._join()
+        if isinstance(message, AllocateCache):
+            assert self._shard is not None
+            return self._shard.allocate(message.num_pages)
+        assert isinstance(message, Regroup)
+        self._generation, self._broken = message.generation, False
+        self.pending.clear()
+        return self.hello
+
+    def _or_broken(self, work: Callable[[], M]) -> M | Failed:
         try:
-            if isinstance(message, StepPlan):
-                assert self._shard is not None
-                return self._shard.step(message)
-            if isinstance(message, Join):
-                return self._join()
-            if isinstance(message, AllocateCache):
-                assert self._shard is not None
-                return self._shard.allocate(message.num_pages)
-            assert isinstance(message, Regroup)
-            self._generation = message.generation
-            return self.hello
+            return work()
         except Exception as error:
             from distributed_sparse.shard.collectives import CollectiveError
 
             if not isinstance(error, CollectiveError):
                 raise
+            self._broken = True
+            self.pending.clear()
             if self._collectives is not None:
                 self._collectives.close()  # ranks that wait for this one in turn find out now
             return failed(self._arguments.rank, error, waits=True)

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Iterator
+import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.messages import (
-    DecodeRow,
-    Loaded,
-    PrefillChunk,
-    Ready,
-    ShardReport,
-    StepPlan,
-    StepResult,
-)
+from distributed_sparse.driver.messages import Loaded, Ready, ShardReport, StepPlan, StepResult
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_device, resolve_dtype, resolve_max_model_len
@@ -29,17 +23,29 @@ from distributed_sparse.model.weights import load_weights
 from distributed_sparse.selection import build_policies
 from distributed_sparse.selection.metadata import Geometry
 from distributed_sparse.shard.attention import SparseAttention
-from distributed_sparse.shard.batch import build_batch
+from distributed_sparse.shard.batch import StepLayout, lay_out, make_batch
 from distributed_sparse.shard.cache import PagedCache
 from distributed_sparse.shard.collectives import Collectives
+from distributed_sparse.shard.graphs import DecodeGraphs, DecodeShape, DecodeShapes, dense_until, reserve, why_eager
+from distributed_sparse.shard.inputs import StepInputs
 from distributed_sparse.shard.memory import check_kernels, max_pages
-from distributed_sparse.shard.sampler import logprob_block, sample
+from distributed_sparse.shard.pending import PendingStep
+from distributed_sparse.shard.readout import LOGPROB_ROWS, ReadOut
+from distributed_sparse.shard.sampler import Draws, logprob_block, sample
 from distributed_sparse.shard.slots import SlotTable
+from distributed_sparse.shard.step_work import StepWork
 from distributed_sparse.shard.tracer import Tracer
 from distributed_sparse.shard.warm_up import warm_up_plan
 
-LOGPROB_ROWS = 256
-"""Prompt rows whose logits are made at once: bounds the [rows, vocabulary] buffer."""
+logger = logging.getLogger(__name__)
+
+
+class HostCounts(NamedTuple):
+    """What the host counts in a step while it queues it, and would miss where a captured step is replayed."""
+
+    dense_layers: list[int]
+    all_reduce_calls: int
+    all_reduce_bytes: int
 
 
 class Shard:
@@ -51,6 +57,9 @@ class Shard:
         self.collectives = collectives
         self.device = resolve_device(config.device)
         self.num_pages = 0
+        self.graphs: DecodeGraphs | None = None
+        self._of_graph: dict[DecodeShape, HostCounts] = {}
+        self._pads_decode = False  # tests on a CPU: decode steps at the shapes that a GPU would capture, run without capture
 
     @torch.inference_mode()
     def load(self) -> Loaded:
@@ -82,6 +91,8 @@ class Shard:
         progress = self.spec.rank == 0
         weights = load_weights(path, model, self.spec, dtype, self.device, config.load_format, progress)
         self.model = Transformer(model, self.spec, weights, self.collectives)
+        self.inputs = StepInputs(64 * config.max_num_batched_tokens + 512 * config.max_num_seqs + (64 << 10), self.device)
+        self._captures = self._captures_graphs(method)
         self.page_bytes = PagedCache.page_bytes(self.geometry, self.policies)
         with self._on_device():
             most = max_pages(config, self.device, sum(self.page_bytes), self.max_model_len, self._profile_memory)
@@ -98,25 +109,38 @@ class Shard:
 
     @torch.inference_mode()
     def allocate(self, num_pages: int) -> Ready:
-        """Make the cache, and run one step of each kind through it, so that kernels are compiled before READY.
+        """Make the cache, run one step of each kind through it, capture decode steps: all that takes time comes before READY.
 
         A rank that outlives another keeps its cache: pages count as empty, since whoever is given one writes it from its start.
+        Graphs are captured anew: they hold the addresses of the slots, and the ranks' communicator.
         """
         with self._on_device():
+            self._drop_graphs()
             if num_pages != self.num_pages:
                 self._drop_cache()
                 self._make_cache(num_pages)
                 self.num_pages = num_pages
             self.slots = self._new_slots()
             self._warm_up()
+            if self._captures or self._pads_decode:
+                shapes = self._decode_shapes()
+                self._make_graphs(shapes, list(shapes))
+            if self.graphs is None:  # else it has been made for them
+                self.attention = self._new_attention()  # counts nothing of the warm-up
+            self.collectives.reset_counts()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # what went wrong is said now
         return Ready(
             rank=self.spec.rank, cache_bytes=num_pages * self.page_bytes[0], metadata_bytes=num_pages * self.page_bytes[1]
         )
 
     def _make_cache(self, num_pages: int) -> None:
         self.cache = PagedCache(num_pages, self.geometry, self.policies)
-        self.attention = SparseAttention(self.geometry, self.policies, self.cache)
+        self.attention = self._new_attention()
         self.slots = self._new_slots()
+
+    def _new_attention(self) -> SparseAttention:
+        return SparseAttention(self.geometry, self.policies, self.cache)
 
     def _new_slots(self) -> SlotTable:
         return SlotTable(self.config.max_num_seqs, -(-self.max_model_len // self.config.page_size), self.device)
@@ -125,8 +149,12 @@ class Shard:
         for name in ("cache", "attention", "slots"):
             self.__dict__.pop(name, None)
 
-    def _profile_memory(self) -> None:
-        """The largest step: all slots decode and sample over the longest context, beside a full budget of prompt tokens."""
+    def _profile_memory(self) -> int:
+        """The largest step: all slots decode and sample over the longest context, beside a full budget of prompt tokens.
+
+        Returns:
+            Bytes that captured steps will hold beside it.
+        """
         self._make_cache(1)
         most, each = self.config.max_num_batched_tokens, self.max_model_len
         chunk_lens = [min(each, most - start) for start in range(0, most, each)]
@@ -134,7 +162,9 @@ class Shard:
         plan = warm_up_plan(self.config.max_num_seqs, self.max_model_len, chunk_lens, num_targets)
         plan.decode[0].trace = self.config.trace  # rows are traced one after the other
         self.run(plan)
+        graph_bytes = self._profile_graphs() if self._captures else 0
         self._drop_cache()
+        return graph_bytes
 
     def _warm_up(self) -> None:
         """Run every kernel once, on the null page; on a GPU this compiles them, the sparse path at its full width."""
@@ -142,90 +172,199 @@ class Shard:
         self.run(warm_up_plan(1, context_len, [min(self.max_model_len, 32)]))
         for length in {context_len, 1}:  # a context of one token is dense with every method
             self.run(warm_up_plan(min(2, self.config.max_num_seqs), length, []))
-        self.attention = SparseAttention(self.geometry, self.policies, self.cache)  # counts nothing of it
-        self.collectives.reset_counts()
 
-    @torch.inference_mode()
+    # ---- captured steps
+
+    def _captures_graphs(self, method: str) -> bool:
+        if self.device.type != "cuda":
+            return False
+        reason = why_eager(self.config.enforce_eager, self.policies, method)
+        if reason is not None and self.spec.rank == 0:
+            level = logging.INFO if self.config.enforce_eager else logging.WARNING
+            logger.log(level, "no CUDA graphs, decode is slower: %s", reason)
+        return reason is None
+
+    def _decode_shapes(self) -> DecodeShapes:
+        longest_dense = dense_until(self.policies, self.config.page_size, self.max_model_len)
+        return DecodeShapes(self.config.max_num_seqs, longest_dense, self.max_model_len)
+
+    def _make_graphs(self, shapes: DecodeShapes, wanted: list[DecodeShape]) -> None:
+        """Capture the wanted shapes on the null page, after each has been run once."""
+        model, most = self.model, self.config.max_num_seqs
+        hidden = torch.empty((most, model.config.hidden_size), dtype=self.geometry.dtype, device=self.device)
+        logits = torch.empty((most, model.config.vocab_size), dtype=torch.float32, device=self.device)
+        self.graphs = DecodeGraphs(shapes, self._forward_shape, hidden, logits, self._captures)
+        arrays = {}
+        for shape in wanted:
+            plan = warm_up_plan(shape.num_rows, 1, [])  # what is launched is told by the shape alone
+            self.slots.take_in(plan)
+            arrays[shape] = lay_out(plan, self.slots, self.config.page_size, shape.num_rows).arrays
+            self.graphs.warm_up(shape, self.inputs.upload(arrays[shape]))
+        self.attention = self._new_attention()  # whose counters, still 0, the graphs will add to
+        for shape in wanted:
+            self.collectives.reset_counts()
+            self.graphs.capture(shape, self.inputs.upload(arrays[shape]))
+            self._of_graph[shape] = HostCounts(
+                self.attention.dense_layers, self.collectives.all_reduce_calls, self.collectives.all_reduce_bytes
+            )
+
+    def _forward_shape(self, shape: DecodeShape, views: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What is captured: a decode step from its inputs to the logits of all rows."""
+        layout = StepLayout.of_decode(shape.num_rows, shape.max_context_len)
+        batch = make_batch(layout, views, self.slots, self.config.page_size)
+        self.attention.begin(batch, profile=False)
+        hidden = self.model.forward(batch.token_ids, batch.positions, batch.rope_lengths, self.attention)
+        return hidden, self.model.logits(hidden)
+
+    def _profile_graphs(self) -> int:
+        """Bytes of all graphs, told from those of the largest bucket."""
+        shapes = self._decode_shapes()
+        largest = [shape for shape in shapes if shape.num_rows == shapes.rows[-1]]
+        for _ in range(2):  # the first time what all graphs share is loaded
+            self._drop_graphs()
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            free, reserved = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
+            self._make_graphs(shapes, largest)
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            grown = torch.cuda.memory_reserved(self.device) - reserved
+            found = reserve(grown, free, torch.cuda.mem_get_info(self.device)[0], len(largest), len(shapes))
+        self._drop_graphs()
+        return found
+
+    def _drop_graphs(self) -> None:
+        if self.graphs is not None:
+            self.graphs.close()
+        self.graphs = None
+
+    # ---- a step
+
     def step(self, plan: StepPlan) -> StepResult:
-        """Run one plan.
+        """Run one plan to its end.
 
         Returns:
             On rank 0 the sampled tokens and log-probabilities, in the plan's order; on the others an acknowledgement.
         """
-        began, started = time.monotonic(), time.perf_counter()
+        return self.begin(plan).result()
+
+    @torch.inference_mode()
+    def begin(self, plan: StepPlan) -> PendingStep:
+        """Queue one plan's work; its result is what `step` returns.
+
+        A decode step waits for nothing on a GPU, unless it asks for log-probabilities, traces, a report, or times.
+        """
         with self._on_device():
-            result = self.run(plan)
-            result.started = began
+            work = StepWork(self.device)
+            result, tokens = self.run(plan)
             if plan.report:
                 result.report = self._report()
-            if self.device.type == "cuda" and not result.tokens:
-                torch.cuda.synchronize(self.device)  # a step is answered when it has been done, not when it has been queued
-        result.step_ms = (time.perf_counter() - started) * 1e3
-        return result
+            return work.pending(result, tokens)
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """The step itself: pages, forward pass, sampling."""
+    def run(self, plan: StepPlan) -> tuple[StepResult, Tensor | None]:
+        """The step itself: pages, forward pass, sampling.
+
+        Returns:
+            What the host knows of the result; on rank 0 the tokens that were drawn, int64 [R], if any were.
+        """
         result = StepResult(step=plan.step, rank=self.spec.rank)
-        self.slots.apply(plan)
-        self.cache.copy_pages(plan.page_copies)
+        shape = self.graphs.shapes.of(plan) if self.graphs is not None else None
+        changes = self.slots.take_in(plan)
+        if plan.page_copies:
+            changes["copied_from"], changes["copied_to"] = np.array(plan.page_copies, dtype=np.int64).T
         if not plan.decode and not plan.prefill:
+            if changes:
+                self._apply(self.inputs.upload(changes))
             self.collectives.barrier()
-            return result
-        batch = build_batch(plan, self.slots, self.config.page_size)
-        tracer = Tracer(self.geometry, plan.decode) if any(row.trace for row in plan.decode) else None
+            return result, None
+        layout = lay_out(plan, self.slots, self.config.page_size, None if shape is None else shape.num_rows)
+        readout = ReadOut.of(plan)
+        draws = {}
+        if self.spec.rank == 0:
+            draws = self.slots.sampling.draws(readout.slots, readout.positions, self.model.config.vocab_size)
+        # the layout's first: a captured step finds them where they were
+        arrays = {**layout.arrays, **changes, **readout.arrays(), **{f"draws.{name}": array for name, array in draws.items()}}
+        views = self.inputs.upload(arrays)
+        self._apply(views)
+        logits = None
+        if shape is None:
+            hidden = self._forward(plan, layout, views, result)
+        else:
+            hidden, logits = self._run_shape(shape, layout, views)
+        tokens = self._sample(readout, views, hidden, logits, result)
+        self._prompt_logprobs(readout, views, hidden, result)
+        return result, tokens
+
+    def _apply(self, views: Mapping[str, Tensor]) -> None:
+        """New pages into the device's page table; then pages copied."""
+        if "new_pages" in views:
+            self.slots.update(views["new_page_places"], views["new_pages"])
+        if "copied_from" in views:
+            self.cache.copy_pages(views["copied_from"], views["copied_to"])
+
+    def _forward(self, plan: StepPlan, layout: StepLayout, views: Mapping[str, Tensor], result: StepResult) -> Tensor:
+        """The forward pass of any plan, at its own shape: hidden states [N, D]."""
+        batch = make_batch(layout, views, self.slots, self.config.page_size)
+        tracer = Tracer(self.geometry, plan.decode) if layout.trace else None
         self.attention.begin(batch, plan.profile, tracer)
         self.collectives.timer = self.attention.timer if plan.profile else None
         hidden = self.model.forward(batch.token_ids, batch.positions, batch.rope_lengths, self.attention)
+        self.attention.account(layout.context_lens, self.attention.dense_layers)
         if plan.profile:
             self.attention.timer.steps += 1
         if tracer is not None:
             result.traces = tracer.blocks
-        self._sample(plan, hidden, result)
-        self._prompt_logprobs(plan, hidden, result)
-        return result
+        return hidden
 
-    def _sample(self, plan: StepPlan, hidden: Tensor, result: StepResult) -> None:
+    def _run_shape(self, shape: DecodeShape, layout: StepLayout, views: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """A decode step at a shape of `graphs`: hidden states [num_rows, D] and logits float32 [num_rows, V]."""
+        assert self.graphs is not None
+        self.collectives.timer = None
+        hidden, logits = self.graphs.run(shape, views)
+        dense_layers = self.attention.dense_layers
+        if self._captures:
+            dense_layers, calls, num_bytes = self._of_graph[shape]
+            self.collectives.all_reduce_calls += calls
+            self.collectives.all_reduce_bytes += num_bytes
+        self.attention.account(layout.context_lens, dense_layers)
+        return hidden, logits
+
+    def _sample(
+        self, readout: ReadOut, views: Mapping[str, Tensor], hidden: Tensor, logits: Tensor | None, result: StepResult
+    ) -> Tensor | None:
         """Rank 0 samples and broadcasts, so ranks never diverge; every rank keeps the tokens as the next step's input."""
-        rows, slots, positions = [], [], []
-        for row, part in sampling_rows(plan):
-            rows += [row] * len(part.samples)
-            slots += part.samples
-            positions += [part.end] * len(part.samples)
-        if not rows:
-            return
-        unique = sorted(set(rows))
-        logits = self.model.logits(hidden[torch.tensor(unique, device=self.device)])
-        tokens = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        if not readout.rows.size:
+            return None
+        if logits is None:
+            logits = self.model.logits(readout.distinct_rows(hidden, views))
+        else:
+            logits = readout.distinct_rows(logits, views)
+        tokens = torch.empty(len(readout.rows), dtype=torch.int64, device=self.device)
         if self.spec.rank == 0:
-            index = {row: place for place, row in enumerate(unique)}
-            if len(unique) < len(rows):
-                logits = logits[torch.tensor([index[row] for row in rows], device=self.device)]
-            setups = [self.slots.setup(slot) for slot in slots]
-            tokens = sample(logits, setups, positions)
-            if any(setup.logprobs is not None for setup in setups):
+            if "drawn_places" in views:
+                logits = logits.index_select(0, views["drawn_places"])
+            draws = {name.removeprefix("draws."): views[name] for name in views if name.startswith("draws.")}
+            tokens = sample(logits, Draws(**draws))
+            num_best = self.slots.sampling.logprobs[readout.slots].tolist()
+            if max(num_best) >= 0:
                 result.logprobs = [
-                    logprob_block(slot, position, logits[i : i + 1], tokens[i : i + 1], setup.logprobs)
-                    if setup.logprobs is not None
-                    else None
-                    for i, (slot, position, setup) in enumerate(zip(slots, positions, setups))
+                    logprob_block(slot, position, logits[i : i + 1], tokens[i : i + 1], best) if best >= 0 else None
+                    for i, (slot, position, best) in enumerate(
+                        zip(readout.slots.tolist(), readout.positions.tolist(), num_best)
+                    )
                 ]
         tokens = self.collectives.broadcast(tokens)
-        self.slots.remember(slots, tokens)
-        if self.spec.rank == 0:
-            result.tokens = tokens.tolist()
+        self.slots.remember(views["drawn_slots"], tokens)
+        return tokens if self.spec.rank == 0 else None
 
-    def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor, result: StepResult) -> None:
+    def _prompt_logprobs(self, readout: ReadOut, views: Mapping[str, Tensor], hidden: Tensor, result: StepResult) -> None:
         """Log-probabilities of prompt tokens; every rank takes part, in blocks of rows, rank 0 keeps them."""
-        for slot, first_row, first_position, targets, num_best in target_rows(plan):
-            for start in range(0, len(targets), LOGPROB_ROWS):
-                block = targets[start : start + LOGPROB_ROWS]
-                logits = self.model.logits(hidden[first_row + start : first_row + start + len(block)])
-                if self.spec.rank == 0:
-                    tokens = torch.tensor(block, device=self.device)
-                    position = first_position + start + 1
-                    result.prompt_logprobs.append(
-                        logprob_block(slot, position, logits, tokens, max(num_best, 0), full_width=num_best < 0)
-                    )
+        for block in readout.blocks:
+            logits = self.model.logits(hidden[block.first_row : block.first_row + block.num_rows])
+            if self.spec.rank == 0:
+                tokens = views["targets"][block.first_target : block.first_target + block.num_rows]
+                best, full_width = max(block.num_best, 0), block.num_best < 0
+                result.prompt_logprobs.append(logprob_block(block.slot, block.position, logits, tokens, best, full_width))
 
     def _report(self) -> ShardReport:
         attention = self.attention
@@ -243,6 +382,7 @@ class Shard:
 
     def close(self) -> None:
         """Leave the collective group and give the memory back. Harmless when called again."""
+        self._drop_graphs()  # before the communicator that they hold
         self.collectives.close()
         self._drop_cache()
         self.__dict__.pop("model", None)
@@ -253,25 +393,3 @@ class Shard:
     def _on_device(self) -> AbstractContextManager[object]:
         """Kernels are launched on the current device, which each thread has its own of."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
-
-def sampling_rows(plan: StepPlan) -> Iterator[tuple[int, DecodeRow | PrefillChunk]]:
-    """(row of the hidden states, the part of the plan whose last token it is) for each part that is sampled from."""
-    row = 0
-    for part in plan.parts:
-        row += part.num_tokens
-        if part.samples:
-            yield row - 1, part
-
-
-def target_rows(plan: StepPlan) -> Iterator[tuple[int, int, int, list[int], int]]:
-    """(slot, first row, its position, the tokens that follow, best tokens beside each) where prompt_logprobs are wanted."""
-    row = 0
-    for decode_row in plan.decode:
-        if decode_row.target is not None:
-            yield decode_row.slot, row, decode_row.position, [decode_row.target], decode_row.prompt_logprobs
-        row += 1
-    for chunk in plan.prefill:
-        if chunk.targets:
-            yield chunk.slot, row, chunk.start, chunk.targets, chunk.prompt_logprobs
-        row += len(chunk.tokens)

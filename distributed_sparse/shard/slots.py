@@ -4,49 +4,65 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from distributed_sparse.driver.messages import SlotSetup, StepPlan
+from distributed_sparse.driver.messages import StepPlan
+from distributed_sparse.shard.inputs import Arrays
+from distributed_sparse.shard.sampling_table import SamplingTable
 
 
 class SlotTable:
-    """State per slot of the batch. The page table is kept twice: on the host (where a token is written) and on the device."""
+    """State per slot of the batch. The page table is kept twice: on the host (where a token is written) and on the device.
+
+    Attributes:
+        page_table: int32 [num_slots, max_pages] on the device; host_page_table: the same on the host.
+        last_token: int64 [num_slots] on the device: what was sampled last, the next step's input.
+        sampling: how each slot samples.
+        prompt_length, prefill_length: int64 [num_slots] on the host; as of `SlotSetup`.
+    """
 
     def __init__(self, num_slots: int, max_pages: int, device: torch.device) -> None:
-        self.device = device
         self.page_table = torch.zeros((num_slots, max_pages), dtype=torch.int32, device=device)
         self.host_page_table = np.zeros((num_slots, max_pages), dtype=np.int32)
-        self.num_pages = np.zeros(num_slots, dtype=np.int64)
         self.last_token = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.setups: list[SlotSetup | None] = [None] * num_slots
+        self.sampling = SamplingTable(num_slots)
+        self.prompt_length = np.zeros(num_slots, dtype=np.int64)
+        self.prefill_length = np.zeros(num_slots, dtype=np.int64)
+        self._num_pages = np.zeros(num_slots, dtype=np.int64)
+        self._is_set_up = np.zeros(num_slots, dtype=np.bool_)
 
-    def apply(self, plan: StepPlan) -> None:
-        """Take in the plan's new sequences and new pages."""
+    def take_in(self, plan: StepPlan) -> Arrays:
+        """Take in the plan's new sequences and new pages on the host.
+
+        Returns:
+            What `update` needs on the device; nothing where no page is new.
+        """
         for setup in plan.setups:
-            self.setups[setup.slot] = setup
-            self.num_pages[setup.slot] = 0
-        if not plan.new_pages:
-            return
-        rows: list[int] = []
-        columns: list[int] = []
-        values: list[int] = []
-        for slot, pages in plan.new_pages:
-            start = int(self.num_pages[slot])
-            rows += [slot] * len(pages)
-            columns += range(start, start + len(pages))
-            values += pages
-            self.num_pages[slot] += len(pages)
-        self.host_page_table[rows, columns] = values
-        index = torch.tensor([rows, columns, values], device=self.device)
-        self.page_table[index[0], index[1]] = index[2].to(torch.int32)
+            slot = setup.slot
+            self.sampling.set(slot, setup)
+            self.prompt_length[slot], self.prefill_length[slot] = setup.prompt_length, setup.prefill_length
+            self._num_pages[slot] = 0
+            self._is_set_up[slot] = True
+        places, pages = [], []
+        for slot, new in plan.new_pages:
+            start, end = self._num_pages[slot], self._num_pages[slot] + len(new)
+            self.host_page_table[slot, start:end] = new
+            self._num_pages[slot] = end
+            places.append(slot * self.host_page_table.shape[1] + np.arange(start, end))
+            pages.append(np.array(new, dtype=np.int32))
+        if not pages:
+            return {}
+        return {"new_page_places": np.concatenate(places), "new_pages": np.concatenate(pages)}
 
-    def setup(self, slot: int) -> SlotSetup:
-        """How the sequence in a slot samples."""
-        found = self.setups[slot]
-        assert found is not None, f"slot {slot} was never set up"
-        return found
+    def update(self, places: Tensor, pages: Tensor) -> None:
+        """Write new pages int32 [E] into the device's table, at places int64 [E] of the flattened table."""
+        self.page_table.view(-1).index_copy_(0, places, pages)
 
-    def remember(self, slots: list[int], tokens: Tensor) -> None:
-        """Keep the sampled tokens (int64 [len(slots)]) on the device as the next step's input."""
-        if slots:
-            self.last_token[torch.tensor(slots, device=self.device)] = tokens
+    def check(self, slots: NDArray[np.int64]) -> None:
+        """Every slot that a plan speaks of has been set up before."""
+        assert self._is_set_up[slots].all(), f"one of the slots {slots.tolist()} was never set up"
+
+    def remember(self, slots: Tensor, tokens: Tensor) -> None:
+        """Keep the sampled tokens (int64 [R], of slots int64 [R]) on the device as the next step's input."""
+        self.last_token.index_copy_(0, slots, tokens)

@@ -317,8 +317,7 @@ def test_a_copied_page_takes_keys_values_and_metadata_along_and_changes_no_other
     cache = mixed_cache(9)
     before = [[pages.clone() for pages in layer.pages] for layer in cache.layers]
     # One page twice, and one that is read and written in the same step: all are read before any is written.
-    cache.copy_pages([(3, 5), (3, 6), (5, 1)])
-    cache.copy_pages([])
+    cache.copy_pages(torch.tensor([3, 3, 5]), torch.tensor([5, 6, 1]))
     source = [0, 5, 2, 3, 4, 3, 3, 7, 8]
     for layer, old in zip(cache.layers, before):
         for pages, expected in zip(layer.pages, old):

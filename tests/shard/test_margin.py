@@ -8,7 +8,7 @@ import torch
 from distributed_sparse.driver.messages import SlotSetup
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.shard.margin import first_difference, relative_margin
-from distributed_sparse.shard.sampler import sample
+from distributed_sparse.shard.sampler import Draws, sample
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -24,14 +24,15 @@ def test_a_draw_s_margin_is_by_how_much_the_sampler_s_own_choice_won() -> None:
     """Lowering the drawn token's logit by just more than the margin makes the sampler draw another; by less it does not."""
     params = SamplingParams(temperature=1.0, seed=11)
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    setup = SlotSetup(0, 1, 1, 11, 2, 1.0, 1.0, 0, 0.0, None, [], 0)
     for position in range(20):
-        setup = SlotSetup(0, 1, 1, 11, 2, 1.0, 1.0, 0, 0.0, None, [], 0)
-        (token,) = sample(logits[None], [setup], [position]).tolist()
+        draws = Draws.of([setup], [position], 50, logits.device)
+        (token,) = sample(logits[None], draws).tolist()
         gap = relative_margin(logits, params, 2, position) * float(logits.std())
         for change, same in ((0.99, True), (1.01, False)):
             lowered = logits.clone()
             lowered[token] -= change * gap
-            assert (sample(lowered[None], [setup], [position]).item() == token) == same
+            assert (sample(lowered[None], draws).item() == token) == same
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from distributed_sparse.config import EngineConfig
 from distributed_sparse.selection.metadata import Geometry
 from distributed_sparse.shard.attention import SparseAttention
 from distributed_sparse.shard.collectives import Collectives
-from distributed_sparse.shard.memory import check_kernels
+from distributed_sparse.shard.memory import check_kernels, max_pages
 from distributed_sparse.shard.shard import Shard
 from tests.support.checkpoints import tiny_checkpoint
 
@@ -54,6 +54,28 @@ def test_the_memory_profile_runs_every_slot_over_the_longest_context_and_a_full_
     with torch.inference_mode():
         shard._profile_memory()
     assert seen == [(6, 96, 250)]
+
+
+def test_a_gpus_cache_takes_what_the_profile_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """90 of 100 GB: less the largest step's peak, what CUDA graphs will hold, and what others hold on the device."""
+    gb = 1 << 30
+    told = {
+        "max_memory_allocated": 30 * gb,
+        "mem_get_info": (63 * gb, 100 * gb),
+        "memory_reserved": 33 * gb,  # so others hold 4
+        **dict.fromkeys(("empty_cache", "reset_peak_memory_stats", "synchronize")),
+    }
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    config = EngineConfig(model="none", max_num_seqs=1000, gpu_memory_utilization=0.9)
+
+    def pages(graph_bytes: int) -> int:
+        return max_pages(config, torch.device("cuda"), gb // 16, 1600, lambda: graph_bytes)
+
+    assert pages(0) == 16 * (90 - 30 - 4)
+    assert pages(6 * gb) == 16 * (90 - 30 - 6 - 4)
+    with pytest.raises(ValueError, match="the cache holds 48 tokens, less than one sequence of max_model_len=1600"):
+        pages(56 * gb - gb // 4)
 
 
 def test_a_closed_shard_holds_neither_weights_nor_cache(tmp_path: Path) -> None:

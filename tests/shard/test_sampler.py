@@ -17,7 +17,8 @@ from distributed_sparse import SamplingParams
 from distributed_sparse.driver.messages import SlotSetup
 from distributed_sparse.llm import LLM
 from distributed_sparse.output_builder import block_arrays
-from distributed_sparse.shard.sampler import gumbel, logprob_block, mask_logits, sample
+from distributed_sparse.shard.sampler import Draws, gumbel, logprob_block, mask_logits
+from distributed_sparse.shard.sampler import sample as sample_draws
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import make_llm
 from tests.support.prompts import random_tokens
@@ -42,6 +43,20 @@ def setup(**given: Any) -> SlotSetup:
         "suppress_until": 0,
     }
     return SlotSetup(**{**defaults, **given})
+
+
+def draws_of(setups: list[SlotSetup], positions: list[int], vocab_size: int) -> Draws:
+    return Draws.of(setups, positions, vocab_size, torch.device("cpu"))
+
+
+def sample(logits: Tensor, setups: list[SlotSetup], positions: list[int]) -> Tensor:
+    """One token per row, as `setups` say."""
+    return sample_draws(logits, draws_of(setups, positions, logits.shape[1]))
+
+
+def masked_by(logits: Tensor, setups: list[SlotSetup]) -> Tensor:
+    """Masks do not depend on positions."""
+    return mask_logits(logits, draws_of(setups, [0] * len(setups), logits.shape[1]))
 
 
 def random_logits(rows: int, vocab_size: int = VOCAB_SIZE, seed: int = 0, spread: float = 2.0) -> Tensor:
@@ -88,7 +103,7 @@ MASKS: list[dict[str, Any]] = [
 def test_masks_keep_the_tokens_that_the_rules_name_row_by_row() -> None:
     """All combinations in one batch, so that no row's parameters reach another."""
     logits = random_logits(len(MASKS))
-    masked = mask_logits(logits, [setup(**mask) for mask in MASKS])
+    masked = masked_by(logits, [setup(**mask) for mask in MASKS])
     sizes = set()
     for row, mask in enumerate(MASKS):
         expected = kept_by_reference(logits[row].numpy(), **mask)
@@ -103,8 +118,8 @@ def test_masks_keep_the_tokens_that_the_rules_name_row_by_row() -> None:
 @pytest.mark.parametrize("row", range(0, len(MASKS), 3))
 def test_a_mask_alone_is_the_mask_in_a_batch(row: int) -> None:
     logits = random_logits(len(MASKS))
-    together = mask_logits(logits, [setup(**mask) for mask in MASKS])
-    assert torch.equal(mask_logits(logits[row : row + 1], [setup(**MASKS[row])])[0], together[row])
+    together = masked_by(logits, [setup(**mask) for mask in MASKS])
+    assert torch.equal(masked_by(logits[row : row + 1], [setup(**MASKS[row])])[0], together[row])
 
 
 def test_masks_hold_in_draws() -> None:
@@ -140,7 +155,7 @@ def test_frequencies_follow_the_softmax(vocab_size: int, mask: dict[str, Any], w
     ]
     positions = steps if what == "positions" else [77] * count
     found = torch.bincount(sample(logits.expand(count, -1), setups, positions), minlength=vocab_size)
-    expected = mask_logits(logits, [setup(**mask)])[0].double().softmax(-1) * count
+    expected = masked_by(logits, [setup(**mask)])[0].double().softmax(-1) * count
     assert not found[expected == 0].any()
     kept = expected > 0
     if kept.sum() > 1:
@@ -156,7 +171,7 @@ def test_draws_at_neighbouring_positions_are_independent() -> None:
 
 
 def test_noise_has_the_mean_and_spread_of_a_standard_gumbel() -> None:
-    noise = gumbel([setup()] * 64, list(range(64)), 1001, torch.device("cpu")).double()
+    noise = gumbel(draws_of([setup()] * 64, list(range(64)), 1001), 1001).double()
     assert noise.shape == (64, 1001) and torch.isfinite(noise).all()
     error = (math.pi**2 / 6 / noise.numel()) ** 0.5
     assert abs(noise.mean() - np.euler_gamma) < 4 * error

@@ -11,10 +11,22 @@ import pytest
 
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.channel import ChannelClosed
-from distributed_sparse.driver.messages import Alive, AllocateCache, Failed, Hello, Join, Message, Regroup, StepPlan, StepResult
+from distributed_sparse.driver.messages import (
+    Alive,
+    AllocateCache,
+    Failed,
+    Hello,
+    Join,
+    Message,
+    Regroup,
+    StepPlan,
+    StepResult,
+    Stop,
+)
 from distributed_sparse.shard import serve
 from distributed_sparse.shard.collectives import CollectiveError
-from distributed_sparse.shard.serve import Serving, ShardArguments, heartbeat
+from distributed_sparse.shard.pending import PendingStep
+from distributed_sparse.shard.serve import Serving, ShardArguments, heartbeat, next_message
 from tests.support import stand_in_shard as stand_in
 from tests.support.stand_in_shard import QUIET_STEP, StandInShard
 
@@ -60,16 +72,21 @@ def answers(serving: Serving, *received: Any) -> list[str]:
     return [type(serving.answer(message)).__name__ for message in received]
 
 
+def result_of(serving: Serving, plan: StepPlan) -> Message:
+    assert serving.answer(plan) is None
+    return serving.finish_step()
+
+
 def counts(serving: Serving) -> tuple[int, int]:
-    result = serving.answer(StepPlan(step=1, generation=0, report=True))
+    result = result_of(serving, StepPlan(step=1, generation=0, report=True))
     assert isinstance(result, StepResult) and result.report is not None
     return result.report.rows_dense, result.report.rows_sparse
 
 
 def test_it_says_hello_to_each_generation_and_loads_its_weights_once(arguments):
     serving = Serving(arguments)
-    first_step = StepPlan(step=QUIET_STEP, generation=0)
-    assert answers(serving, Join(), AllocateCache(9), first_step) == ["Loaded", "Ready", "StepResult"]
+    assert answers(serving, Join(), AllocateCache(9)) == ["Loaded", "Ready"]
+    assert isinstance(result_of(serving, StepPlan(step=QUIET_STEP, generation=0)), StepResult)
     for generation in (1, 4):
         hello = serving.answer(Regroup(generation))
         assert isinstance(hello, Hello) and (hello.rank, hello.generation) == (0, generation)
@@ -93,6 +110,8 @@ def test_a_collective_that_breaks_off_leaves_it_waiting_with_its_weights(argumen
     failed = serving.answer(StepPlan(step=BROKEN_STEP, generation=0))
     assert isinstance(failed, Failed) and failed.waits
     assert "CollectiveError: all_reduce on rank 0 of 2 did not complete" in failed.error and "in step" in failed.traceback
+    assert serving.answer(StepPlan(step=QUIET_STEP, generation=0)) is None
+    assert not serving.pending, "what was sent before the Driver knew is not begun without the others"
     assert answers(serving, Regroup(1), Join(), AllocateCache(9)) == ["Hello", "Loaded", "Ready"]
     assert (len(made), counts(serving)) == (1, (1, 2))
 
@@ -142,3 +161,55 @@ def test_it_says_that_it_is_alive_until_it_ends_or_nobody_listens(monkeypatch, g
                 time.sleep(0.005)
     assert threading.active_count() == before
     assert all(isinstance(message, Alive) for message in channel.messages)
+
+
+class Device:
+    """Steps are queued on it, and end when a test says so."""
+
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+        self.done: set[int] = set()
+
+    def begin(self, plan: StepPlan) -> PendingStep:
+        self.begun.append(plan.step)
+        return PendingStep(lambda: self._finish(plan.step), lambda: plan.step in self.done)
+
+    def _finish(self, step: int) -> StepResult:
+        self.done.add(step)  # it has been waited for
+        return StepResult(step=step, rank=0)
+
+
+class Plans(Sent):
+    """Plan 1 comes once the result of plan 0 has been sent, which the device ends after a few looks at it; others at once."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device = device
+        self.looks = 0
+        self.coming = [StepPlan(step=number, generation=0) for number in range(4)]
+
+    def poll(self) -> bool:
+        self.looks += 1
+        if self.looks == 3:
+            self.device.done.add(0)
+        return not self.coming or self.coming[0].step != 1 or len(self.messages) > 0
+
+    def receive(self) -> Any:
+        return self.coming.pop(0) if self.coming else Stop()
+
+
+def test_a_result_goes_out_as_soon_as_it_is_ready_and_no_more_than_two_steps_are_queued(arguments):
+    device = Device()
+    channel = Plans(device)
+    serving = Serving(arguments)
+    answers(serving, Join(), AllocateCache(9))
+    serving._shard.begin = device.begin  # type: ignore[union-attr, method-assign]
+    sent_before = []
+    while not isinstance(message := next_message(channel, serving), Stop):  # type: ignore[arg-type]
+        sent_before.append([result.step for result in channel.messages])  # type: ignore[attr-defined]
+        assert serving.answer(message) is None
+        assert len(serving.pending) <= serve.MAX_PENDING
+    assert device.begun == [0, 1, 2, 3]
+    assert sent_before[1] == [0], "it was ready while nothing else came"
+    assert sent_before[2] == [0], "step 2 is queued behind step 1, which is not done"
+    assert sent_before[3] == [0, 1], "step 1 is waited for before a third one is queued"

@@ -14,8 +14,9 @@ from typing import TypeVar
 import torch
 
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.messages import Loaded, PrefillChunk, Ready, StepPlan, StepResult
+from distributed_sparse.driver.messages import Loaded, PrefillChunk, Ready, StepPlan
 from distributed_sparse.shard.collectives import CollectiveError, Collectives
+from distributed_sparse.shard.pending import PendingStep
 from distributed_sparse.shard.serve import ShardArguments, run_shard
 from distributed_sparse.shard.shard import Shard
 
@@ -134,10 +135,10 @@ class FaultyShard:
         self._happen(lambda fault: fault.moment == "allocate")
         return self._with_collectives(lambda fault: fault.moment == "warm up", lambda: self.shard.allocate(num_pages))
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def begin(self, plan: StepPlan) -> PendingStep:
         self._happen(lambda fault: fault.moment == "before" and fault.is_due_in(plan))
         result = self._with_collectives(
-            lambda fault: fault.moment == "collective" and fault.is_due_in(plan), lambda: self.shard.step(plan)
+            lambda fault: fault.moment == "collective" and fault.is_due_in(plan), lambda: self.shard.begin(plan)
         )
         self._happen(lambda fault: fault.moment == "after" and fault.is_due_in(plan))
         return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -134,6 +135,7 @@ class ScriptedGroup(ShardGroup):
         num_pages: of the cache, the null page included; may be set anew before a rebuild.
         before_step: called with each plan before it is answered; may wait, or raise a ShardFailure.
         kept_pages, forks_copy_pages: as in `Loaded`.
+        queues_plans: as of `ShardGroup`.
 
     Attributes:
         plans, timeouts: of every step so far, of all generations.
@@ -148,8 +150,11 @@ class ScriptedGroup(ShardGroup):
         before_step: Callable[[StepPlan], None] | None = None,
         kept_pages: tuple[int, int] | None = None,
         forks_copy_pages: bool = False,
+        queues_plans: bool = False,
     ) -> None:
         super().__init__(world_size=1)
+        self._queues_plans = queues_plans
+        self._uncollected: deque[StepPlan] = deque()
         self.cache_pages = num_pages
         self.page_size = page_size
         self.before_step = before_step
@@ -163,6 +168,10 @@ class ScriptedGroup(ShardGroup):
         self._window = kept_pages
         self._copies = forks_copy_pages
         self._failure: ShardFailure | None = None
+
+    @property
+    def queues_plans(self) -> bool:
+        return self._queues_plans
 
     def start(self, deadline: float | None = None) -> list[RankInfo]:
         self.deadlines.append(deadline)
@@ -182,6 +191,7 @@ class ScriptedGroup(ShardGroup):
 
     def _come_up(self) -> list[RankInfo]:
         self._failure = None
+        self._uncollected.clear()
         self.cache = CacheModel(self.cache_pages, self.page_size, self._window)
         self.ranks = [
             RankInfo(
@@ -199,17 +209,19 @@ class ScriptedGroup(ShardGroup):
         self.check()
         assert plan.generation == self.generation, "a plan of another generation"
         self.plans.append(plan)
+        self._uncollected.append(plan)
 
     def collect(self, timeout: float = float("inf")) -> list[StepResult]:
         self.check()
         self.timeouts.append(timeout)
+        plan = self._uncollected.popleft()
         try:
             if self.before_step is not None:
-                self.before_step(self.plans[-1])
+                self.before_step(plan)
         except ShardFailure as failure:
             self._failure = failure
             raise
-        return [self.cache.step(self.plans[-1])]
+        return [self.cache.step(plan)]
 
     def check(self) -> None:
         if self._failure is not None:

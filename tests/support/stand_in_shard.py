@@ -16,6 +16,7 @@ from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.messages import Loaded, Ready, ShardReport, StepPlan, StepResult
 from distributed_sparse.shard import serve
 from distributed_sparse.shard.collectives import Collectives
+from distributed_sparse.shard.pending import PendingStep
 from distributed_sparse.shard.serve import ShardArguments, run_shard
 
 FAIL_STEP, KILL_STEP, SLEEP_STEP, WRONG_STEP, QUIET_STEP = 1001, 1002, 1003, 1004, 1005
@@ -51,6 +52,9 @@ class StandInShard:
     def allocate(self, num_pages: int) -> Ready:
         self.allocations += 1
         return Ready(rank=self.rank, cache_bytes=num_pages * 60, metadata_bytes=num_pages * 4)
+
+    def begin(self, plan: StepPlan) -> PendingStep:
+        return PendingStep.done(self.step(plan))
 
     def step(self, plan: StepPlan) -> StepResult:
         if self.rank == self.world_size - 1:

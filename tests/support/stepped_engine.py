@@ -30,18 +30,27 @@ T = TypeVar("T")
 class ThreadShardGroup(ShardGroup):
     """All ranks in this process, each in a thread of its own with one torch thread, over gloo: a test can look into them.
 
+    Args:
+        config: the engine's.
+        queues_plans: as of `ShardGroup`; a plan is nevertheless run when it is collected.
+
     Attributes:
         shards: in rank order, after `start`.
         plans: every plan that was sent.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, queues_plans: bool = False) -> None:
         super().__init__(config.tensor_parallel_size)
         self._config = config
+        self._queues_plans = queues_plans
         self._threads = [ThreadPoolExecutor(1, f"rank-{rank}", torch.set_num_threads, (1,)) for rank in range(self.world_size)]
         self._sent = 0
         self.plans: list[StepPlan] = []
         self.shards: list[Shard] = []
+
+    @property
+    def queues_plans(self) -> bool:
+        return self._queues_plans
 
     def start(self, deadline: float | None = None) -> list[RankInfo]:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if self.world_size > 1 else None
@@ -91,7 +100,7 @@ class ThreadShardGroup(ShardGroup):
 class SteppedEngine:
     """A Driver over a `ThreadShardGroup`; use it in a `with` block."""
 
-    def __init__(self, path: Path, tensor_parallel_size: int = 1, **engine_args: Any) -> None:
+    def __init__(self, path: Path, tensor_parallel_size: int = 1, queues_plans: bool = False, **engine_args: Any) -> None:
         config = EngineConfig.from_dict({"model": str(path), "tensor_parallel_size": tensor_parallel_size, **engine_args})
         model = ModelConfig.from_pretrained(path)
         info = ModelInfo(
@@ -101,7 +110,7 @@ class SteppedEngine:
             eos_token_ids=model.eos_token_ids,
             max_model_len=config.max_model_len or model.max_position_embeddings,
         )
-        self.group = ThreadShardGroup(config)
+        self.group = ThreadShardGroup(config, queues_plans)
         self.driver = Driver(config, info, None, self.group)
         self.driver.group.start()
         self.driver.resume()

@@ -1,0 +1,124 @@
+"""Captured decode steps, replayed: all of a step that changes reaches the device as data, and nothing stays as it was captured.
+
+Graphs are emulated on a CPU, over the Triton kernels in the interpreter, in a process of its own:
+`TRITON_INTERPRET=1 pytest tests/shard/test_emulated_graphs.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed_sparse.shard import graphs
+from distributed_sparse.shard.graphs import DecodeGraphs
+from distributed_sparse.shard.shard import Shard
+from tests.support.checkpoints import tiny_checkpoint
+from tests.support.emulated_graphs import EmulatedGraph, emulated_graphs
+from tests.support.hash_weights import random_hash_weights
+from tests.support.kernels import INTERPRETED
+from tests.support.stepped_shard import SteppedShard
+from tests.support.triton_path import triton_path
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "quest": {"token_budget": 48},
+    "quest below min_context": {"method": "quest", "token_budget": 48, "min_context": 60},
+    "twilight": {"p": 0.6, "candidate_fraction": 0.5, "min_candidates": 32},
+    "vattention": {"epsilon": 0.9, "delta": 0.9, "sink_tokens": 16, "window_tokens": 16, "guarantee": "denominator"},
+    "hash": {"token_budget": 48},
+    "window": {"token_budget": 48},
+    "random": {"token_budget": 48},
+}
+
+
+TWO_SETS = ("quest below min_context", "vattention")
+"""The last steps' contexts are known to be dense to these."""
+
+OF_A_KIND = ("quest", "hash", "window", "random")
+"""They launch little that the others do not, and the interpreter takes its time."""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("graphs")
+    random_hash_weights(folder / "hash.safetensors", range(2), 4, 64)
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 64,
+        "head_dim": 64,
+    }
+    return tiny_checkpoint(folder / "model", max_position_embeddings=1024, **sizes)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Actions of every replay."""
+    seen: list[int] = []
+    replay = EmulatedGraph.replay
+
+    def spy(self: EmulatedGraph) -> None:
+        seen.append(len(self.actions))
+        replay(self)
+
+    monkeypatch.setattr(EmulatedGraph, "replay", spy)
+    yield seen
+
+
+def stepped(path: Path, method: str, longest: int) -> SteppedShard:
+    sparse = {"method": method, "dense_layers": 1, **METHODS[method]}
+    if method == "hash":
+        sparse["hash_weights"] = str(path.parent / "hash.safetensors")
+    return SteppedShard(path, 130, sparse=sparse, max_model_len=longest + 40, max_num_seqs=4, max_num_batched_tokens=2048)
+
+
+def decoded(engine: SteppedShard, monkeypatch: pytest.MonkeyPatch, longest: int) -> tuple[list[list[int]], Any]:
+    """A life in few steps: contexts outgrow a page, sequences end, slots are given on, batches shrink and grow."""
+
+    def steps(count: int) -> list[list[int]]:
+        with triton_path(monkeypatch):
+            return [engine.decode() for _ in range(count)]
+
+    found = [engine.start([longest, 31, 7]).tokens]  # prompts are read by torch: the interpreter would take long
+    found += steps(2)
+    engine.end(1)
+    found += steps(1)
+    found.append(engine.start([50, 20], first_slot=1, temperature=0.8).tokens)
+    engine.end(0)
+    found += steps(1)
+    report = engine.shard._report()
+    return found, (report.rows_dense, report.rows_sparse, report.tokens_attended, report.bytes_read)
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] if name in OF_A_KIND else []) for name in METHODS]
+)
+def test_replayed_steps_give_the_tokens_and_counts_of_steps_that_were_never_captured(
+    path: Path, method: str, replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = 980 if method == "vattention" else 130
+    monkeypatch.setattr(graphs, "buckets", lambda most: [2, most])  # each takes its time in the interpreter
+    plain = stepped(path, method, longest)
+    expected, counts = decoded(plain, monkeypatch, longest)
+    assert not replays
+    monkeypatch.setattr(Shard, "_captures_graphs", lambda self, method: True)
+    with emulated_graphs(monkeypatch):
+        with triton_path(monkeypatch):
+            captured = stepped(path, method, longest)
+        attention = captured.shard.attention  # an emulated capture computes: forget what it counted
+        with torch.inference_mode():
+            for counter in (attention._tokens_attended, attention._sparse_rows, attention._read_apart):
+                counter.zero_()
+        found, counted = decoded(captured, monkeypatch, longest)
+    assert isinstance(captured.shard.graphs, DecodeGraphs)
+    assert len(replays) == 4 and len(set(replays)) == (2 if method in TWO_SETS else 1)
+    assert found == expected
+    assert counted == counts
+    assert counts[1] > 0 or method == "dense"

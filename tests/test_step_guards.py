@@ -1,0 +1,357 @@
+"""What a decode step may cost, counted and not timed: uploads, waits for the device, ops, launches, bytes allocated.
+
+The Triton path is run by the interpreter, in a process of its own: `TRITON_INTERPRET=1 pytest tests/test_step_guards.py`.
+(Bytes moved: `stats()["attention"]["bytes_read"]` is held against the formula in `tests/test_bitwise_dense.py`.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distributed_sparse.shard.attention import SparseAttention
+from distributed_sparse.shard.inputs import StepInputs
+from tests.support.aten_ops import OpRecorder, computes, new_tensors, storage_of, tensors_in
+from tests.support.checkpoints import tiny_checkpoint
+from tests.support.hash_weights import random_hash_weights
+from tests.support.kernels import INTERPRETED, error_ratio, poisoned_memory
+from tests.support.padded_shard import padded_shard
+from tests.support.stepped_shard import SteppedShard
+from tests.support.triton_path import triton_path
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+on_torch = pytest.mark.skipif(INTERPRETED, reason="the torch path")
+
+METHODS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "quest": {"method": "quest", "token_budget": 64},
+    "twilight": {"method": "twilight", "p": 0.7, "candidate_fraction": 0.5, "min_candidates": 64},
+    "vattention": {
+        **{"method": "vattention", "epsilon": 0.5, "delta": 0.5, "guarantee": "denominator"},
+        **{"sink_tokens": 16, "window_tokens": 16},
+    },
+}
+
+
+LONGEST = {"vattention": 1000, **dict.fromkeys(("dense", "quest", "twilight", "hash", "window", "random"), 200)}
+"""Tokens of a context with sparse rows, where there are any."""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 64,
+        "head_dim": 64,
+    }
+    return tiny_checkpoint(tmp_path_factory.mktemp("guards"), max_position_embeddings=16384, **sizes)
+
+
+def stepped(path: Path, method: str, num_pages: int = 200, **config: Any) -> SteppedShard:
+    """Two layers; the first one is dense."""
+    sparse = METHODS[method]
+    given = {"max_model_len": 1024, "max_num_seqs": 4, "max_num_batched_tokens": 4096, **config}
+    return SteppedShard(path, num_pages, sparse=None if sparse is None else {**sparse, "dense_layers": 1}, **given)
+
+
+# ---- the Triton path: waits, uploads, ops, launches
+
+WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "lift_fresh", "bincount")
+"""Ops that read the device from the host, make a tensor of what the host holds, or have a shape that the device decides."""
+
+READS = ("item", "tolist", "cpu", "__int__", "__float__", "__bool__", "__index__")
+"""A tensor's methods by which the host reads it: on a CPU they run no op."""
+
+
+class StepRecorder(OpRecorder):
+    """Counts what a step asks of the device, in each layer's attention and outside of it.
+
+    Attributes:
+        launched: by section ("layer 0", ..., "rest"): what is launched, Triton kernels by name and torch's as "aten".
+        waits: ops by which the host would wait.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.section = "rest"
+        self.launched: dict[str, Counter[str]] = {}
+        self.waits: list[str] = []
+
+    def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else []
+        by_mask = any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
+        if name in WAITS or by_mask:
+            self.waits.append(f"{func} in {self.section}")
+        if computes(func, args, kwargs, out):
+            self.count("aten")
+
+    def count(self, name: str) -> None:
+        self.launched.setdefault(self.section, Counter())[name] += 1
+
+
+@contextmanager
+def recorded_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[StepRecorder]:
+    """Inside, ops run by Triton where they have a Triton kernel, and all is recorded."""
+    from triton.runtime.interpreter import GridExecutor
+
+    recorder = StepRecorder()
+    attention, launch = SparseAttention.__call__, GridExecutor.__call__
+
+    def in_layer(self: SparseAttention, layer: int, *args: Any) -> Tensor:
+        recorder.section = f"layer {layer}"
+        try:
+            return attention(self, layer, *args)
+        finally:
+            recorder.section = "rest"
+
+    def launch_paused(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        recorder.count(self.fn.__name__)
+        recorder.is_paused = True
+        try:
+            launch(self, *args, **kwargs)
+        finally:
+            recorder.is_paused = False
+
+    def noted(name: str) -> Callable[..., Any]:
+        read = getattr(Tensor, name)
+
+        def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not recorder.is_paused:
+                recorder.waits.append(f"{name} in {recorder.section}")
+            return read(self, *args, **kwargs)
+
+        return method
+
+    with triton_path(monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(SparseAttention, "__call__", in_layer)
+        patch.setattr(GridExecutor, "__call__", launch_paused)
+        for name in READS:
+            patch.setattr(Tensor, name, noted(name))
+        with recorder:
+            yield recorder
+
+
+DENSE_LAYER = {"_append_kernel": 1, "_attend_kernel": 1, "_combine_kernel": 1}
+CHOSEN_PAGES = {"_page_scores_kernel": 1, "_top_k_pages_kernel": 1, "_count_attended_kernel": 1}
+LAUNCHES = {
+    "dense": DENSE_LAYER,
+    "quest": {**DENSE_LAYER, **CHOSEN_PAGES, "aten": 1},
+    "twilight": {**DENSE_LAYER, **CHOSEN_PAGES, "_int4_logits_kernel": 1, "_top_p_kernel": 1, "aten": 12},
+    "vattention": {
+        **{**DENSE_LAYER, **CHOSEN_PAGES, "_sample_residual_kernel": 2, "_residual_statistics_kernel": 1, "aten": 80},
+        **{"_attend_kernel": 2, "_combine_kernel": 2},
+    },
+}
+"""What the attention of one layer launches for four sequences, by method: Triton's kernels by name, torch's as "aten".
+
+These are the numbers that the code takes today. A change that lowers one writes the new one down, as the failing test prints
+it; a change that raises one has to be worth it.
+"""
+
+BESIDES_ATTENTION = {"_rms_norm_kernel": 5, "aten": 33}
+"""What the rest of a greedy step of two layers launches, from the upload to the sampled tokens."""
+
+
+def counted_uploads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of arrays with every upload from here on."""
+    uploads: list[int] = []
+    upload = StepInputs.upload
+
+    def counted(self: StepInputs, arrays: Any) -> Any:
+        uploads.append(len(arrays))
+        return upload(self, arrays)
+
+    monkeypatch.setattr(StepInputs, "upload", counted)
+    return uploads
+
+
+@interpreted
+@pytest.mark.parametrize("method", METHODS)
+def test_a_decode_step_uploads_once_waits_for_nothing_and_launches_what_is_written_here(
+    path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = stepped(path, method)
+    engine.start([LONGEST[method], 33, 48, 100])
+    uploads = counted_uploads(monkeypatch)
+    with recorded_step(monkeypatch) as recorder, no_host_tensors(monkeypatch), torch.inference_mode():
+        plan = engine.decode_plan()
+        assert plan.new_pages  # 48 tokens fill three pages: the deltas travel with the rest
+        engine.shard.run(plan)
+    assert len(uploads) == 1
+    assert recorder.waits == []
+    found = {section: dict(counts) for section, counts in recorder.launched.items()}
+    expected = {"layer 0": DENSE_LAYER, "layer 1": LAUNCHES[method], "rest": BESIDES_ATTENTION}
+    assert found == expected, f"launched: {found}"
+    assert engine.shard.attention.rows[1] > 0 or method == "dense"
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
+        {"suppressed": [3, 4], "suppress_until": 10000},
+    ],
+    ids=["temperature", "masks", "suppressed"],
+)
+def test_sampling_uploads_with_the_rest_and_waits_for_nothing(
+    path: Path, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a greedy sequence, so that rows are told apart on the device."""
+    engine = stepped(path, "dense")
+    engine.start([30, 40], **sampling)
+    engine.start([20], first_slot=2)
+    uploads = counted_uploads(monkeypatch)
+    with recorded_step(monkeypatch) as recorder, no_host_tensors(monkeypatch), torch.inference_mode():
+        engine.shard.run(engine.decode_plan())
+    assert len(uploads) == 1 and recorder.waits == []
+
+
+def keeping(logits: Callable[[Tensor], Tensor], kept: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same function, whose results are kept."""
+
+    def kept_logits(rows: Tensor) -> Tensor:
+        kept.append(logits(rows))
+        return kept[-1]
+
+    return kept_logits
+
+
+GRAPH_SAFE: dict[str, dict[str, Any] | None] = {
+    **METHODS,
+    "hash": {"method": "hash", "token_budget": 64},
+    "window": {"method": "window", "token_budget": 64},
+    "random": {"method": "random", "token_budget": 64},
+}
+
+
+@interpreted
+@pytest.mark.parametrize("method", GRAPH_SAFE)
+def test_rows_that_pad_a_captured_shape_are_nobodys_to_every_kernel(
+    path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three sequences in a shape of four, at the widths of the longest context: the logits of steps of their own shape.
+
+    A row that pads has no page and no context; what is allocated is full of NaN, so that whatever is read of it shows.
+    """
+    sparse = GRAPH_SAFE[method]
+    if method == "hash":
+        assert sparse is not None
+        sparse = {**sparse, "hash_weights": random_hash_weights(path.parent / "hash.safetensors", range(2), 4, 64)}
+    monkeypatch.setitem(METHODS, method, sparse)
+    own, padded = stepped(path, method), stepped(path, method, make_shard=padded_shard)
+    found = []
+    for engine in (own, padded):
+        engine.start([LONGEST[method], 33, 48])
+        logits = engine.shard.model.logits
+        kept: list[Tensor] = []
+        monkeypatch.setattr(engine.shard.model, "logits", keeping(logits, kept))
+        with recorded_step(monkeypatch) as recorder, poisoned_memory(), torch.inference_mode():
+            _, tokens = engine.shard.run(engine.decode_plan())
+        assert recorder.waits == [] and tokens is not None
+        found.append((kept[0][:3], tokens.tolist(), engine.shard.attention.rows, engine.shard.attention.bytes_read))
+    assert kept[0].shape[0] == 4
+    assert error_ratio(found[1][0], found[0][0]) < 1e-5
+    assert found[1][1:] == found[0][1:]
+
+
+@contextmanager
+def no_host_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, no tensor is made of what the host holds: on a GPU each would be a copy that is waited for."""
+    as_tensor = torch.as_tensor
+
+    def refuse(*args: Any, **kwargs: Any) -> Tensor:
+        raise AssertionError("a tensor is made of host data within a step")
+
+    def of_tensors_alone(x: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return as_tensor(x, *args, **kwargs) if isinstance(x, Tensor) else refuse()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", refuse)
+        patch.setattr(torch, "from_numpy", refuse)
+        patch.setattr(torch, "as_tensor", of_tensors_alone)
+        yield
+
+
+@interpreted
+def test_the_guard_sees_a_wait(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a clean step is clean says nothing unless a dirty one is caught."""
+    engine = stepped(path, "dense")
+    engine.start([30, 40])
+    apply = engine.shard._apply
+
+    def reads_back(views: Any) -> None:
+        apply(views)
+        assert int(views["context_lens"].sum()) > 0
+        views["positions"][views["positions"] > 5].sum()
+
+    monkeypatch.setattr(engine.shard, "_apply", reads_back)
+    with recorded_step(monkeypatch) as recorder, torch.inference_mode():
+        engine.shard.run(engine.decode_plan())
+    assert recorder.waits[:2] == ["__int__ in rest", "aten.index.Tensor in rest"]
+
+
+# ---- the torch path: allocations
+
+
+class AllocationRecorder(OpRecorder):
+    """Bytes of every storage that an op makes.
+
+    Attributes:
+        sizes: one per storage.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        made = tensors_in(out)
+        new = {storage_of(made[place]): made[place] for place in new_tensors(args, kwargs, out)}
+        self.sizes += [tensor.untyped_storage().nbytes() for tensor in new.values()]
+
+
+def allocated(engine: SteppedShard) -> list[int]:
+    """Bytes of each allocation of one decode step."""
+    engine.decode()
+    recorder = AllocationRecorder()
+    plan = engine.decode_plan()
+    with recorder:
+        engine.shard.step(plan)
+    return recorder.sizes
+
+
+BYTES_PER_TOKEN = {"dense": 32, "quest": 64, "twilight": 600, "vattention": 80}
+"""By which a step's allocations may grow with each token of context, over its two layers; keys and values would be 2048.
+
+A row's list of pages and their scores; for twilight, of every second token its estimate for each of four query heads too, and
+its place among the others of its row.
+"""
+
+
+@on_torch
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_decode_steps_allocations_hardly_grow_with_the_context(path: Path, method: str) -> None:
+    """Lists of a row grow, an index or a score for each page or token of it; nothing grows like keys and values."""
+    found = {}
+    for length in (1000, 4000):
+        engine = stepped(path, method, num_pages=8192, max_model_len=8192, max_num_batched_tokens=8192)
+        layer_bytes = engine.shard.cache.layers[0].k_pages.nbytes
+        engine.start([length, length])
+        found[length] = allocated(engine)
+        engine.close()
+    grown = (sum(found[4000]) - sum(found[1000])) / (2 * 3000)
+    assert 0 < grown < BYTES_PER_TOKEN[method], f"{grown:.1f} bytes per token of context"
+    assert sum(found[4000]) < layer_bytes / 2, "in all, far less than the keys of one layer"
