@@ -36,6 +36,7 @@ class EngineConfig:
         seed: the engine's seed; requests without one derive theirs from it.
         load_format: "auto" (safetensors) or "dummy" (random weights).
         enforce_eager: no CUDA graphs.
+        async_scheduling: plan and send a step before the result of the last one is in, so that ranks need not wait for it.
         page_size: tokens per KV page: 16, 32 or 64.
         distributed_executor_backend: "auto", "ray" or "uni" (one rank in this process).
         sparse: the selection method and its keys, told apart by `method`; None is dense.
@@ -65,6 +66,7 @@ class EngineConfig:
     seed: int = 0
     load_format: str = "auto"
     enforce_eager: bool = False
+    async_scheduling: bool = True
     page_size: int = 16
     distributed_executor_backend: str = "auto"
     sparse: dict[str, Any] | None = field(default=None)
@@ -111,6 +113,7 @@ class EngineConfig:
         put_int("seed", 0, "give an unsigned 63-bit number", (1 << 63) - 1)
         check_choice("load_format", self.load_format, ("auto", "dummy"))
         check_bool("enforce_eager", self.enforce_eager)
+        check_bool("async_scheduling", self.async_scheduling)
         put_int("page_size", 1, f"use one of {', '.join(map(str, PAGE_SIZES))}")
         if self.page_size not in PAGE_SIZES:
             reason = "is not a power of two" if self.page_size & (self.page_size - 1) else "has no kernel"

@@ -90,6 +90,10 @@ class Channel:
             self.close()
             raise ChannelClosed(f"the connection was lost while sending ({error})") from None
 
+    def poll(self, timeout: float | None = 0.0) -> bool:
+        """Whether `receive` would not wait for a first byte; waits for one up to `timeout` seconds (None: for ever)."""
+        return bool(self._poll.poll(None if timeout is None else max(timeout, 0.0) * 1e3))
+
     def receive(self, timeout: float | None = None) -> Any:
         """The next message. `timeout`: seconds to wait for its first byte; None waits for ever.
 
@@ -98,7 +102,7 @@ class Channel:
             ChannelTimeout: nothing came (the channel stays usable), or a message stopped half way (it is closed).
         """
         # the socket's own time-out is for the rest of a message; how long to wait for its first byte, `timeout` says
-        if not self._poll.poll(None if timeout is None else max(timeout, 0.0) * 1e3):
+        if not self.poll(timeout):
             raise ChannelTimeout(f"no message in {timeout:g} s")
         try:
             frame = self._connection.recv_bytes()

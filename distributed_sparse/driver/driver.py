@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass
 
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate, SampleUpdate, TraceUpdate
@@ -12,7 +13,7 @@ from distributed_sparse.driver.detokenizer import CompletionText, Detokenizer, S
 from distributed_sparse.driver.engine_metrics import AttendedDensity, EngineMetrics
 from distributed_sparse.driver.messages import LogprobBlock, ShardReport, StepPlan, StepResult
 from distributed_sparse.driver.pages import PageAllocator
-from distributed_sparse.driver.scheduler import Scheduler
+from distributed_sparse.driver.scheduler import ScheduledStep, Scheduler
 from distributed_sparse.driver.sequence import Request, Sequence
 from distributed_sparse.driver.shard_group import RankInfo, ShardFailure, ShardGroup
 from distributed_sparse.driver.step_times import StepClock, StepTimes
@@ -26,11 +27,22 @@ Updates = dict[str, list[RequestUpdate]]
 """Client id -> what to tell it."""
 
 
+@dataclass(frozen=True)
+class SentStep:
+    """A plan that every rank has been sent."""
+
+    plan: StepPlan
+    sent: float
+    scheduling: float
+    """Seconds that it took to make and to send."""
+
+
 class Driver:
     """A plain class around Scheduler and ShardGroup; one thread at a time may call it.
 
-    `step` sends a plan, waits for every rank, commits the tokens to the history and returns the updates to publish, so a
-    token is never published before it is part of the history that a rebuild would replay.
+    `step` sends a plan, waits for every rank's result, commits the tokens to the history and returns the updates to publish,
+    so a token is never published before it is part of the history that a rebuild would replay. With `async_scheduling` the
+    result that it waits for is that of the plan before: the ranks have the next plan before they have done with the last one.
     """
 
     def __init__(self, config: EngineConfig, model: ModelInfo, tokenizer_json: str | None, group: ShardGroup) -> None:
@@ -41,8 +53,9 @@ class Driver:
         self._requests: dict[str, Request] = {}
         self._counts: Counter[str] = Counter(finished=0, aborted=0, failed=0)
         self._admitted = 0
+        self._sent: deque[SentStep] = deque()  # and not collected, the oldest first
+        self._next_step = 0
         self._steps = 0
-        self._empty_steps = 0
         self._reports: list[ShardReport | None] = []
         self._ranks: list[RankInfo] = []
         self._times = StepTimes(config.step_timeout_s)
@@ -61,7 +74,9 @@ class Driver:
         """
         before = list(self._requests.values())  # by arrival: those that ran come first
         self._ranks = self.group.ranks
+        self._max_in_flight = 2 if self.config.async_scheduling and self.group.queues_plans else 1
         self._reports = [None] * len(self._ranks)
+        self._sent.clear()
         self._received_before = None
         self._density.begin()
         self._same_clock = {rank.hostname for rank in self._ranks} == {socket.gethostname()}
@@ -162,7 +177,7 @@ class Driver:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._sent)
 
     @property
     def replays(self) -> bool:
@@ -181,39 +196,75 @@ class Driver:
         return updates
 
     def step(self) -> Updates:
-        """Run one step to its end; what it adds to every request that it touched.
+        """Send the next plan, if there is one to make, and take in the oldest result once enough plans are under way.
+
+        Returns:
+            What the step that was taken in adds to every request that it touched; nothing after the first of plans in flight.
 
         Raises:
-            ShardFailure: a shard failed; the step's tokens are not part of the history.
+            ShardFailure: a shard failed; what plans in flight sampled is not part of the history.
         """
-        began, cpu = time.monotonic(), time.thread_time()
-        plan = self.scheduler.schedule(self._steps, self.group.generation)
-        if self._steps >= self._next_profile and plan.decode and not plan.prefill:
-            plan.profile = plan.report = True
-            self._next_profile = self._steps + self.config.profile_interval
-        self._mark_scheduled(plan, began)
-        sent = time.monotonic()
-        results = self._execute(plan)
-        received = time.monotonic()
-        updates = self._commit(plan, results, received)
-        clock = StepClock(began, sent, received, time.monotonic(), time.thread_time() - cpu, self._received_before)
-        self._times.add(plan, results, clock)
-        self._received_before = received if self.has_work and self._same_clock else None
-        self.metrics.observe("step_time_seconds", received - sent)
-        self.metrics.observe("iteration_tokens_total", sum(part.num_tokens for part in plan.parts))
-        return updates
+        cpu = time.thread_time()
+        was_sent = self._send_next()
+        if was_sent and len(self._sent) < self._max_in_flight:
+            return {}
+        return self._take_result(cpu)
 
-    def _execute(self, plan: StepPlan) -> list[StepResult]:
+    @property
+    def in_flight(self) -> bool:
+        """Whether a plan has been sent whose result has not been taken in."""
+        return bool(self._sent)
+
+    def settle(self) -> Updates:
+        """Take in the oldest result of those in flight, and send nothing. Raises as `step`."""
+        return self._take_result(time.thread_time())
+
+    def _send_next(self) -> bool:
+        began = time.monotonic()
+        plan = self.scheduler.schedule(self._next_step, self.group.generation)
+        if self._sent and not plan.parts and not plan.setups:
+            return False  # all that runs waits for the results of plans in flight
+        if self._next_step >= self._next_profile and plan.decode and not plan.prefill:
+            plan.profile = plan.report = True
+            self._next_profile = self._next_step + self.config.profile_interval
+        self._mark_scheduled(plan, began)
+        self._send(plan, began)
+        return True
+
+    def _send(self, plan: StepPlan, began: float) -> None:
         self.group.send(plan)
+        self._next_step += 1
+        sent = time.monotonic()
+        self._sent.append(SentStep(plan, sent, sent - began))
+
+    def _take_result(self, cpu: float) -> Updates:
+        """Wait for the oldest plan's results, and commit them. `cpu`: the thread's processor time when this step began."""
+        step, before = self._sent[0], self._received_before
+        plan = step.plan
         results = self.group.collect(self._times.timeout(plan))
-        self._steps += 1
-        self._empty_steps += not plan.parts
+        received = time.monotonic()
+        self._sent.popleft()
+        self._steps += bool(plan.parts)
         for result in results:
             if result.report is not None:
                 self._reports[result.rank] = result.report
         if plan.report:
             self._density.add(self._reports)
-        return results
+        updates = self._commit(plan, results, received)
+        clock = StepClock(
+            sent=step.sent,
+            received=received,
+            received_before=before,
+            driver=step.scheduling + time.monotonic() - received,
+            cpu=time.thread_time() - cpu,
+            same_clock=self._same_clock,
+        )
+        self._times.add(plan, results, clock)
+        self._received_before = received if self.has_work else None
+        if plan.parts:
+            self.metrics.observe("step_time_seconds", clock.step)
+            self.metrics.observe("iteration_tokens_total", sum(part.num_tokens for part in plan.parts))
+        return updates
 
     def _mark_scheduled(self, plan: StepPlan, now: float) -> None:
         if not plan.setups:
@@ -224,32 +275,50 @@ class Driver:
 
     def _commit(self, plan: StepPlan, results: list[StepResult], now: float) -> Updates:
         """Take a step's tokens into the history; then say what they mean for each request."""
+        if not plan.parts:
+            return {}
         result = results[0]
-        traces: dict[Request, list[TraceUpdate]] = defaultdict(list)
-        for blocks_of_row in zip(*(result.traces for result in results), strict=True):
-            sequence = self.scheduler.sequence_at(blocks_of_row[0].slot)
-            traces[sequence.request].append(TraceUpdate(sequence.index, list(blocks_of_row)))
-        prompt_blocks: dict[Request, list[LogprobBlock]] = defaultdict(list)
-        for block in result.prompt_logprobs:
-            prompt_blocks[self.scheduler.sequence_at(block.slot).request].append(block)
+        step = self.scheduler.in_flight[0]
+        traces = self._traces(step, results)
+        prompt_blocks = self._prompt_blocks(step, result)
         touched: dict[Request, list[Sequence]] = {request: [] for request in (*prompt_blocks, *traces)}
         blocks: dict[Sequence, LogprobBlock] = {}
-        own_blocks = iter(result.logprobs)  # beside the sampled tokens: a prompt that is only scored has none
-        for sequence, token in self.scheduler.commit(plan, result.tokens):
+        for committed in self.scheduler.commit(plan, result.tokens):
+            sequence = committed.sequence
             touched.setdefault(sequence.request, []).append(sequence)
-            if token is None:
+            if committed.token is None:
                 self.scheduler.finish(sequence, "length")
                 continue
-            own_block = next(own_blocks, None)
+            own_block = result.logprobs[committed.place] if result.logprobs else None
             if own_block is not None:
                 blocks[sequence] = own_block
-            self._take_token(sequence, token, now)
+            self._take_token(sequence, committed.token, now)
         updates: Updates = defaultdict(list)
         for request, sequences in touched.items():
             update = self._publish(request, sequences, blocks, prompt_blocks[request])
             update.traces = traces[request]
             updates[request.client_id].append(update)
         return updates
+
+    @staticmethod
+    def _traces(step: ScheduledStep, results: list[StepResult]) -> dict[Request, list[TraceUpdate]]:
+        """What ranks saw of traced rows, of sequences that have not ended since the step was scheduled."""
+        traces: dict[Request, list[TraceUpdate]] = defaultdict(list)
+        for blocks_of_row in zip(*(result.traces for result in results), strict=True):
+            sequence = step.sequences[blocks_of_row[0].slot]
+            if sequence.finish_reason is None:
+                traces[sequence.request].append(TraceUpdate(sequence.index, list(blocks_of_row)))
+        return traces
+
+    @staticmethod
+    def _prompt_blocks(step: ScheduledStep, result: StepResult) -> dict[Request, list[LogprobBlock]]:
+        """Log-probabilities of prompts, of requests that have not ended since the step was scheduled."""
+        blocks: dict[Request, list[LogprobBlock]] = defaultdict(list)
+        for block in result.prompt_logprobs:
+            sequence = step.sequences[block.slot]
+            if sequence.finish_reason is None:
+                blocks[sequence.request].append(block)
+        return blocks
 
     def _take_token(self, sequence: Sequence, token: int, now: float) -> None:
         """Text, stop conditions and times of one new token."""
@@ -335,6 +404,7 @@ class Driver:
                     request.request_id, finished=True, error=self.failure, error_kind="engine", metrics=request.metrics
                 )
             )
+        self._sent.clear()
         self._counts["failed"] += len(self._requests)
         self.metrics.count("request_success", len(self._requests), "error")
         self._requests.clear()
@@ -348,7 +418,7 @@ class Driver:
         waiting = sum(request.leader.slot < 0 for request in self._requests.values())  # none is left after a failure
         running = len(self._requests) - waiting
         return {
-            "steps": self._steps - self._empty_steps,
+            "steps": self._steps,
             "generation": self.group.generation,
             "requests": {"running": running, "waiting": waiting, **self._counts},
             "pages": {"total": self.allocator.total, "used": self.allocator.used, "reserved": self.allocator.reserved},
@@ -375,12 +445,17 @@ class Driver:
         return {name: float(value) for name, value in found.items() if value is not None}
 
     def check(self) -> None:
-        """One empty step through every rank; raises ShardFailure if one does not answer."""
-        self._execute(StepPlan(step=self._steps, generation=self.group.generation))
+        """One empty step through every rank; raises ShardFailure if one does not answer. No other may be in flight."""
+        self._run_empty(report=False)
 
     def report(self) -> None:
-        """One empty step in which every rank tells what it has counted since its generation began."""
-        self._execute(StepPlan(step=self._steps, generation=self.group.generation, report=True))
+        """The same, in which every rank tells what it has counted since its generation began."""
+        self._run_empty(report=True)
+
+    def _run_empty(self, report: bool) -> None:
+        assert not self._sent, "its results would be taken in here, and published nowhere"
+        self._send(StepPlan(step=self._next_step, generation=self.group.generation, report=report), time.monotonic())
+        self._take_result(time.thread_time())
 
 
 def derived_seed(engine_seed: int, arrival: int) -> int:

@@ -7,7 +7,8 @@ import os
 import socket
 import traceback
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from distributed_sparse.driver.messages import Hello, StepPlan, StepResult
 from distributed_sparse.driver.shard_group import RankInfo, ShardFailure, ShardGroup
@@ -16,9 +17,14 @@ if TYPE_CHECKING:
     from distributed_sparse.config import EngineConfig
     from distributed_sparse.shard.serve import ShardFactory, ShardLife
 
+T = TypeVar("T")
+
 
 class InProcessGroup(ShardGroup):
     """The same verbs as any group; the work is done inside them, so a timeout cannot be kept here, and `cancel` must wait.
+
+    A GPU works beside the Driver: a plan is begun when it is sent. A CPU cannot: it computes when its results are collected,
+    and to have sent the next plan by then would only delay them.
 
     Args:
         config: the engine's; `tensor_parallel_size` must be 1.
@@ -35,7 +41,7 @@ class InProcessGroup(ShardGroup):
         self._config = config
         self._shard_factory = shard_factory
         self._shard: ShardLife | None = None
-        self._plans: deque[StepPlan] = deque()
+        self._steps: deque[tuple[int, Callable[[], StepResult]]] = deque()
         self._failure: ShardFailure | None = None
 
     def start(self, deadline: float | None = None) -> list[RankInfo]:
@@ -57,6 +63,10 @@ class InProcessGroup(ShardGroup):
         self.ranks = [RankInfo.of(hello, loaded, ready)]
         return self.ranks
 
+    @property
+    def queues_plans(self) -> bool:
+        return self.ranks[0].device != "cpu"
+
     def rebuild(self, deadline: float | None = None) -> list[RankInfo]:
         self.stop()  # the memory first: there may not be enough for two
         self._failure = None
@@ -68,16 +78,23 @@ class InProcessGroup(ShardGroup):
             raise self._failure from error.with_traceback(None)
 
     def send(self, plan: StepPlan) -> None:
-        self._running_shard()
-        self._plans.append(plan)
+        shard = self._running_shard()
+        if self.queues_plans:
+            self._steps.append((plan.step, self._guarded(plan.step, lambda: shard.begin(plan)).result))
+        else:
+            self._steps.append((plan.step, lambda: shard.begin(plan).result()))
 
     def collect(self, timeout: float = math.inf) -> list[StepResult]:
-        shard, plan = self._running_shard(), self._plans.popleft()
+        self._running_shard()
+        step, finish = self._steps.popleft()
+        return [self._guarded(step, finish)]
+
+    def _guarded(self, step: int, work: Callable[[], T]) -> T:
         try:
-            return [shard.step(plan)]
+            return work()
         except Exception as error:
-            self._failure = self._failed(f"failed in step {plan.step}", error)
-            raise self._failure from error.with_traceback(None)  # as above
+            self._failure = self._failed(f"failed in step {step}", error)
+            raise self._failure from error.with_traceback(None)  # its frames would keep the shard's memory
 
     def check(self) -> None:
         self._running_shard()
@@ -86,7 +103,7 @@ class InProcessGroup(ShardGroup):
 
     def stop(self) -> None:
         shard, self._shard = self._shard, None
-        self._plans.clear()
+        self._steps.clear()
         if shard is not None:
             shard.close()
 

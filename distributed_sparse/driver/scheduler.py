@@ -4,10 +4,31 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, SlotSetup, StepPlan
 from distributed_sparse.driver.pages import NULL_PAGE, PageAllocator, pages_for
 from distributed_sparse.driver.sequence import Request, Sequence
+
+
+@dataclass(frozen=True)
+class ScheduledStep:
+    """A plan whose result has not been taken in, and whom its slots stood for: by then they may stand for others."""
+
+    plan: StepPlan
+    sequences: dict[int, Sequence]
+    """By slot: of the plan's parts and of their samples."""
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What a step added to a sequence."""
+
+    sequence: Sequence
+    token: int | None
+    """The new token; None where a prompt that is only scored has ended."""
+    place: int
+    """Its place among the step's sampled tokens."""
 
 
 class Scheduler:
@@ -16,6 +37,11 @@ class Scheduler:
     Verbs: `add` a request, `schedule` a step, `commit` its tokens, `finish` a sequence. One token budget per step: every
     running sequence decodes one token; what is left goes to prompt chunks, oldest request first. A request is admitted
     when it gets a slot per sample and can reserve every page that it may ever need, so it is never thrown out again.
+
+    The next step may be scheduled before the last one is committed (vLLM's async scheduling): a token that is still to be
+    sampled is an output placeholder, and the shards take it from where they sampled it. A sequence that turns out to have
+    ended then has run a step too many, whose token nobody sees. Its pages and its slot are free from `finish` on, with steps
+    under way that use them: shards run steps in order, so they are done with before any later plan's holder writes there.
 
     A request that has run before, on shards that are gone, replays: its prompt in the same chunks, its output tokens one per
     step through the decode path, as they were computed at first. That counts in the budget like any other token.
@@ -50,6 +76,8 @@ class Scheduler:
         self._by_slot: dict[int, Sequence] = {}
         self._new_pages: list[tuple[int, list[int]]] = []
         self._page_copies: list[tuple[int, int]] = []
+        self.in_flight: deque[ScheduledStep] = deque()
+        """Steps with tokens that have been scheduled and not committed, the oldest first."""
         self.replayed_tokens = 0
         self._rows_waited = False  # in the last step, for a chunk that was replayed
 
@@ -82,13 +110,16 @@ class Scheduler:
     # ---- schedule
 
     def schedule(self, step: int, generation: int) -> StepPlan:
-        """The next step's plan. Page ids and slots that it names are held by their sequences from here on."""
+        """The next step's plan. Page ids and slots that it names are held by their sequences from here on.
+
+        It may come out empty while there is work: where all that runs waits for steps in flight to be committed.
+        """
         plan = StepPlan(step=step, generation=generation)
         while self.waiting and self.waiting[0].replays and self._admit(self.waiting[0], plan):
             self.running.append(self.waiting.popleft())  # they had been admitted before
         budget = self.max_num_batched_tokens
         prompts = [request for request in self.running if request.leader.in_prefill]
-        replayed = next((request for request in prompts if request.leader.replays), None)
+        replayed = next((request for request in prompts if request.leader.replays_next), None)
         # A chunk is replayed whole. Behind the decode rows it might never find the room that it had at first, so it goes
         # before them, but not in two steps on end.
         if replayed is not None and not self._rows_waited:
@@ -101,13 +132,33 @@ class Scheduler:
             request = self.waiting.popleft()
             self.running.append(request)
             budget -= self._prefill(request, budget, plan)
-        plan.new_pages, self._new_pages = self._new_pages, []
-        plan.page_copies, self._page_copies = self._page_copies, []
+        if plan.parts:
+            plan.new_pages, self._new_pages = self._new_pages, []
+            plan.page_copies, self._page_copies = self._page_copies, []
+            self._advance(plan)
         return plan
+
+    def _advance(self, plan: StepPlan) -> None:
+        """Stand where the plan's step will have led, so that the next one can be scheduled."""
+        slots = {slot for part in plan.parts for slot in (part.slot, *part.samples)}
+        self.in_flight.append(ScheduledStep(plan, {slot: self._by_slot[slot] for slot in slots}))
+        for part in plan.parts:
+            sequence = self._by_slot[part.slot]
+            sequence.num_computed = part.end
+            for slot in part.samples:
+                self._by_slot[slot].num_output_placeholders += 1
+            if part.end == len(sequence.request.prompt_token_ids):
+                for sibling in sequence.request.unfinished:
+                    if sibling is not sequence:
+                        self._fork(sequence, sibling)
 
     def _decode(self, budget: int, plan: StepPlan) -> int:
         """Add a row for every sequence that decodes, as far as the budget goes; returns their number."""
-        ready = [sequence for sequence in self._running_sequences() if not sequence.in_prefill]
+        ready = [
+            sequence
+            for sequence in self._running_sequences()
+            if not sequence.in_prefill and sequence.num_computed < sequence.ends_at
+        ]
         plan.decode = [self._decode_row(sequence) for sequence in ready[:budget]]
         self._rows_waited = len(ready) > budget
         return len(plan.decode)
@@ -127,12 +178,12 @@ class Scheduler:
         row = DecodeRow(slot=sequence.slot, position=position, token=None, samples=[])
         if sequence.in_prompt or position < sequence.known_end:
             row.token = sequence.token(position)
-        if sequence.replays:
+        if sequence.replays_next:
             return row
         row.trace = self.trace and request.traces(position)
         if sequence.in_prompt:
             self._want_prompt_logprobs(row, request, position)
-        if position == sequence.num_tokens - 1:
+        if position == sequence.num_tokens_with_placeholders - 1:
             row.samples = self._samples(sequence)
         return row
 
@@ -146,7 +197,7 @@ class Scheduler:
         """Slots that sample from the logits of this sequence's last token: all of the request's when it ends the prompt."""
         if sequence.request.score:
             return []
-        if sequence.output_token_ids:
+        if sequence.output_token_ids or sequence.num_output_placeholders:
             return [sequence.slot]
         return [sibling.slot for sibling in sequence.request.unfinished]
 
@@ -156,7 +207,7 @@ class Scheduler:
         if not sequence.in_prefill or budget <= 0:
             return 0
         start = sequence.num_computed
-        if sequence.replays:
+        if sequence.replays_next:
             end = next(border for border in request.chunk_borders if border > start)
             if end > start + budget:
                 return 0
@@ -166,7 +217,7 @@ class Scheduler:
         self._grow(sequence, end)
         ends_known = end == sequence.num_tokens
         chunk = PrefillChunk(sequence.slot, start, prompt[start:end], self._samples(sequence) if ends_known else [])
-        if request.params.prompt_logprobs is not None and not sequence.replays:
+        if request.params.prompt_logprobs is not None and not sequence.replays_next:
             chunk.targets, chunk.prompt_logprobs = prompt[start + 1 : end + 1], request.params.prompt_logprobs
         plan.prefill.append(chunk)
         return end - start
@@ -235,39 +286,45 @@ class Scheduler:
 
     # ---- commit
 
-    def sequence_at(self, slot: int) -> Sequence:
-        """The sequence that holds a slot."""
-        return self._by_slot[slot]
-
-    def commit(self, plan: StepPlan, tokens: list[int]) -> list[tuple[Sequence, int | None]]:
-        """Take in a step's sampled tokens, in the order of the plan's `samples`.
-
-        Returns:
-            (sequence, new token) for each sample; (sequence, None) where a prompt that is only scored has ended.
-        """
-        new_tokens = iter(tokens)
-        committed: list[tuple[Sequence, int | None]] = []
+    def commit(self, plan: StepPlan, tokens: list[int]) -> list[Committed]:
+        """Take in the oldest step's sampled tokens, in the order of the plan's `samples`, less those of sequences that have
+        ended since it was scheduled."""
+        if not plan.parts:
+            return []
+        assert self.in_flight[0].plan is plan, "steps are committed in the order in which they were scheduled"
+        sequences = self.in_flight.popleft().sequences
+        assert len(tokens) == sum(len(part.samples) for part in plan.parts), (
+            "a step returned other tokens than its plan samples"
+        )
+        committed: list[Committed] = []
+        place = -1
         for part in plan.parts:
-            sequence = self._by_slot[part.slot]
-            request = sequence.request
-            if sequence.replays:
-                request.metrics.num_replayed_tokens += part.num_tokens
-                self.replayed_tokens += part.num_tokens
-            elif isinstance(part, PrefillChunk):
-                request.chunk_borders.append(part.end)
-            sequence.num_computed = part.end
+            sequence = sequences[part.slot]
+            if sequence.finish_reason is None:
+                self._commit_part(sequence, part)
             for slot in part.samples:
-                sampled = self._by_slot[slot]
-                sampled.output_token_ids.append(next(new_tokens))
-                committed.append((sampled, sampled.output_token_ids[-1]))
-            if part.end == len(request.prompt_token_ids):
-                for sibling in request.unfinished:
-                    if sibling is not sequence:
-                        self._fork(sequence, sibling)
-            if request.score and not sequence.in_prompt:
-                committed.append((sequence, None))
-        assert next(new_tokens, None) is None, "a step returned more tokens than its plan samples"
+                place += 1
+                sampled = sequences[slot]
+                if sampled.finish_reason is None:
+                    sampled.num_output_placeholders -= 1
+                    sampled.output_token_ids.append(tokens[place])
+                    committed.append(Committed(sampled, tokens[place], place))
+            if sequence.finish_reason is None and sequence.request.score and part.end == sequence.ends_at:
+                committed.append(Committed(sequence, None, place))
         return committed
+
+    def _commit_part(self, sequence: Sequence, part: DecodeRow | PrefillChunk) -> None:
+        """What a part has computed is in the cache."""
+        request = sequence.request
+        if sequence.replays:
+            request.metrics.num_replayed_tokens += part.num_tokens
+            self.replayed_tokens += part.num_tokens
+        elif isinstance(part, PrefillChunk):
+            request.chunk_borders.append(part.end)
+        sequence.num_committed = part.end
+        if part.end == len(request.prompt_token_ids):
+            for sibling in request.unfinished:
+                sibling.num_committed = part.end
 
     def _fork(self, parent: Sequence, child: Sequence) -> None:
         """Let the child share the parent's full pages and copy its partial one, or copy all; applied by the next plan."""

@@ -87,7 +87,11 @@ class Sequence:
     evicted_end: int = 0
     """One past the last evicted logical page; those before it, down to the sink pages, are gone too."""
     num_computed: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """Tokens whose keys and values are in the cache once every plan that has been made has run."""
+    num_committed: int = 0
+    """Those of them whose step's result has been taken in."""
+    num_output_placeholders: int = 0
+    """Output tokens that plans sample whose results have not been taken in."""
     replay_end: int = 0
     """Tokens that were computed before the last rebuild: up to there the same steps are taken again, and nothing is sampled,
     scored or traced, since it has been published."""
@@ -112,7 +116,23 @@ class Sequence:
         return len(self.request.prompt_token_ids) + len(self.output_token_ids)
 
     @property
+    def num_tokens_with_placeholders(self) -> int:
+        """Its tokens when every plan that has been made has run."""
+        return self.num_tokens + self.num_output_placeholders
+
+    @property
+    def ends_at(self) -> int:
+        """Tokens that it computes if nothing stops it: all but the last one sampled."""
+        return len(self.request.prompt_token_ids) + max(self.request.max_tokens - 1, 0)
+
+    @property
     def replays(self) -> bool:
+        """It has not come again to where it was before the last rebuild."""
+        return self.num_committed < self.replay_end
+
+    @property
+    def replays_next(self) -> bool:
+        """The next token to be computed was computed before the last rebuild."""
         return self.num_computed < self.replay_end
 
     @property
@@ -130,7 +150,8 @@ class Sequence:
 
     def restart(self) -> None:
         """See `Request.restart`."""
-        self.replay_end = max(self.replay_end, self.num_computed)
+        self.replay_end = max(self.replay_end, self.num_committed)
         self.known_end = self.num_tokens
         self.slot, self.pages, self.evicted_end = -1, [], 0
-        self.num_computed, self.forked = 0, False
+        self.num_computed, self.num_committed, self.num_output_placeholders = 0, 0, 0
+        self.forked = False

@@ -125,7 +125,7 @@ class DriverService:
 
         def ask() -> dict[str, Any]:
             if self._failure is None:
-                self._recovery.run(self._driver.report)
+                self._recovery.run(self._report)
             return self._driver.stats() | self._recovery.stats()
 
         return self._ask(ask)
@@ -185,6 +185,11 @@ class DriverService:
         else:
             self._driver.check()
         self._last_step = time.monotonic()
+
+    def _report(self) -> None:
+        while self._driver.in_flight:
+            self._publish(self._driver.settle())
+        self._driver.report()
 
     def _answer_calls(self) -> None:
         """Make the calls that have come so far; if one raises, those behind it are still in the inbox."""

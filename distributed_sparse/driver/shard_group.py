@@ -76,9 +76,10 @@ class ShardFailure(RuntimeError):
 
 
 class ShardGroup(ABC):
-    """The ranks, from one generation to the next: start, then send and collect in turn, rebuild after a failure, then stop.
+    """The ranks, from one generation to the next: start, then send and collect, rebuild after a failure, then stop.
 
-    One thread at a time calls it; only `cancel` may be called beside another verb.
+    Plans may be sent before the results of earlier ones are collected; ranks run them in order. One thread at a time calls it;
+    only `cancel` may be called beside another verb.
 
     Attributes:
         world_size: number of ranks.
@@ -111,6 +112,11 @@ class ShardGroup(ABC):
         """As in `Loaded`; the same on every rank."""
         return self.ranks[0].forks_copy_pages
 
+    @property
+    def queues_plans(self) -> bool:
+        """Whether ranks go on with a plan that was sent while the Driver does other things. Known once they have started."""
+        return True
+
     @abstractmethod
     def start(self, deadline: float | None = None) -> list[RankInfo]:
         """Bring every rank up, weights loaded, cache allocated, warm; the ranks, in rank order.
@@ -128,8 +134,8 @@ class ShardGroup(ABC):
         """After a ShardFailure: bring every rank up as the next generation; nothing is left of what the caches held.
 
         Ranks that failed are ended and replaced; others stay, with their weights, where the collectives' backend allows it.
-        Plans that were sent are forgotten. Arguments and errors: as `start`; but what a single rank refuses in a rebuild is a
-        ShardFailure, since it has been right before.
+        Plans that were sent and not collected are forgotten. Arguments and errors: as `start`; but what a single rank refuses
+        in a rebuild is a ShardFailure, since it has been right before.
         """
 
     @abstractmethod

@@ -23,17 +23,27 @@ KEPT = 256
 class StepClock:
     """When the things of one step happened, on the Driver's monotonic clock, in seconds."""
 
-    began: float
-    """Scheduling began."""
     sent: float
     received: float
     """The last rank's result was there."""
-    ended: float
-    """Committed."""
-    cpu: float
-    """Processor time of the Driver's thread."""
     received_before: float | None
-    """The last result of the step before; None where there was a pause between, or shards have another machine's clock."""
+    """The last result of the step before; None where there was a pause between."""
+    driver: float
+    """Spent on making and sending the plan, and on committing its result; beside the ranks' work, if plans are in flight."""
+    cpu: float
+    """Processor time of the Driver's thread, from one result to the next."""
+    same_clock: bool
+    """Whether the ranks' clocks are the Driver's."""
+
+    @property
+    def step(self) -> float:
+        """Seconds that the ranks took: since the plan was sent, and the result before it was there."""
+        return self.received - max(self.sent, self.received_before or self.sent)
+
+    @property
+    def period(self) -> float:
+        """Seconds from result to result."""
+        return self.received - self.received_before if self.received_before is not None else self.step + self.driver
 
 
 class StepTimes:
@@ -47,12 +57,13 @@ class StepTimes:
         self._step_timeout_s = step_timeout_s
         self._by_kind: dict[tuple[int, ...], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
         self._parts: dict[str, deque[float]] = {
-            "step_p50": deque(maxlen=KEPT),  # plan sent to last result received
-            "driver_p50": deque(maxlen=KEPT),  # schedule and commit
+            "step_p50": deque(maxlen=KEPT),  # see StepClock.step
+            "driver_p50": deque(maxlen=KEPT),  # schedule, send and commit
             "shard_p50": deque(maxlen=KEPT),  # the slowest shard's own time
-            "overhead_p50": deque(maxlen=KEPT),  # the whole step less the slowest shard's own time
+            "overhead_p50": deque(maxlen=KEPT),  # the whole period less the slowest shard's own time
             "driver_cpu_p50": deque(maxlen=KEPT),  # processor time of the Driver's thread
-            "gap_p50": deque(maxlen=KEPT),  # last result of a step received to the next step begun by all shards
+            # from the last result of a step received to the next step begun by all shards: below 0 where they had its plan
+            "gap_p50": deque(maxlen=KEPT),
         }
 
     def timeout(self, plan: StepPlan) -> float:
@@ -69,14 +80,13 @@ class StepTimes:
     def add(self, plan: StepPlan, results: list[StepResult], times: StepClock) -> None:
         """Remember a step."""
         slowest = max(result.step_ms for result in results) / 1e3
-        step = times.received - times.sent
-        self._by_kind[kind_of(plan)].append(step)
-        self._parts["step_p50"].append(step)
-        self._parts["driver_p50"].append(times.sent - times.began + times.ended - times.received)
+        self._by_kind[kind_of(plan)].append(times.step)
+        self._parts["step_p50"].append(times.step)
+        self._parts["driver_p50"].append(times.driver)
         self._parts["shard_p50"].append(slowest)
-        self._parts["overhead_p50"].append(times.ended - times.began - slowest)
+        self._parts["overhead_p50"].append(times.period - slowest)
         self._parts["driver_cpu_p50"].append(times.cpu)
-        if times.received_before is not None:
+        if times.received_before is not None and times.same_clock:
             self._parts["gap_p50"].append(max(result.started for result in results) - times.received_before)
 
     def medians_ms(self) -> dict[str, float]:

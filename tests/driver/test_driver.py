@@ -80,7 +80,7 @@ class Engine:
         """The shard fails in a step, and is made anew."""
         shard = self.group._shard
         assert shard is not None
-        shard.step = None  # type: ignore[assignment, method-assign]
+        shard.begin = None  # type: ignore[assignment, method-assign]
         with pytest.raises(ShardFailure):
             self.driver.step()
         self.group.rebuild()

@@ -539,11 +539,12 @@ class Rank(ScriptedGroup):
         if when == "before":
             self._failure = failure()
             raise self._failure
+        plan = self._uncollected[0]
         results = super().collect(timeout)
         if when == "after":  # rank 0 has sampled; another one has not answered
             self._failure = failure()
             raise self._failure
-        self._remember(self.plans[-1])
+        self._remember(plan)
         return results
 
     def _remember(self, plan: StepPlan) -> None:
@@ -571,7 +572,8 @@ class Told:
 
 
 class AnyFailure(RuleBasedStateMachine):
-    """Requests of every kind, aborts, and failures of every kind, also during a replay and on end."""
+    """Requests of every kind, aborts, and failures of every kind, also during a replay and on end, with one plan or two under
+    way."""
 
     @initialize(
         num_pages=st.integers(12, 40),
@@ -579,6 +581,7 @@ class AnyFailure(RuleBasedStateMachine):
         spare_budget=st.one_of(st.integers(0, 6), st.integers(0, 40)),
         kept_pages=st.none() | st.tuples(st.integers(0, 2), st.integers(1, 3)),
         forks_copy_pages=st.booleans(),
+        queues_plans=st.booleans(),
     )
     def start(
         self,
@@ -587,9 +590,12 @@ class AnyFailure(RuleBasedStateMachine):
         spare_budget: int,
         kept_pages: tuple[int, int] | None,
         forks_copy_pages: bool,
+        queues_plans: bool,
     ) -> None:
         self.kept_pages = kept_pages
-        self.group = Rank(num_pages=num_pages, kept_pages=kept_pages, forks_copy_pages=forks_copy_pages)
+        self.group = Rank(
+            num_pages=num_pages, kept_pages=kept_pages, forks_copy_pages=forks_copy_pages, queues_plans=queues_plans
+        )
         config = make_config(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_seqs + spare_budget)
         self.driver = Driver(config, INFO, None, self.group)
         self.driver.group.start()
@@ -659,20 +665,22 @@ class AnyFailure(RuleBasedStateMachine):
         for count in steps:
             for _ in range(count):
                 self.take(self.driver.step())
-            self.group.fails = when
-            with pytest.raises(ShardFailure):
-                self.driver.step()
+            self.step_into_failure(when)
             self.group.rebuild()
             self.take(self.driver.resume())
+
+    def step_into_failure(self, when: str) -> None:
+        self.group.fails = when
+        with pytest.raises(ShardFailure):
+            for _ in range(2):  # the first may only send a plan
+                self.take(self.driver.step())
 
     @precondition(lambda self: self.told)
     @rule(data=st.data(), late=st.booleans())
     def abort(self, data: st.DataObject, late: bool) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.told)))
         if late:  # between a failure and the rebuild
-            self.group.fails = "before"
-            with pytest.raises(ShardFailure):
-                self.driver.step()
+            self.step_into_failure("before")
         self.told[request_id].aborted |= not self.told[request_id].finished
         self.take({"c": self.driver.abort([request_id])})
         if late:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from distributed_sparse.driver.messages import DecodeRow, StepPlan
+from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, StepPlan
 from distributed_sparse.driver.pages import NULL_PAGE, PageAllocator, pages_for
 from distributed_sparse.driver.scheduler import Scheduler
 from distributed_sparse.driver.sequence import Request, Sequence
@@ -74,6 +74,7 @@ class Engine:
         self.targets: dict[Request, list[tuple[int, int]]] = {}
 
     def _come_up(self) -> None:
+        self.uncollected: deque[StepPlan] = deque()
         self.allocator = ReservedAllocator(self.num_pages)
         self.scheduler = Scheduler(self.allocator, **self._settings)
         self.cache = CacheModel(self.num_pages, PAGE_SIZE, self.kept_pages)
@@ -99,10 +100,13 @@ class Engine:
     def run(self, plan: StepPlan) -> None:
         result = self.cache.step(plan)
         for found in result.prompt_logprobs:
-            request = self.scheduler.sequence_at(found.slot).request
+            request = self.scheduler.in_flight[0].sequences[found.slot].request
             tokens = memoryview(found.token_ids).cast("i").tolist()
-            self.targets.setdefault(request, []).extend(zip(itertools.count(found.position), tokens))
-        for sequence, token in self.scheduler.commit(plan, result.tokens):
+            if not request.finished:
+                self.targets.setdefault(request, []).extend(zip(itertools.count(found.position), tokens))
+        for committed in self.scheduler.commit(plan, result.tokens):
+            sequence, token = committed.sequence, committed.token
+            assert token is None or token == result.tokens[committed.place]
             if token is None:
                 self.scored[sequence.request] += 1
                 self.scheduler.finish(sequence, "length")
@@ -118,10 +122,14 @@ class Engine:
 
     def finish(self) -> None:
         for _ in range(1000):
-            if not self.scheduler.has_work:
+            if not self.has_work:
                 return
             self.step()
         raise AssertionError("work is left that never ends")
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self.uncollected)
 
     def abort(self, request: Request) -> None:
         for sequence in request.sequences:
@@ -326,7 +334,7 @@ def test_a_token_more_than_the_plan_samples_is_an_error() -> None:
     engine = Engine()
     engine.add(tokens_of(4))
     plan = engine.plan()
-    with pytest.raises(AssertionError, match="more tokens than its plan samples"):
+    with pytest.raises(AssertionError, match="other tokens than its plan samples"):
         engine.scheduler.commit(plan, [1, 2])
 
 
@@ -676,6 +684,7 @@ class AnyOrder(RuleBasedStateMachine):
         spare_budget=st.integers(0, 40),
         kept_pages=st.none() | st.tuples(st.integers(0, 2), st.integers(1, 3)),
         forks_copy_pages=st.booleans(),
+        max_in_flight=st.integers(1, 3),
     )
     def start(
         self,
@@ -684,14 +693,17 @@ class AnyOrder(RuleBasedStateMachine):
         spare_budget: int,
         kept_pages: tuple[int, int] | None,
         forks_copy_pages: bool,
+        max_in_flight: int,
     ) -> None:
         self.kept_pages, self.forks_copy_pages = kept_pages, forks_copy_pages
         self.max_num_seqs = max_num_seqs
         self.budget = max_num_seqs + spare_budget
         self.engine = Engine(num_pages, max_num_seqs, self.budget, kept_pages, forks_copy_pages)
+        self.max_in_flight = max_in_flight
         self.requests: list[Request] = []
         self.admitted: list[Request] = []
         self.chunk_ends: dict[Request, list[int]] = {}
+        self.planned_ends: dict[Request, list[int]] = {}
         self.computed: Counter[Sequence] = Counter()
         self.replayed: Counter[Request] = Counter()
         self.waited: set[Sequence] = set()
@@ -734,7 +746,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.engine.scheduler.add(request)
         self.requests.append(request)
 
-    @precondition(lambda self: self.engine.scheduler.has_work)
+    @precondition(lambda self: self.engine.has_work)
     @rule(count=st.integers(1, 12))
     def step(self, count: int) -> None:
         for _ in range(count):
@@ -756,6 +768,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.engine.is_empty()
         self.admitted.clear()
         self.waited.clear()
+        self.planned_ends = {request: list(ends) for request, ends in self.chunk_ends.items()}
         for request in list(self.engine.scheduler.waiting):
             if self.most_pages(request) > self.engine.allocator.total:
                 with pytest.raises(ValueError, match="but the cache has"):
@@ -767,29 +780,62 @@ class AnyOrder(RuleBasedStateMachine):
     # ---- one step, looked at from all sides
 
     def one_step(self) -> None:
-        scheduler = self.engine.scheduler
+        """Plan a step, and collect the oldest one once so many are in flight; ranks run them in order, so that when does not
+        matter to what they compute."""
+        scheduler, uncollected = self.engine.scheduler, self.engine.uncollected
+        ready = [
+            sequence
+            for sequence in self.running_sequences()
+            if not sequence.in_prefill and sequence.num_computed < sequence.ends_at
+        ]
         plan = self.engine.plan()
         assert sum(part.num_tokens for part in plan.parts) <= self.budget
         assert len({part.slot for part in plan.parts}) == len(plan.parts)
-        self.check_decode(plan)
+        self.check_decode(plan, ready)
         self.admitted += scheduler.running[len(scheduler.running) - self.count_admitted(plan) :]
         self.check_prefill(plan)
         self.check_that_the_head_of_the_queue_had_to_wait(plan)
         self.check_pages()
         self.check_window(plan)
         self.check_replay(plan)
+        assert plan.parts or uncollected or not scheduler.has_work, "work is left, and nobody runs"
+        is_empty = not plan.parts and not plan.setups
+        if not is_empty:
+            uncollected.append(plan)
+        if uncollected and (is_empty or len(uncollected) == self.max_in_flight):
+            self.collect(uncollected.popleft())
+
+    def collect(self, plan: StepPlan) -> None:
+        """Commit a step; what it has computed counts for the sequences that have not ended since it was planned."""
+        sequences = self.engine.scheduler.in_flight[0].sequences if plan.parts else {}
+        alive = {part.slot: sequences[part.slot] for part in plan.parts if sequences[part.slot].finish_reason is None}
         self.engine.run(plan)
-        assert plan.parts or not scheduler.has_work, "work is left, and nobody runs"
+        for part in plan.parts:
+            if part.slot not in alive:
+                continue
+            sequence = alive[part.slot]
+            if part.end <= self.computed[sequence]:
+                self.replayed[sequence.request] += part.num_tokens
+            elif isinstance(part, PrefillChunk):
+                self.chunk_ends.setdefault(sequence.request, []).append(part.end)
+            self.computed[sequence] = max(self.computed[sequence], part.end)
+            if part.end == len(sequence.request.prompt_token_ids):
+                for sibling in sequence.request.sequences:
+                    self.computed[sibling] = max(self.computed[sibling], part.end)
         self.check_finished()
 
+    def planned(self, slot: int) -> Sequence:
+        """Whom a slot of the newest plan stands for."""
+        return self.engine.scheduler.in_flight[-1].sequences[slot]
+
     def count_admitted(self, plan: StepPlan) -> int:
-        by_request = Counter(self.engine.scheduler.sequence_at(setup.slot).request for setup in plan.setups)
+        by_slot = {sequence.slot: sequence for sequence in self.admitted_sequences()}
+        by_request = Counter(by_slot[setup.slot].request for setup in plan.setups)
         assert all(len(request.unfinished) == count for request, count in by_request.items())
         return len(by_request)
 
-    def check_decode(self, plan: StepPlan) -> None:
+    def check_decode(self, plan: StepPlan, ready: list[Sequence]) -> None:
         """A running sequence decodes one token in each step, but where a chunk is replayed: then it may wait for one step."""
-        ready = [sequence for sequence in self.running_sequences() if not sequence.in_prefill]
         rows = [row.slot for row in plan.decode]
         assert len({*rows}) == len(rows)
         waited = {sequence for sequence in ready if sequence.slot not in rows}
@@ -797,13 +843,13 @@ class AnyOrder(RuleBasedStateMachine):
         assert not waited & self.waited
         if waited:
             assert sum(part.num_tokens for part in plan.parts) == self.budget
-            assert self.engine.scheduler.sequence_at(plan.prefill[0].slot).replays
+            assert plan.prefill[0].start < self.planned(plan.prefill[0].slot).replay_end
         self.waited = waited
 
     def check_prefill(self, plan: StepPlan) -> None:
-        sequences = [self.engine.scheduler.sequence_at(chunk.slot) for chunk in plan.prefill]
+        sequences = [self.planned(chunk.slot) for chunk in plan.prefill]
         order = [self.requests.index(sequence.request) for sequence in sequences]
-        if sequences and sequences[0].replays:
+        if sequences and plan.prefill[0].start < sequences[0].replay_end:
             del order[0]
         assert order == sorted(order), "prompts are prefilled oldest first, but for one that is replayed"
         for place, (sequence, chunk) in enumerate(zip(sequences, plan.prefill)):
@@ -811,8 +857,8 @@ class AnyOrder(RuleBasedStateMachine):
             assert sequence is request.leader
             assert chunk.tokens == request.prompt_token_ids[chunk.start : chunk.end]
             assert chunk.tokens and chunk.end <= request.prefill_length
-            ends = self.chunk_ends.setdefault(request, [])
-            if sequence.replays:
+            ends = self.planned_ends.setdefault(request, [])
+            if chunk.start < sequence.replay_end:
                 assert (chunk.start, chunk.end) in itertools.pairwise([0, *ends]), "the chunks of the first time"
                 continue
             if chunk.end < request.prefill_length:
@@ -824,20 +870,15 @@ class AnyOrder(RuleBasedStateMachine):
     def check_replay(self, plan: StepPlan) -> None:
         """What has been computed before is only computed again: it brings nothing that has been published."""
         for part in plan.parts:
-            sequence = self.engine.scheduler.sequence_at(part.slot)
-            again = part.end <= self.computed[sequence]
-            assert sequence.replays == again
-            if again:
-                self.replayed[sequence.request] += part.num_tokens
+            sequence = self.planned(part.slot)
+            if part.end <= self.computed[sequence]:
                 assert not part.samples and not part.prompt_logprobs
                 if isinstance(part, DecodeRow):
                     assert part.token == sequence.token(part.position) and part.target is None and not part.trace
                 else:
                     assert part.targets is None
-            self.computed[sequence] = max(self.computed[sequence], part.end)
-            if part.end == len(sequence.request.prompt_token_ids):
-                for sibling in sequence.request.unfinished:
-                    self.computed[sibling] = max(self.computed[sibling], part.end)
+            else:
+                assert part.end > sequence.replay_end
 
     def check_that_the_head_of_the_queue_had_to_wait(self, plan: StepPlan) -> None:
         scheduler, allocator = self.engine.scheduler, self.engine.allocator
@@ -923,7 +964,7 @@ class AnyOrder(RuleBasedStateMachine):
     def check_window(self, plan: StepPlan) -> None:
         """What a decode row reads is held, and nothing else."""
         for row in plan.decode:
-            pages = self.engine.scheduler.sequence_at(row.slot).pages
+            pages = self.planned(row.slot).pages
             assert len(pages) == pages_for(row.end, PAGE_SIZE)
             held = [place for place, page in enumerate(pages) if page != NULL_PAGE]
             places = list(range(len(pages)))
@@ -945,7 +986,7 @@ class AnyOrder(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "engine"):
             for _ in range(10_000):
-                if not self.engine.scheduler.has_work:
+                if not self.engine.has_work:
                     break
                 self.one_step()
             assert all(request.finished for request in self.requests)

@@ -24,7 +24,9 @@ def decode(rows: int) -> StepPlan:
 
 def after(plan: StepPlan, seconds: float, times: StepTimes, count: int = 20) -> None:
     for _ in range(count):
-        clock = StepClock(0.0, 0.001, 0.001 + seconds, 0.002 + seconds, 0.0005, -0.001)
+        clock = StepClock(
+            sent=0.001, received=0.001 + seconds, received_before=-0.001, driver=0.002, cpu=0.0005, same_clock=True
+        )
         times.add(plan, [StepResult(step=0, rank=0, started=0.002, step_ms=seconds * 900)], clock)
 
 
@@ -72,8 +74,17 @@ def test_the_gap_is_what_the_slowest_shard_waits_between_two_steps() -> None:
     after(decode(4), 0.01, times)
     assert times.medians_ms()["gap_p50"] == pytest.approx(3.0)
     assert times.medians_ms()["driver_cpu_p50"] == pytest.approx(0.5)
-    times.add(decode(4), [StepResult(step=0, rank=0, started=50.0)], StepClock(0.0, 0.0, 0.0, 0.0, 0.0, None))
+    times.add(decode(4), [StepResult(step=0, rank=0, started=50.0)], StepClock(0.0, 0.0, None, 0.0, 0.0, True))
     assert times.medians_ms()["gap_p50"] == pytest.approx(3.0), "a pause is no gap"
+
+
+def test_a_step_that_was_sent_before_the_last_one_ended_counts_from_that_end() -> None:
+    times = StepTimes(None)
+    clock = StepClock(sent=1.000, received=1.030, received_before=1.020, driver=0.001, cpu=0.0, same_clock=True)
+    times.add(decode(4), [StepResult(step=0, rank=0, started=1.0195, step_ms=9.0)], clock)
+    medians = {name: round(ms, 3) for name, ms in times.medians_ms().items()}
+    assert (medians["step_p50"], medians["overhead_p50"]) == (10.0, 1.0)
+    assert medians["gap_p50"] == -0.5, "the shards had the plan before the result was there"
 
 
 def test_an_empty_step_is_not_waited_for_as_a_first_one_is() -> None:
