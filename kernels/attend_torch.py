@@ -163,6 +163,7 @@ def _attend_chunks(
         width = CHUNK_WIDTHS[i]
         of_class, is_full = width_class == i, chunks.length == width
         for items in ((of_class & is_full).nonzero()[0], (of_class & ~is_full).nonzero()[0]):
+            queries = q_rows.index_select(0, torch.from_numpy(chunks.row[items])).float()
             for start in range(0, len(items), at_once := chunks_at_once * (CHUNK_TOKENS // width)):
                 some = items[start : start + at_once]
                 blocks = torch.from_numpy(chunks.blocks[some, : width // chunks.block_tokens].ravel())
@@ -173,9 +174,8 @@ def _attend_chunks(
                     wide[:, :used].copy_(narrow[:, :used])
                 keys, values = wide[:, :used].view(2, len(some), width, head_dim)
                 mask = None if is_full[some[0]] else _mask_past(torch.from_numpy(chunks.length[some]), keys, values)
-                q = q_rows[torch.from_numpy(chunks.row[some])].float()
                 out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q, keys[:, None], values[:, None], 0.0, False, attn_mask=mask, scale=scale
+                    queries[start : start + at_once], keys[:, None], values[:, None], 0.0, False, attn_mask=mask, scale=scale
                 )
                 at = torch.from_numpy(places[some])
                 outs.index_copy_(0, at, out[:, 0])

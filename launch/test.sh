@@ -11,7 +11,7 @@ fi
 # the Triton kernels in the interpreter: the variable must be set before triton is imported, hence a process of its own, beside
 # the others on one core
 interpreted=$(mktemp)
-TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/kernels >"$interpreted" 2>&1 &
+TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/kernels tests/test_step_guards.py tests/shard/test_emulated_graphs.py >"$interpreted" 2>&1 &
 interpreter=$!
 trap 'kill "$interpreter" 2>/dev/null || true; rm -f "$interpreted"' EXIT
 status=0

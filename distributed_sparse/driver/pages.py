@@ -57,8 +57,11 @@ class PageAllocator:
             self._references[page] += 1
 
     def release(self, pages: list[int]) -> None:
-        """Drop a reference of each of `pages`; a page that nobody holds is free again."""
-        for page in pages:
+        """Drop a reference of each of `pages`; a page that nobody holds is free again.
+
+        Runs of ascending pages are given out again as such: a CPU reads them faster.
+        """
+        for page in reversed(pages):
             assert self._references[page] > 0, f"page {page} is released twice"
             self._references[page] -= 1
             if self._references[page] == 0:
