@@ -1,4 +1,4 @@
-"""Driver: owns requests and their token history, runs one step at a time, commits it, and only then publishes it."""
+"""Driver: owns requests and their token history, sends steps, commits each, and only then publishes it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ from distributed_sparse.request_validation import validate_request
 
 PROFILE_FIRST = 8
 """The first step of decode rows alone from this one on takes the times of its parts; then one in `profile_interval`."""
+
+MAX_AHEAD_NUMBERS = 8192
+"""A plan of more numbers (tokens, pages; 5 bytes each at most) waits until its ranks have done with the last one: a rank that
+computes reads nothing, and to send what its socket cannot hold would wait for it, deaf to results."""
 
 Updates = dict[str, list[RequestUpdate]]
 """Client id -> what to tell it."""
@@ -54,6 +58,8 @@ class Driver:
         self._counts: Counter[str] = Counter(finished=0, aborted=0, failed=0)
         self._admitted = 0
         self._sent: deque[SentStep] = deque()  # and not collected, the oldest first
+        self._held: StepPlan | None = None  # too large to be sent ahead
+        self._max_in_flight = 1
         self._next_step = 0
         self._steps = 0
         self._reports: list[ShardReport | None] = []
@@ -77,6 +83,7 @@ class Driver:
         self._max_in_flight = 2 if self.config.async_scheduling and self.group.queues_plans else 1
         self._reports = [None] * len(self._ranks)
         self._sent.clear()
+        self._held = None
         self._received_before = None
         self._density.begin()
         self._same_clock = {rank.hostname for rank in self._ranks} == {socket.gethostname()}
@@ -177,7 +184,7 @@ class Driver:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._sent)
+        return self.scheduler.has_work or bool(self._sent) or self._held is not None
 
     @property
     def replays(self) -> bool:
@@ -221,9 +228,13 @@ class Driver:
 
     def _send_next(self) -> bool:
         began = time.monotonic()
-        plan = self.scheduler.schedule(self._next_step, self.group.generation)
+        held, self._held = self._held, None
+        plan = held or self.scheduler.schedule(self._next_step, self.group.generation)
         if self._sent and not plan.parts and not plan.setups:
             return False  # all that runs waits for the results of plans in flight
+        if self._sent and plan.num_numbers > MAX_AHEAD_NUMBERS:
+            self._held = plan
+            return False
         if self._next_step >= self._next_profile and plan.decode and not plan.prefill:
             plan.profile = plan.report = True
             self._next_profile = self._next_step + self.config.profile_interval
@@ -232,6 +243,7 @@ class Driver:
         return True
 
     def _send(self, plan: StepPlan, began: float) -> None:
+        plan.step = self._next_step
         self.group.send(plan)
         self._next_step += 1
         sent = time.monotonic()
@@ -405,6 +417,7 @@ class Driver:
                 )
             )
         self._sent.clear()
+        self._held = None
         self._counts["failed"] += len(self._requests)
         self.metrics.count("request_success", len(self._requests), "error")
         self._requests.clear()

@@ -113,6 +113,12 @@ class StepPlan(Message):
         """What runs, in the order of the batch: decode rows, then prompt chunks."""
         return [*self.decode, *self.prefill]
 
+    @property
+    def num_numbers(self) -> int:
+        """Tokens and pages that it names: what its size on the wire grows with, beside its rows."""
+        tokens = sum(len(chunk.tokens) + len(chunk.targets or ()) for chunk in self.prefill)
+        return tokens + sum(len(pages) for _, pages in self.new_pages) + 2 * len(self.page_copies)
+
 
 class Join(Message):
     """Every rank has said hello, and they agree: meet the others, and load what is not loaded yet."""

@@ -31,7 +31,7 @@ class StepClock:
     driver: float
     """Spent on making and sending the plan, and on committing its result; beside the ranks' work, if plans are in flight."""
     cpu: float
-    """Processor time of the Driver's thread, from one result to the next."""
+    """Processor time of the Driver's thread in the call that took the result in: it also sent the plan behind."""
     same_clock: bool
     """Whether the ranks' clocks are the Driver's."""
 

@@ -58,7 +58,8 @@ def summary(identity: dict[str, Any], tried: Tried, outcomes: Sequence[Outcome])
 def split_ms(record: Record) -> dict[str, float | None]:
     """A step's time by part, in ms; None where no profile step was taken, and for a rest that would be negative."""
     ms = record["time_ms"]
-    found: dict[str, float | None] = {"driver": ms["overhead_p50"]}
+    # ranks that have the next plan wait for each other inside it: then the slowest one's own time is longer than the period
+    found: dict[str, float | None] = {"driver": max(ms["overhead_p50"], 0.0)}
     if "attend" not in ms:
         return found | {"select": None, "attend": None, "all_reduce": None, "other": None}
     known = {name: ms.get(name, 0.0) for name in ("select", "attend", "all_reduce")}

@@ -131,8 +131,11 @@ class Policy(ABC):
     config_class: ClassVar[type[SparseConfig]]
     metadata: tuple[Metadata, ...] = ()
     """What the cache must keep beside K and V for this method; may be set in `__init__`, where it depends on the config."""
-    graph_safe: bool = True
-    """False for a method that reads device values on the host: it turns CUDA graphs off."""
+    graph_safe: bool = False
+    """True where `select` may be captured as a CUDA graph and replayed: all that it does, it does on the device, by the batch's
+    tensors. It reads no device value on the host, uploads nothing, keeps no count in Python, and depends on
+    `batch.max_context_len` for widths alone, since that is then the longest context of any replay. It bears rows that pad the
+    batch: their `context_lens` and `num_pages` are 0 and their q any bits. One that is not turns CUDA graphs off."""
     launches: ClassVar[int] = 2
     """Kernels that `select` launches on a GPU, about: for planning alone."""
 

@@ -24,6 +24,7 @@ class DensePolicy(Policy):
     """Exact attention, and what every layer below `dense_layers` runs."""
 
     config_class = DenseConfig
+    graph_safe = True
     launches = 0
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:

@@ -91,6 +91,7 @@ class TopKPolicy(Policy):
 
     config: TopKConfig
     predictor: Predictor
+    graph_safe = True
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
         config = self.config

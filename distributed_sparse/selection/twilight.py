@@ -95,6 +95,7 @@ class TwilightPolicy(Policy):
     """
 
     config_class = TwilightConfig
+    graph_safe = True
     launches = 4
     config: TwilightConfig
 

@@ -110,6 +110,7 @@ class VAttentionPolicy(Policy):
     """
 
     config_class = VAttentionConfig
+    graph_safe = True
     launches = 40  # most of them for the size of the sample
     config: VAttentionConfig
 

@@ -84,6 +84,7 @@ class WindowPolicy(Policy):
     """
 
     config_class = WindowConfig
+    graph_safe = True
     config: WindowConfig
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
