@@ -75,6 +75,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"load_format": "pt"}, r"load_format='pt' is not known; use one of 'auto', 'dummy'"),
     ({"enforce_eager": 1}, r"enforce_eager=1 must be true or false"),
     ({"trace": "yes"}, r"trace='yes' must be true or false"),
+    ({"async_scheduling": "no"}, r"async_scheduling='no' must be true or false"),
     ({"page_size": 17}, r"page_size=17 is not a power of two; use one of 16, 32, 64"),
     ({"page_size": 128}, r"page_size=128 has no kernel; use one of 16, 32, 64"),
     ({"page_size": 0}, r"page_size=0 must be >= 1; use one of 16, 32, 64"),

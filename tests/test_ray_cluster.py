@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
 
 # in a process of its own: the tests' process has its own connection to Ray, of which there is one
 CLUSTER = """
-    import json, os, sys
+    import json, os, sys, time
     import ray
     from ray.cluster_utils import Cluster
     from distributed_sparse import LLM, SamplingParams
@@ -55,7 +55,9 @@ CLUSTER = """
     ray.init(address=cluster.address, logging_level="ERROR")
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     left = [entry["name"] for entry in ray.util.placement_group_table().values() if entry["state"] != "REMOVED"]
-    free = ray.available_resources().get("CPU")
+    deadline = time.monotonic() + 20.0  # Ray's nodes report what is free now and then
+    while (free := ray.available_resources().get("CPU")) != 2.0 and time.monotonic() < deadline:
+        time.sleep(0.1)
     ray.shutdown()
     cluster.shutdown()
     print(json.dumps({"tokens": tokens, "ranks": stats["ranks"], "nodes": nodes, "left": left, "free": free}))
