@@ -6,6 +6,8 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from distributed_sparse.kernels import native
+
 CHUNK_TOKENS = 512
 """A row's list of pages, and its list of tokens, are each cut into chunks of this many tokens, one partial result per
 chunk, combined in index order: so the cut, and with it every bit of the result, depends on the row alone."""
@@ -61,7 +63,7 @@ def attend(
     """Attend over listed pages, then listed tokens, then merge an already attended partial result.
 
     Chunks are numbered: pages first, then tokens; the partial comes last. Rows are independent: the result of a row is
-    the same bits in any batch, order, or number of KV heads (on CPU: at one thread).
+    the same bits in any batch, order, or number of KV heads (with torch's formulation on a CPU: at one thread).
 
     Args:
         q: [B, H_q, d] post-RoPE queries, float32 | float16 | bfloat16; H_q = G * H_kv, 1 <= G <= 16; d 64, 96, 128 or 256.
@@ -85,6 +87,8 @@ def attend(
     """
     if q.is_cuda:
         from distributed_sparse.kernels.attend_triton import attend_triton as impl
+    elif native.serves(q.shape[-1]):
+        from distributed_sparse.kernels.attend_native import attend_native as impl
     else:
         from distributed_sparse.kernels.attend_torch import attend_torch as impl
     return impl(

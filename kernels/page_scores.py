@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from distributed_sparse.kernels import native
+
 
 def page_scores(q: Tensor, page_min_max: Tensor, page_table: Tensor, num_pages: Tensor, group_reduction: str = "max") -> Tensor:
     """Score every page of every (sequence, KV head) row (Quest, arXiv 2406.10774, section 3.2, algorithm 1).
@@ -28,6 +30,8 @@ def page_scores(q: Tensor, page_min_max: Tensor, page_table: Tensor, num_pages: 
         raise ValueError(f"group_reduction={group_reduction!r} is unknown; use 'max' or 'sum'")
     if q.is_cuda:
         from distributed_sparse.kernels.page_scores_triton import page_scores_triton as impl
+    elif native.serves(q.shape[-1]):
+        from distributed_sparse.kernels.page_scores_native import page_scores_native as impl
     else:
         from distributed_sparse.kernels.page_scores_torch import page_scores_torch as impl
     return impl(q, page_min_max, page_table, num_pages, group_reduction)

@@ -1,12 +1,13 @@
-"""Runs one test body on every implementation of an op: torch, the Triton interpreter, Triton on CUDA.
+"""Runs one test body on every implementation of an op: torch, native.cpp where it has the op, Triton interpreted and on CUDA.
 
-A test that takes ``implementation`` runs on all three; ``@pytest.mark.implementations("interpreter", "triton")`` narrows
+A test that takes ``implementation`` runs on all of them; ``@pytest.mark.implementations("interpreter", "triton")`` narrows
 that. The interpreter needs TRITON_INTERPRET=1 before triton is imported, so it has a process of its own, which runs
 nothing else: ``TRITON_INTERPRET=1 pytest tests/kernels``. Shapes too large for it are marked ``not_interpreted``.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     marker = metafunc.definition.get_closest_marker("implementations")
     names = marker.args if marker else [implementation.name for implementation in IMPLEMENTATIONS]
+    op = metafunc.module.__name__.rpartition(".test_")[2]
+    if importlib.util.find_spec(f"distributed_sparse.kernels.{op}_native") is None:
+        names = [name for name in names if name != "native"]
     on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
     parameters = [
         pytest.param(implementation, id=implementation.name, marks=on_gpu if implementation.device == "cuda" else ())

@@ -297,7 +297,7 @@ def test_a_row_has_the_same_bits_alone_and_among_any_others(implementation, dtyp
             assert torch.equal(bits(alone_lse[0]), bits(reordered_lse[(b + 1) % 3, there]))
 
 
-@pytest.mark.implementations("torch", "triton")
+@pytest.mark.implementations("torch", "native", "triton")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("one_thread")
 def test_a_long_row_among_many_has_the_bits_it_has_alone(implementation, dtype):
@@ -357,6 +357,7 @@ def combine_case(dim: int = 96) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, T
     )
 
 
+@pytest.mark.implementations("torch", "interpreter", "triton")
 @pytest.mark.parametrize("with_partial", [False, True])
 def test_combine_equals_the_reference_and_ignores_empty_partials(implementation, with_partial):
     outs, lses, num_partials, partial = combine_case()
@@ -373,6 +374,7 @@ def test_combine_equals_the_reference_and_ignores_empty_partials(implementation,
     assert_near(lse.cpu(), expected_lse, LSE_TOLERANCE)
 
 
+@pytest.mark.implementations("torch", "interpreter", "triton")
 def test_combine_gives_the_same_bits_at_any_capacity(implementation):
     outs, lses, num_partials, (partial_out, partial_lse) = combine_case()
     device = implementation.device

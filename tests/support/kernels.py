@@ -35,7 +35,7 @@ ARCHITECTURES = [90, pytest.param(80, marks=pytest.mark.slow)]
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op: ``torch`` on CPU, the Triton path in the ``interpreter`` on CPU, or ``triton`` on CUDA."""
+    """One way to run an op: ``torch`` or ``native`` on CPU, Triton in the ``interpreter`` on CPU, or ``triton`` on CUDA."""
 
     name: str
     device: str
@@ -46,15 +46,16 @@ class Implementation:
 
     def function(self, op: str, file: str | None = None) -> Callable[..., Any]:
         """The implementation's function of an op: ``append_torch`` of ``kernels/append_torch.py``, or of ``file``_torch.py."""
-        suffix = "torch" if self.name == "torch" else "triton"
+        suffix = self.name if self.name in ("torch", "native") else "triton"
         module = importlib.import_module(f"distributed_sparse.kernels.{file or op}_{suffix}")
         return getattr(module, f"{op}_{suffix}")
 
 
 TORCH = Implementation("torch", "cpu")
+NATIVE = Implementation("native", "cpu")
 INTERPRETER = Implementation("interpreter", "cpu")
 TRITON = Implementation("triton", "cuda")
-IMPLEMENTATIONS = (TORCH, INTERPRETER, TRITON)
+IMPLEMENTATIONS = (TORCH, NATIVE, INTERPRETER, TRITON)
 
 
 @contextlib.contextmanager

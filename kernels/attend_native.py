@@ -1,0 +1,77 @@
+"""attend on a CPU with `native.cpp`: pages and tokens are read where they lie, each once for all heads of its group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distributed_sparse.kernels import native
+
+
+def attend_native(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pages: Tensor,
+    num_pages: Tensor,
+    last_page_len: Tensor,
+    scale: float,
+    *,
+    tokens: Tensor | None = None,
+    num_tokens: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    partial: tuple[Tensor, Tensor] | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attend` for CPU tensors: the same arguments and results; the bits of a row do not depend on the number of threads."""
+    library = native.library()
+    assert library is not None and k_pages.stride()[1:] == v_pages.stride()[1:] == (k_pages[0, 0].numel(), k_pages.shape[3], 1)
+    batch, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, page_size, _ = k_pages.shape
+    queries = (q.float() * scale).contiguous()
+    pages, num_pages = _listed(pages), num_pages.int()
+    if tokens is None or num_tokens is None:
+        tokens = num_tokens = None
+    else:
+        tokens, num_tokens = _listed(tokens), num_tokens.int()
+    weight = None if log_weight is None else log_weight.float().contiguous()
+    parts = (None, None) if partial is None else (partial[0].float().contiguous(), partial[1].float().contiguous())
+    out, lse = torch.empty(batch, num_q_heads, head_dim), torch.empty(batch, num_q_heads)
+
+    def strides(entries: Tensor | None) -> tuple[int, int]:
+        return (entries.stride(0), entries.stride(1)) if entries is not None else (0, 0)
+
+    getattr(library, f"attend_{native.DTYPES[k_pages.dtype]}")(
+        queries.data_ptr(),
+        k_pages.data_ptr(),
+        v_pages.data_ptr(),
+        k_pages.stride(0),
+        k_pages.stride(1),
+        pages.data_ptr(),
+        *strides(pages),
+        num_pages.data_ptr(),
+        *strides(num_pages),
+        (last := last_page_len.int().contiguous()).data_ptr(),
+        native.address(tokens),
+        *strides(tokens),
+        native.address(num_tokens),
+        *strides(num_tokens),
+        native.address(weight),
+        native.address(parts[0]),
+        native.address(parts[1]),
+        batch,
+        num_kv_heads,
+        num_q_heads // num_kv_heads,
+        head_dim,
+        page_size,
+        out.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    del last
+    return (out, lse) if return_lse else out.to(q.dtype)
+
+
+def _listed(entries: Tensor) -> Tensor:
+    """int32 with consecutive entries side by side; strides over sequences and heads are free."""
+    return entries.int() if entries.stride(2) == 1 else entries.int().contiguous()

@@ -1,0 +1,382 @@
+// attend and page_scores for a CPU: pages are read where they lie, once, at the speed of memory.
+//
+// No header of torch or of any library: `native.py` compiles this file on its first use and calls it with plain pointers.
+// Vectors are GCC's (also Clang's): 16 floats, which the compiler maps on what the machine has.
+// Work is cut by a row's own length alone, and partial results are merged in order: a row has the same bits at any number
+// of threads and in any batch.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int W = 16;  // floats in a vector, and tokens in a block: no page is smaller
+typedef float Vec __attribute__((vector_size(W * 4)));
+typedef int32_t IntVec __attribute__((vector_size(W * 4)));
+typedef uint32_t BitVec __attribute__((vector_size(W * 4)));
+typedef uint16_t ShortVec __attribute__((vector_size(W * 2)));
+typedef float Vec8 __attribute__((vector_size(32)));
+typedef float Vec4 __attribute__((vector_size(16)));
+
+struct Bfloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+inline Vec load(const float* from) {
+    Vec x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline BitVec load_bits(const void* from) {
+    ShortVec bits;
+    memcpy(&bits, from, sizeof bits);
+    return __builtin_convertvector(bits, BitVec);
+}
+
+inline Vec load(const Bfloat16* from) { return (Vec)(load_bits(from) << 16); }
+
+inline Vec load(const Float16* from) {
+    const BitVec half = load_bits(from), rest = half & 0x7fff;
+    const Vec scaled = (Vec)(rest << 13) * 0x1p112f;  // the exponents differ by 112; right for subnormals too
+    const BitVec infinite = (BitVec)(rest >= 0x7c00) & 0x7f800000;
+    return (Vec)((BitVec)scaled | infinite | (half & 0x8000) << 16);
+}
+
+inline void store(float* to, Vec x) { memcpy(to, &x, sizeof x); }
+
+inline float sum(Vec x) {
+    Vec8 eights[2];
+    memcpy(eights, &x, sizeof x);
+    const Vec8 eight = eights[0] + eights[1];
+    Vec4 fours[2];
+    memcpy(fours, &eight, sizeof eight);
+    const Vec4 four = fours[0] + fours[1];
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// e^x for x <= 0; 0 below -87. Cody and Waite's reduction, then the series to x^7: within 2 ulp.
+inline Vec exp_of_negative(Vec x) {
+    const Vec kept = x < -87.0f ? Vec{} - 87.0f : x;
+    const IntVec n = __builtin_convertvector(kept * 1.44269504f - 0.5f, IntVec);
+    const Vec whole = __builtin_convertvector(n, Vec);
+    const Vec r = (kept - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    Vec y = Vec{} + 1.0f / 5040;
+    y = y * r + 1.0f / 720;
+    y = y * r + 1.0f / 120;
+    y = y * r + 1.0f / 24;
+    y = y * r + 1.0f / 6;
+    y = y * r + 0.5f;
+    y = (y * r + 1.0f) * r + 1.0f;
+    const Vec power = (Vec)((n + 127) << 23);
+    return x < -87.0f ? Vec{} : y * power;
+}
+
+// ---- attend
+
+constexpr int CHUNK_TOKENS = 512;  // of attend.py
+constexpr int HEADS_AT_ONCE = 4;   // query heads whose sums stay in registers
+
+// What one chunk gives to one query head: the highest logit, the sum of e^(logit - highest), and that of values times it.
+struct State {
+    float highest, total;
+};
+
+struct Chunk {
+    int64_t row;
+    int32_t index;   // in its row's list
+    int32_t tokens;  // 1..CHUNK_TOKENS
+    bool of_pages;
+};
+
+template <class T>
+struct Attend {
+    const float* q;  // [rows, group, dim], multiplied by the scale
+    const T *k, *v;  // [num_pages_total, heads, page_size, dim] with these strides; a page of one head is contiguous
+    int64_t page_stride, head_stride;
+    const int32_t* pages;  // [batch, heads, ...]
+    int64_t pages_strides[2];
+    const int32_t* tokens;
+    int64_t tokens_strides[2];
+    int64_t heads, group, dim, page_size;
+
+    // Where in k and v the 16 tokens from `start` of a chunk lie, `count` of them.
+    int find(const Chunk& chunk, int start, int64_t at[W]) const {
+        const int64_t b = chunk.row / heads, h = chunk.row % heads;
+        const int count = chunk.tokens - start < W ? chunk.tokens - start : W;
+        const int64_t place = int64_t(chunk.index) * CHUNK_TOKENS + start;
+        if (chunk.of_pages) {  // a block never crosses a page
+            const int64_t page = pages[b * pages_strides[0] + h * pages_strides[1] + place / page_size];
+            const int64_t first = page * page_stride + h * head_stride + place % page_size * dim;
+            for (int t = 0; t < count; ++t) at[t] = first + t * dim;
+        } else {
+            const int32_t* own = tokens + b * tokens_strides[0] + h * tokens_strides[1] + place;
+            for (int t = 0; t < count; ++t)
+                at[t] = own[t] / page_size * page_stride + h * head_stride + own[t] % page_size * dim;
+        }
+        for (int t = count; t < W; ++t) at[t] = at[0];
+        return count;
+    }
+
+    // Logits of 16 tokens for some query heads. The next block's keys come into the cache meanwhile.
+    template <int HEADS>
+    void logits(const float* queries, const int64_t at[W], const int64_t* next, Vec out[HEADS]) const {
+        for (int t = 0; t < W; t += 4) {
+            Vec sums[HEADS][4] = {};
+            for (int64_t i = 0; i < dim; i += W) {
+                Vec keys[4];
+                for (int j = 0; j < 4; ++j) keys[j] = load(k + at[t + j] + i);
+                for (int g = 0; g < HEADS; ++g) {
+                    const Vec query = load(queries + g * dim + i);
+                    for (int j = 0; j < 4; ++j) sums[g][j] += query * keys[j];
+                }
+                if (next) prefetch(k, next + t, i);
+            }
+            for (int g = 0; g < HEADS; ++g)
+                for (int j = 0; j < 4; ++j) out[g][t + j] = sum(sums[g][j]);
+        }
+    }
+
+    // values += weights . v of 16 tokens; for some query heads, and VECTORS times 16 of the dimensions.
+    template <int HEADS, int VECTORS>
+    void add_values(float* values, const float weights[HEADS][W], const int64_t at[W], int count, const int64_t* next,
+                    int64_t from) const {
+        Vec sums[HEADS][VECTORS];
+        for (int g = 0; g < HEADS; ++g)
+            for (int j = 0; j < VECTORS; ++j) sums[g][j] = load(values + g * dim + from + j * W);
+        for (int t = 0; t < count; ++t) {
+            Vec value[VECTORS];
+            for (int j = 0; j < VECTORS; ++j) value[j] = load(v + at[t] + from + j * W);
+            for (int g = 0; g < HEADS; ++g)
+                for (int j = 0; j < VECTORS; ++j) sums[g][j] += weights[g][t] * value[j];
+        }
+        for (int g = 0; g < HEADS; ++g)
+            for (int j = 0; j < VECTORS; ++j) store(values + g * dim + from + j * W, sums[g][j]);
+        if (next)
+            for (int t = 0; t < W; t += 4)
+                for (int j = 0; j < VECTORS; ++j) prefetch(v, next + t, from + j * W);
+    }
+
+    static void prefetch(const T* from, const int64_t at[4], int64_t i) {
+        if (i * sizeof(T) % 64 == 0)
+            for (int j = 0; j < 4; ++j) __builtin_prefetch(from + at[j] + i, 0, 2);
+    }
+
+    template <int HEADS>
+    void block(const float* queries, const int64_t at[W], int count, const int64_t* next, State* states, float* values) const {
+        Vec found[HEADS];
+        logits<HEADS>(queries, at, next, found);
+        float weights[HEADS][W];
+        for (int g = 0; g < HEADS; ++g) {
+            float highest = states[g].highest;
+            for (int t = 0; t < count; ++t) highest = found[g][t] > highest ? found[g][t] : highest;
+            if (highest > states[g].highest) {
+                const float kept = std::exp(states[g].highest - highest);  // 0 at first
+                for (int64_t i = 0; i < dim; i += W) store(values + g * dim + i, load(values + g * dim + i) * kept);
+                states[g].total *= kept;
+                states[g].highest = highest;
+            }
+            Vec weight = exp_of_negative(found[g] - highest);
+            for (int t = count; t < W; ++t) weight[t] = 0.0f;
+            states[g].total += sum(weight);
+            store(weights[g], weight);
+        }
+        int64_t i = 0;
+        for (; i + 2 * W <= dim; i += 2 * W) add_values<HEADS, 2>(values, weights, at, count, next, i);
+        if (i < dim) add_values<HEADS, 1>(values, weights, at, count, next, i);
+    }
+
+    // One chunk for the whole group: states [group], values [group, dim].
+    void run(const Chunk& chunk, State* states, float* values) const {
+        for (int64_t g = 0; g < group; ++g) states[g] = {-INFINITY, 0.0f};
+        memset(values, 0, group * dim * sizeof(float));
+        const float* queries = q + chunk.row * group * dim;
+        int64_t places[2][W];
+        int count = find(chunk, 0, places[0]);
+        for (int start = 0, turn = 0; start < chunk.tokens; start += W, turn ^= 1) {
+            const int64_t *at = places[turn], *next = nullptr;
+            int next_count = 0;
+            if (start + W < chunk.tokens) {
+                next_count = find(chunk, start + W, places[turn ^ 1]);
+                next = places[turn ^ 1];
+            }
+            for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) {
+                const int64_t* ahead = g == 0 ? next : nullptr;
+                switch (group - g) {
+                    case 1: block<1>(queries + g * dim, at, count, ahead, states + g, values + g * dim); break;
+                    case 2: block<2>(queries + g * dim, at, count, ahead, states + g, values + g * dim); break;
+                    case 3: block<3>(queries + g * dim, at, count, ahead, states + g, values + g * dim); break;
+                    default: block<4>(queries + g * dim, at, count, ahead, states + g, values + g * dim);
+                }
+            }
+            count = next_count;
+        }
+    }
+};
+
+// A row's merge: e^(log-sum-exp - highest) weighs each normalised part; chunks in order, an already attended part last.
+void merge(const State* states, const float* values, int64_t chunks, int64_t group, int64_t dim, int64_t g,
+           const float* log_weights, const float* part, float part_lse, float* out, float* lse) {
+    float highest = part_lse;
+    for (int64_t c = 0; c < chunks; ++c) {
+        const float own = states[c * group + g].highest + log_weights[c];
+        highest = own > highest ? own : highest;
+    }
+    memset(out, 0, dim * sizeof(float));
+    if (highest == -INFINITY) {
+        *lse = -INFINITY;
+        return;
+    }
+    float total = 0.0f;
+    for (int64_t c = 0; c <= chunks; ++c) {
+        const bool is_part = c == chunks;
+        const float* from = is_part ? part : values + (c * group + g) * dim;
+        const float level = is_part ? part_lse : states[c * group + g].highest + log_weights[c];
+        if (level == -INFINITY) continue;
+        const float weight = std::exp(level - highest);
+        total += weight * (is_part ? 1.0f : states[c * group + g].total);
+        for (int64_t i = 0; i < dim; i += W) store(out + i, load(out + i) + weight * load(from + i));
+    }
+    for (int64_t i = 0; i < dim; i += W) store(out + i, load(out + i) / total);
+    *lse = highest + std::log(total);
+}
+
+template <class T>
+void attend(Attend<T> own, const int32_t* num_pages, const int64_t* num_pages_strides, const int32_t* last_page_len,
+            const int32_t* num_tokens, const int64_t* num_tokens_strides, const float* log_weight, const float* part,
+            const float* part_lse, int64_t batch, float* out, float* lse, int threads) {
+    // Kept from call to call: memory that is mapped anew costs a fault per page.
+    static thread_local std::vector<Chunk> kept_chunks;
+    static thread_local std::vector<int64_t> kept_firsts;
+    static thread_local std::vector<State> kept_states;
+    static thread_local std::vector<float> kept_values, kept_log_weights;
+    auto &chunks = kept_chunks;  // a thread_local's name would be each worker's own
+    auto &firsts = kept_firsts;
+    auto &states = kept_states;
+    auto &values = kept_values;
+    auto &log_weights = kept_log_weights;
+
+    const int64_t rows = batch * own.heads, group = own.group, dim = own.dim;
+    chunks.clear();
+    firsts.clear();
+    log_weights.clear();
+    const auto cut = [&](int64_t row, int64_t length, bool of_pages, float weight) {
+        for (int64_t i = 0; i * CHUNK_TOKENS < length; ++i) {
+            const int64_t left = length - i * CHUNK_TOKENS;
+            chunks.push_back({row, int32_t(i), int32_t(left < CHUNK_TOKENS ? left : CHUNK_TOKENS), of_pages});
+            log_weights.push_back(weight);
+        }
+    };
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t b = row / own.heads, h = row % own.heads;
+        firsts.push_back(chunks.size());
+        const int64_t listed = num_pages[b * num_pages_strides[0] + h * num_pages_strides[1]];
+        if (listed) cut(row, (listed - 1) * own.page_size + last_page_len[b], true, 0.0f);
+        if (num_tokens)
+            cut(row, num_tokens[b * num_tokens_strides[0] + h * num_tokens_strides[1]], false, log_weight ? log_weight[row] : 0.0f);
+    }
+    firsts.push_back(chunks.size());
+    states.resize(chunks.size() * group);
+    values.resize(chunks.size() * group * dim);
+
+    const int64_t num_chunks = chunks.size();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < num_chunks; ++i) own.run(chunks[i], &states[i * group], &values[i * group * dim]);
+#pragma omp for schedule(static)
+        for (int64_t head = 0; head < rows * group; ++head) {
+            const int64_t row = head / group, first = firsts[row];
+            merge(states.data() + first * group, values.data() + first * group * dim, firsts[row + 1] - first, group, dim,
+                  head % group, log_weights.data() + first, part ? part + head * dim : nullptr,
+                  part ? part_lse[head] : -INFINITY, out + head * dim, lse + head);
+        }
+    }
+}
+
+// ---- page_scores
+
+constexpr int PAGES_AT_ONCE = 64;
+constexpr int PAGES_AHEAD = 4;  // whose metadata comes into the cache meanwhile
+
+template <class T, int HEADS>
+void scores_of_page(const float* split, const T* page, int64_t width, float out[HEADS]) {
+    Vec sums[HEADS] = {};
+    for (int64_t i = 0; i < width; i += W) {
+        const Vec bounds = load(page + i);
+        for (int g = 0; g < HEADS; ++g) sums[g] += load(split + g * width + i) * bounds;
+    }
+    for (int g = 0; g < HEADS; ++g) out[g] = sum(sums[g]);
+}
+
+template <class T>
+void page_scores(const float* split, const T* metadata, int64_t page_stride, int64_t head_stride, const int32_t* table,
+                 int64_t table_stride, const int32_t* num_pages, bool is_sum, int64_t batch, int64_t heads, int64_t group,
+                 int64_t width, int64_t most_pages, float* out, int threads) {
+    const int64_t tiles = (most_pages + PAGES_AT_ONCE - 1) / PAGES_AT_ONCE;
+#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                const int64_t start = tile * PAGES_AT_ONCE;
+                const int64_t end = start + PAGES_AT_ONCE < most_pages ? start + PAGES_AT_ONCE : most_pages;
+                float* to = out + (b * heads + h) * most_pages;
+                const float* queries = split + (b * heads + h) * group * width;
+                for (int64_t p = start; p < end; ++p) {
+                    if (p >= num_pages[b]) {
+                        to[p] = -INFINITY;
+                        continue;
+                    }
+                    const int64_t ahead = p + PAGES_AHEAD < num_pages[b] ? p + PAGES_AHEAD : p;
+                    const T* later = metadata + table[b * table_stride + ahead] * page_stride + h * head_stride;
+                    for (int64_t i = 0; i * int64_t(sizeof(T)) < width * int64_t(sizeof(T)); i += 64 / sizeof(T))
+                        __builtin_prefetch(later + i, 0, 2);
+                    const T* page = metadata + table[b * table_stride + p] * page_stride + h * head_stride;
+                    float best = is_sum ? 0.0f : -INFINITY;
+                    for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) {
+                        float found[HEADS_AT_ONCE];
+                        const int64_t some = group - g < HEADS_AT_ONCE ? group - g : HEADS_AT_ONCE;
+                        switch (some) {
+                            case 1: scores_of_page<T, 1>(queries + g * width, page, width, found); break;
+                            case 2: scores_of_page<T, 2>(queries + g * width, page, width, found); break;
+                            case 3: scores_of_page<T, 3>(queries + g * width, page, width, found); break;
+                            default: scores_of_page<T, 4>(queries + g * width, page, width, found);
+                        }
+                        for (int64_t j = 0; j < some; ++j) best = is_sum ? best + found[j] : (found[j] > best ? found[j] : best);
+                    }
+                    to[p] = best;
+                }
+            }
+}
+
+}  // namespace
+
+// One entry per dtype of the cache. Tensors as in attend.py and page_scores.py; strides in elements.
+#define ENTRIES(NAME, T)                                                                                                       \
+    extern "C" void attend_##NAME(const float* q, const T* k, const T* v, int64_t page_stride, int64_t head_stride,            \
+                                  const int32_t* pages, int64_t pages_stride, int64_t pages_head_stride,                       \
+                                  const int32_t* num_pages, int64_t num_pages_stride, int64_t num_pages_head_stride,           \
+                                  const int32_t* last_page_len, const int32_t* tokens, int64_t tokens_stride,                  \
+                                  int64_t tokens_head_stride, const int32_t* num_tokens, int64_t num_tokens_stride,            \
+                                  int64_t num_tokens_head_stride, const float* log_weight, const float* part,                  \
+                                  const float* part_lse, int64_t batch, int64_t heads, int64_t group, int64_t dim,             \
+                                  int64_t page_size, float* out, float* lse, int threads) {                                    \
+        const int64_t of_num_pages[2] = {num_pages_stride, num_pages_head_stride};                                             \
+        const int64_t of_num_tokens[2] = {num_tokens_stride, num_tokens_head_stride};                                          \
+        attend<T>({q, k, v, page_stride, head_stride, pages, {pages_stride, pages_head_stride}, tokens,                        \
+                   {tokens_stride, tokens_head_stride}, heads, group, dim, page_size},                                         \
+                  num_pages, of_num_pages, last_page_len, num_tokens, of_num_tokens, log_weight, part, part_lse, batch, out,   \
+                  lse, threads);                                                                                               \
+    }                                                                                                                          \
+    extern "C" void page_scores_##NAME(const float* split, const T* metadata, int64_t page_stride, int64_t head_stride,        \
+                                       const int32_t* table, int64_t table_stride, const int32_t* num_pages, int is_sum,       \
+                                       int64_t batch, int64_t heads, int64_t group, int64_t width, int64_t most_pages,         \
+                                       float* out, int threads) {                                                              \
+        page_scores<T>(split, metadata, page_stride, head_stride, table, table_stride, num_pages, is_sum, batch, heads, group, \
+                       width, most_pages, out, threads);                                                                       \
+    }
+
+ENTRIES(float32, float)
+ENTRIES(bfloat16, Bfloat16)
+ENTRIES(float16, Float16)
