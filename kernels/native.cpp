@@ -1,13 +1,15 @@
-// attend and page_scores for a CPU: pages are read where they lie, once, at the speed of memory.
+// attend and page_scores for a CPU: pages are read where they lie, once, at the speed of memory. And how its ranks meet.
 //
 // No header of torch or of any library: `native.py` compiles this file on its first use and calls it with plain pointers.
 // Vectors are GCC's (also Clang's): 16 floats, which the compiler maps on what the machine has.
 // Work is cut by a row's own length alone, and partial results are merged in order: a row has the same bits at any number
 // of threads and in any batch.
 
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -351,6 +353,29 @@ void page_scores(const float* split, const T* metadata, int64_t page_stride, int
 }
 
 }  // namespace
+
+// ---- ranks that meet in shared memory
+
+// Write `number` as this rank's, then wait until every rank's is as high: -1, or the first rank that has not come in time.
+// It spins for some microseconds, then lets others have the core, then naps.
+extern "C" int meet(int64_t* numbers, int rank, int world_size, int64_t number, int64_t nanoseconds) {
+    constexpr int LINE = 64 / sizeof(int64_t);  // each rank's number has a cache line of its own
+    constexpr int SPINS = 2000, YIELDS = 200;
+    __atomic_store_n(numbers + rank * LINE, number, __ATOMIC_RELEASE);
+    using Clock = std::chrono::steady_clock;
+    const auto deadline = Clock::now() + std::chrono::nanoseconds(nanoseconds);
+    int64_t turn = 0;
+    for (int other = 0; other < world_size; ++other)
+        for (; __atomic_load_n(numbers + other * LINE, __ATOMIC_ACQUIRE) < number; ++turn) {
+            if (turn < SPINS) continue;
+            if (turn < SPINS + YIELDS)
+                std::this_thread::yield();
+            else
+                std::this_thread::sleep_for(std::chrono::microseconds(50));
+            if (Clock::now() >= deadline) return other;
+        }
+    return -1;
+}
 
 // One entry per dtype of the cache. Tensors as in attend.py and page_scores.py; strides in elements.
 #define ENTRIES(NAME, T)                                                                                                       \

@@ -56,6 +56,7 @@ def library() -> ctypes.CDLL | None:
         for function, arguments in ((f"attend_{name}", _ATTEND), (f"page_scores_{name}", _PAGE_SCORES)):
             getattr(loaded, function).argtypes = arguments
             getattr(loaded, function).restype = None
+    loaded.meet.argtypes, loaded.meet.restype = [_POINTER, _INT, _INT, _INTEGER, _INTEGER], _INT
     return loaded
 
 

@@ -1,4 +1,8 @@
-"""Collectives: what ranks say to each other within a step: sum, gather, broadcast, over NCCL or gloo."""
+"""Collectives: what ranks say to each other within a step: sum, gather, broadcast.
+
+Over NCCL on GPUs. On CPUs over gloo; and through memory that the ranks share where all are on one machine and a tensor is
+small, as in a decode step: a socket's wake-ups cost more there than the sum.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from distributed_sparse.shard import shared_memory
+from distributed_sparse.shard.shared_memory import SharedMemory
+
+_TICKET_BYTES = 128
 
 
 class CollectiveError(RuntimeError):
@@ -52,6 +61,7 @@ class Collectives:
         self.reset_counts()
         self.timer: Callable[[str], AbstractContextManager[None]] | None = None
         self._group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None = None
+        self._shared: SharedMemory | None = None
 
     def meet(self, generation: int = 0) -> None:
         """Leave the group of before, if there was one, and meet the other ranks under `gen{generation}`.
@@ -70,6 +80,7 @@ class Collectives:
                 self._group = nccl_group(prefixed, self.rank, self.world_size, self._timeout)
             else:
                 self._group = gloo_group(prefixed, self.rank, self.world_size, self._node_ip, self._timeout)
+                self._shared = self._share()
         except RuntimeError as error:
             raise self._incomplete("rendezvous", error) from error
 
@@ -84,7 +95,13 @@ class Collectives:
             self.all_reduce_calls += 1
             self.all_reduce_bytes += x.numel() * x.element_size()
             with self.timer("all_reduce") if self.timer is not None else nullcontext():
-                self._complete("all_reduce", lambda group: group.allreduce([x]))
+                parts = self._exchange("all_reduce", x)
+                if parts is None:
+                    self._complete("all_reduce", lambda group: group.allreduce([x]))
+                else:  # one by one, in rank order: the same bits on every rank
+                    x.copy_(parts[0])
+                    for part in parts[1:]:
+                        x += part
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,6 +109,9 @@ class Collectives:
         if self._group is None:
             return x
         x = x.contiguous()
+        shared = self._exchange("all_gather", x)
+        if shared is not None:
+            return torch.cat(shared, dim=-1)
         parts = x.new_empty((self.world_size, *x.shape))
         if isinstance(self._group, dist.ProcessGroupGloo):
             self._complete("all_gather", lambda group: group.allgather([list(parts.unbind(0))], [x]))
@@ -101,7 +121,13 @@ class Collectives:
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's `x` on every rank, in place (any shape and dtype, contiguous)."""
-        if self._group is not None:
+        if self._group is None:
+            return x
+        shared = self._exchange("broadcast", x)
+        if shared is not None:
+            if self.rank > 0:
+                x.copy_(shared[0])
+        else:
             options = dist.BroadcastOptions()
             options.rootRank = 0
             options.rootTensor = 0
@@ -113,7 +139,8 @@ class Collectives:
         if self._group is not None:
             # a sum of nothing much, read back: NCCL's own barrier would have to guess the device
             flag = torch.zeros(1, device=self._device)
-            self._complete("barrier", lambda group: group.allreduce([flag]))
+            if self._exchange("barrier", flag) is None:
+                self._complete("barrier", lambda group: group.allreduce([flag]))
             flag.item()
 
     def close(self) -> None:
@@ -121,6 +148,35 @@ class Collectives:
         group, self._group = self._group, None
         if group is not None:
             group.shutdown()
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.close()
+
+    def _share(self) -> SharedMemory | None:
+        """Memory that all ranks share, or None: they are on several machines, or one of them cannot."""
+        group: Any = self._group
+        made = shared_memory.create(self.world_size) if self.rank == 0 else None
+        ticket = torch.zeros(_TICKET_BYTES, dtype=torch.uint8)
+        if made is not None:
+            ticket[: len(made[1])] = torch.frombuffer(bytearray(made[1]), dtype=torch.uint8)
+        group.broadcast([ticket], dist.BroadcastOptions()).wait()  # rank 0's
+        file = made[0] if made is not None else shared_memory.attach(bytes(ticket.tolist()).rstrip(b"\0"))
+        shared = SharedMemory(file, self.rank, self.world_size) if file is not None else None
+        able = torch.tensor([shared is not None], dtype=torch.int32)
+        group.allreduce([able]).wait()
+        if shared is not None and able.item() < self.world_size:
+            shared.close()
+            return None
+        return shared
+
+    def _exchange(self, what: str, x: torch.Tensor) -> list[torch.Tensor] | None:
+        """Every rank's `x` through shared memory; None where there is none, or `x` is too large for it."""
+        if self._shared is None or x.numel() * x.element_size() > shared_memory.CAPACITY:
+            return None
+        try:
+            return self._shared.exchange(x, self._timeout)
+        except RuntimeError as error:
+            raise self._incomplete(what, error) from error
 
     def _complete(self, what: str, begin: Callable[[Any], dist.Work]) -> None:
         try:

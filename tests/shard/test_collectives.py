@@ -1,24 +1,35 @@
-"""Collectives between real processes over gloo: right sums, columns in rank order, errors that name what broke off."""
+"""Collectives between real processes, over gloo and shared memory: right sums, columns in order, errors that say what broke."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from distributed_sparse.shard import shared_memory
 from distributed_sparse.shard.collectives import CollectiveError, Collectives
+from distributed_sparse.shard.shared_memory import CAPACITY
 from tests.support.process_group import PRELOAD
 
 
-def in_ranks(world_size: int, body: Callable[[Collectives], object], timeout: float = 60.0) -> list:
+@pytest.fixture(params=["shared memory", "gloo"])
+def way(request: pytest.FixtureRequest) -> str:
+    """How the ranks of `in_ranks` pass small tensors to each other."""
+    return request.param
+
+
+def in_ranks(world_size: int, body: Callable[[Collectives], object], timeout: float = 60.0, way: str = "shared memory") -> list:
     """What `body` returned, or the text of what it raised, in each of `world_size` processes; None where one died."""
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(PRELOAD)
@@ -26,7 +37,7 @@ def in_ranks(world_size: int, body: Callable[[Collectives], object], timeout: fl
     ends, processes = [], []
     for rank in range(world_size):
         ours, theirs = forkserver.Pipe(duplex=False)
-        process = forkserver.Process(target=run_rank, args=(rank, world_size, store.port, body, theirs), daemon=True)
+        process = forkserver.Process(target=run_rank, args=(rank, world_size, store.port, body, theirs, way), daemon=True)
         process.start()
         theirs.close()
         ends.append(ours)
@@ -44,10 +55,13 @@ def in_ranks(world_size: int, body: Callable[[Collectives], object], timeout: fl
     return answers
 
 
-def run_rank(rank: int, world_size: int, port: int, body: Callable[[Collectives], object], answer) -> None:
+def run_rank(rank: int, world_size: int, port: int, body: Callable[[Collectives], object], answer, way: str) -> None:
     torch.set_num_threads(1)
+    if way == "gloo" or (way == "one rank cannot" and rank == 1):
+        os.environ["DISTRIBUTED_SPARSE_NATIVE"] = "0"
     try:
         collectives = make(rank, world_size, port)
+        assert (collectives._shared is not None) == (way == "shared memory")
         answer.send(body(collectives))
         collectives.close()
     except Exception as error:
@@ -75,9 +89,9 @@ def sums(collectives: Collectives) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_all_reduce_sums_in_place_in_every_dtype(world_size):
+def test_all_reduce_sums_in_place_in_every_dtype(world_size, way):
     factor = world_size * (world_size + 1) // 2
-    for found in in_ranks(world_size, sums):
+    for found in in_ranks(world_size, sums, way=way):
         assert list(found) == ["torch.float32", "torch.bfloat16", "torch.float16"]
         for values in found.values():
             assert values == [0.0, *(factor * i for i in range(1, 6))]
@@ -89,8 +103,8 @@ def gathered(collectives: Collectives) -> tuple:
     return collectives.all_gather(x).tolist(), collectives.all_gather(strided).tolist(), collectives.all_gather(x[:0]).shape
 
 
-def test_all_gather_joins_the_columns_in_rank_order():
-    for plain, strided, empty in in_ranks(2, gathered):
+def test_all_gather_joins_the_columns_in_rank_order(way):
+    for plain, strided, empty in in_ranks(2, gathered, way=way):
         assert plain == [[0, 1, 2, 10, 11, 12], [3, 4, 5, 13, 14, 15]]
         assert strided == [[0, 4, 8, 100, 104, 108], [1, 5, 9, 101, 105, 109]]
         assert empty == (0, 6)
@@ -102,8 +116,8 @@ def broadcasted(collectives: Collectives) -> list:
     return tokens.tolist()
 
 
-def test_broadcast_gives_every_rank_rank_zeros_tokens():
-    assert in_ranks(3, broadcasted) == [[7, 1 << 40]] * 3
+def test_broadcast_gives_every_rank_rank_zeros_tokens(way):
+    assert in_ranks(3, broadcasted, way=way) == [[7, 1 << 40]] * 3
 
 
 def waited(collectives: Collectives) -> float:
@@ -115,8 +129,8 @@ def waited(collectives: Collectives) -> float:
     return time.monotonic() - began
 
 
-def test_a_barrier_waits_for_the_last_rank():
-    waits = in_ranks(2, waited)
+def test_a_barrier_waits_for_the_last_rank(way):
+    waits = in_ranks(2, waited, way=way)
     assert waits[1] > 0.3 > waits[0]
 
 
@@ -137,8 +151,8 @@ def counted(collectives: Collectives) -> tuple:
     return counts, parts, (collectives.all_reduce_calls, collectives.all_reduce_bytes)
 
 
-def test_calls_and_bytes_are_counted_and_timed_until_they_are_reset():
-    assert in_ranks(2, counted) == [((2, 3 * 4 + 15 * 2), ["all_reduce"], (0, 0))] * 2
+def test_calls_and_bytes_are_counted_and_timed_until_they_are_reset(way):
+    assert in_ranks(2, counted, way=way) == [((2, 3 * 4 + 15 * 2), ["all_reduce"], (0, 0))] * 2
 
 
 def leave_the_other_alone(collectives: Collectives) -> str:
@@ -152,8 +166,8 @@ def leave_the_other_alone(collectives: Collectives) -> str:
     return "told"
 
 
-def test_a_rank_that_dies_breaks_the_others_collective_off_at_once():
-    assert in_ranks(2, leave_the_other_alone) == ["told", None]
+def test_a_rank_that_dies_breaks_the_others_collective_off_at_once(way):
+    assert in_ranks(2, leave_the_other_alone, way=way) == ["told", None]
 
 
 def test_ranks_that_never_meet_give_up_in_time():
@@ -192,8 +206,8 @@ def left_and_met_again(collectives: Collectives) -> list:
     return [*sums, collectives.all_reduce(torch.ones(1)).item()]
 
 
-def test_a_group_that_has_broken_is_left_and_the_ranks_meet_again():
-    assert in_ranks(2, left_and_met_again) == [[2.0, 2.0]] * 2
+def test_a_group_that_has_broken_is_left_and_the_ranks_meet_again(way):
+    assert in_ranks(2, left_and_met_again, way=way) == [[2.0, 2.0]] * 2
 
 
 def met_in_turn(collectives: Collectives) -> float:
@@ -208,8 +222,88 @@ def met_in_turn(collectives: Collectives) -> float:
     return collectives.all_reduce(torch.ones(1)).item()
 
 
-def test_a_meeting_that_failed_leaves_nothing_behind_for_the_next_generation():
-    assert in_ranks(2, met_in_turn) == [2.0, 2.0]
+def test_a_meeting_that_failed_leaves_nothing_behind_for_the_next_generation(way):
+    assert in_ranks(2, met_in_turn, way=way) == [2.0, 2.0]
+
+
+def test_one_rank_that_cannot_share_memory_makes_all_of_them_talk_over_gloo():
+    for found in in_ranks(2, sums, way="one rank cannot"):
+        assert found["torch.float32"] == [0.0, 3.0, 6.0, 9.0, 12.0, 15.0]
+
+
+def of_sizes(collectives: Collectives) -> list[bool]:
+    """Around what fits, twice over, so that buffers are used again."""
+    right = []
+    for extra in (-1, 0, 1, 0, 1, -1):
+        n = CAPACITY // 4 + extra
+        x = torch.arange(n, dtype=torch.float32) * (collectives.rank + 1)
+        right.append(torch.equal(collectives.all_reduce(x), torch.arange(n, dtype=torch.float32) * 3))
+    return right
+
+
+def test_a_tensor_too_large_for_the_memory_takes_the_other_way():
+    assert in_ranks(2, of_sizes) == [[True] * 6] * 2
+
+
+def many(collectives: Collectives) -> bool:
+    """Ranks that run apart by chance: nobody's tensor may be overwritten before all have read it."""
+    chance = torch.Generator().manual_seed(collectives.rank)
+    for i in range(3000):
+        x = torch.full((64,), float(i + collectives.rank))
+        if torch.rand((), generator=chance) < 0.02:
+            time.sleep(0.001)
+        if not (collectives.all_reduce(x) == 3 * i + 3).all():
+            return False
+    return True
+
+
+def test_no_tensor_is_overwritten_before_all_ranks_have_read_it():
+    assert in_ranks(3, many) == [True] * 3
+
+
+def one_does_not_come(collectives: Collectives) -> str:
+    collectives.barrier()
+    if collectives.rank == 1:
+        time.sleep(1.5)
+        return "late"
+    collectives._timeout = timedelta(seconds=0.3)
+    began = time.monotonic()
+    with pytest.raises(CollectiveError, match=r"all_reduce on rank 0 of 2 did not complete: .*rank 1 did not come in 0.3 s"):
+        collectives.all_reduce(torch.zeros(4))
+    assert 0.3 <= time.monotonic() - began < 1.2
+    return "told"
+
+
+def test_a_rank_that_does_not_come_in_time_is_named():
+    assert in_ranks(2, one_does_not_come) == ["told", "late"]
+
+
+def files_held(collectives: Collectives) -> list[str]:
+    collectives.barrier()
+    collectives.close()
+    gc.collect()
+    held = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+    return [
+        *(name for name in held if "distributed_sparse" in name),
+        *re.findall("memfd:distributed_sparse", Path("/proc/self/maps").read_text()),
+    ]
+
+
+def test_what_is_left_holds_neither_a_file_nor_memory():
+    assert in_ranks(2, files_held) == [[], []]
+
+
+def test_a_ticket_of_another_machine_opens_nothing():
+    file, ticket = shared_memory.create(2)
+    try:
+        attached = shared_memory.attach(ticket)
+        assert attached is not None
+        os.close(attached)
+        assert shared_memory.attach(bytes(32) + ticket[32:]) is None, "the same name, another memory"
+        assert shared_memory.attach(ticket[:32] + b"/proc/self/fd/99999") is None
+        assert shared_memory.attach(b"") is None
+    finally:
+        os.close(file)
 
 
 def test_no_process_group_of_torch_is_made():

@@ -1,0 +1,134 @@
+"""SharedMemory: how CPU ranks of one node pass tensors to each other: by writing and reading, without a socket between them."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+import struct
+import time
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from distributed_sparse.kernels import native
+
+CAPACITY = 1 << 20
+"""Bytes that a rank can pass in one exchange. Larger tensors go over gloo, whose waiting is little beside their copying."""
+
+MAX_RANKS = 62
+_TOKEN_BYTES = 32
+_LINE = 64  # bytes of a cache line: each rank's number has its own, behind the token's
+_HEADER = 4096
+_NAP_S = 5e-3  # between two looks at whether the rank that is waited for still lives
+_LOCK = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, length, pid
+
+
+class SharedMemory:
+    """One exchange after the other, each of which every rank takes part in: each gives a tensor and sees everyone's.
+
+    The memory has no name in any file system, so nothing is left behind however its users end. Each rank holds a lock on one
+    byte of it, which the kernel gives up when the rank's process ends: so a rank that waits for another learns of its end.
+
+    Args:
+        file: descriptor of the memory; it is this object's from now on.
+        rank: of `world_size`, 0 <= rank < MAX_RANKS.
+    """
+
+    def __init__(self, file: int, rank: int, world_size: int) -> None:
+        self._file = file
+        self.rank = rank
+        self.world_size = world_size
+        self._number = 0  # of the last exchange
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, _lock(fcntl.F_WRLCK, rank))
+        self._mapped = mmap.mmap(file, memory_bytes(world_size))
+        with torch.inference_mode(False):  # written to in that mode and out of it
+            self._bytes = torch.frombuffer(self._mapped, dtype=torch.uint8)
+        self._numbers = self._bytes.data_ptr() + _LINE
+        library = native.library()
+        assert library is not None
+        self._library = library
+
+    def exchange(self, x: Tensor, timeout: timedelta) -> list[Tensor]:
+        """Every rank's `x` in rank order, as views of the memory: until the exchange after the next, and not to be written.
+
+        Args:
+            x: contiguous, at most CAPACITY bytes; equal shapes and dtypes on all ranks.
+            timeout: how long to wait for the other ranks.
+
+        Raises:
+            RuntimeError: a rank has left or died, or has not come in time.
+        """
+        # Two buffers by turns: who writes exchange n has seen all ranks come to n - 1, and so they are through with n - 2.
+        self._number += 1
+        views = [self._view(rank, x) for rank in range(self.world_size)]
+        views[self.rank].copy_(x)
+        deadline = time.monotonic() + timeout.total_seconds()
+        while (missing := self._meet(_NAP_S)) >= 0:
+            if self._has_left(missing) and self._meet(0.0) >= 0:
+                raise RuntimeError(f"rank {missing} has left")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"rank {missing} did not come in {timeout.total_seconds():g} s")
+        return views
+
+    def close(self) -> None:
+        """Leave: the others learn of it when they next wait for this rank."""
+        if self._file >= 0:
+            os.close(self._file)  # and so gives up the lock
+            self._file = -1
+
+    def _view(self, rank: int, x: Tensor) -> Tensor:
+        start = _HEADER + (2 * rank + self._number % 2) * CAPACITY
+        return self._bytes[start : start + x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+
+    def _meet(self, seconds: float) -> int:
+        """Say that this rank has come; wait for the others. -1, or the first rank that has not come."""
+        return self._library.meet(self._numbers, self.rank, self.world_size, self._number, int(seconds * 1e9))
+
+    def _has_left(self, rank: int) -> bool:
+        found = fcntl.fcntl(self._file, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, rank))
+        return _LOCK.unpack(found)[0] == fcntl.F_UNLCK
+
+
+def memory_bytes(world_size: int) -> int:
+    """Bytes of address space; memory is taken for what is written to alone."""
+    return _HEADER + 2 * world_size * CAPACITY
+
+
+def create(world_size: int) -> tuple[int, bytes] | None:
+    """New memory as a descriptor, and what `attach` in another process needs; None where the system has no such thing."""
+    if (
+        world_size > MAX_RANKS
+        or native.library() is None
+        or not hasattr(os, "memfd_create")
+        or not hasattr(fcntl, "F_OFD_SETLK")
+    ):
+        return None
+    file = os.memfd_create("distributed_sparse")
+    os.ftruncate(file, memory_bytes(world_size))
+    token = secrets.token_bytes(_TOKEN_BYTES)
+    os.pwrite(file, token, 0)
+    return file, token + f"/proc/{os.getpid()}/fd/{file}".encode()
+
+
+def attach(ticket: bytes) -> int | None:
+    """A descriptor of another process's memory by what `create` gave; None where it is out of reach (another machine)."""
+    if native.library() is None:
+        return None
+    try:
+        file = os.open(ticket[_TOKEN_BYTES:], os.O_RDWR | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return None
+    try:
+        if os.pread(file, _TOKEN_BYTES, 0) == ticket[:_TOKEN_BYTES]:  # and not some file of that name on this machine
+            return file
+    except OSError:
+        pass
+    os.close(file)
+    return None
+
+
+def _lock(kind: int, rank: int) -> bytes:
+    return _LOCK.pack(kind, os.SEEK_SET, _LINE * (rank + 1), 1, 0)
