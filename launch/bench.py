@@ -2,7 +2,7 @@
 
 Each prints a table; `--json FILE` keeps rows, settings, machine, versions and commit, `--plot FILE.png` draws them. Nothing is
 timed before its result has been compared with a reference: what is wrong is printed as such, and the exit code is 1. What
-cannot be measured here is printed with the reason, and the rest goes on.
+cannot be measured here, or another library that fails, is printed with the reason, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 if not __package__:  # run as a file: let the repository root take the place of launch/ on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from distributed_sparse.bench.accuracy import WrongResult
 from distributed_sparse.bench.report import print_table, write_json
 from launch.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm
 
@@ -31,6 +30,7 @@ LAYER_COLUMNS = {
     "ms": "{:.3f}",
     "p10_ms": "{:.3f}",
     "p90_ms": "{:.3f}",
+    "launched": "{}",
     "density": "{:.3f}",
     "MB": "{:.1f}",
     "bytes_ms": "{:.3f}",
@@ -49,6 +49,7 @@ KERNEL_COLUMNS = {
     "ms": "{:.3f}",
     "p10_ms": "{:.3f}",
     "p90_ms": "{:.3f}",
+    "launched": "{}",
     "MB": "{:.2f}",
     "bytes_ms": "{:.3f}",
     "bandwidth_share": "{:.0%}",
@@ -102,7 +103,7 @@ STEP_COLUMNS = ("step_p50", "shard_p50", "gap_p50", "overhead_p50", "driver_p50"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 0 done, 1 a result was wrong, 2 bad usage, 130 interrupted."""
+    """Run the command line; the exit code: 0 done, 1 a result was wrong or an engine failed, 2 bad usage, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -124,9 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _plot(plot, command, rows, f"{command}, {settings.get('model', 'no model')}, {settings['device']}")
     except KeyboardInterrupt:
         return INTERRUPTED
-    except WrongResult as error:
-        print(f"error: no speed of a wrong result: {error}", file=sys.stderr)
-        return FAILED
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
@@ -175,8 +173,9 @@ def _kernel_name(row: dict[str, Any]) -> str:
 
 
 def _layer(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
+    from distributed_sparse.bench.failures import caught
     from distributed_sparse.bench.layer import PARTS, LayerSettings, bench_layer
-    from distributed_sparse.bench.measure import Unavailable, out_of_memory_is_unavailable, torch_threads
+    from distributed_sparse.bench.measure import torch_threads
 
     rows: Rows = []
     of_all = {name: value for name, value in given.items() if name not in ("context", "batch", "threads")}
@@ -189,18 +188,18 @@ def _layer(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
                 f"heads, d {settings.head_dim}, {settings.dtype}, {settings.device}, {threads} threads",
                 end="",
             )
-            try:
-                with out_of_memory_is_unavailable():
-                    of_point = bench_layer(settings)
-            except Unavailable as reason:
-                print(f": unavailable: {reason}")
-                rows.append({"method": "all", **point, "unavailable": str(reason)})
+            with caught("layer") as failed:
+                of_point = bench_layer(settings)
+            if failed:
+                print(f": {' '.join(f'{how}: {why}' for how, why in failed.items())}")
+                rows.append({"method": "all", **point, **failed})
                 continue
             print(f"; measured read bandwidth {of_point[0]['read_bandwidth_GB_per_s']:.1f} GB/s")
-            print_table(of_point, LAYER_COLUMNS)
-            print("The parts of a step, each with a clock around it, mean ms (bytes_ms above: the bytes at that bandwidth)")
-            parts = [{"method": row["method"], **row["parts_ms"]} for row in of_point if row["parts_ms"]]
-            print_table(parts, {"method": "{}"} | dict.fromkeys(PARTS, "{:.3f}"))
+            _print(of_point, LAYER_COLUMNS, lambda row: row["method"])
+            parts = [{"method": row["method"], **row["parts_ms"]} for row in of_point if row.get("parts_ms")]
+            if parts:
+                print("The parts of a step, each with a clock around it, mean ms (bytes_ms above: the bytes at that bandwidth)")
+                print_table(parts, {"method": "{}"} | dict.fromkeys(PARTS, "{:.3f}"))
             rows += [{**row, **point} for row in of_point]
     return given, rows
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from distributed_sparse.bench.accuracy import WrongResult
-from distributed_sparse.bench.measure import check_memory
+from distributed_sparse.bench.measure import Unavailable, check_memory
 from distributed_sparse.bench.models import BenchModel
 from distributed_sparse.bench.peers import import_peer
 from distributed_sparse.bench.synthetic import SyntheticLLM, SyntheticShard
@@ -25,6 +25,9 @@ from distributed_sparse.planner.rank import RankOnPaper
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.scaling.latency import RequestTimes
 from distributed_sparse.scaling.load import send
+
+CACHED_SHARE = 0.9
+"""Of a prompt, so much must come from vLLM's prefix cache: it reuses whole blocks alone, and computes the rest."""
 
 BUNCHED = 0.1
 """Tokens closer than this share of the mean gap were handed over together."""
@@ -119,6 +122,8 @@ class Contestant(ABC):
     tensor_parallel_size: int = 1
     alone: bool = False
     """Cannot be open beside others."""
+    is_peer: bool = False
+    """Not this project's: that it fails is told, and is no failure of the benchmark."""
     checked: str = "not checked"
     """What its results were compared with."""
 
@@ -169,12 +174,30 @@ class Contestant(ABC):
 
 
 class Engine(Contestant):
-    """This project's engine with one method."""
+    """This project's engine with one method.
 
-    def __init__(self, task: Task, name: str, sparse: dict[str, Any] | None, tensor_parallel_size: int, truth: Truth | None):
+    Args:
+        truth: what it is compared with; None: it is not checked.
+        enforce_eager: its steps are not captured as CUDA graphs.
+        is_peer: another library computes its attention.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        name: str,
+        sparse: dict[str, Any] | None,
+        tensor_parallel_size: int,
+        truth: Truth | None,
+        *,
+        enforce_eager: bool = False,
+        is_peer: bool = False,
+    ) -> None:
         super().__init__(task)
         self.name = name
         self.tensor_parallel_size = tensor_parallel_size
+        self.is_peer = is_peer
+        self._enforce_eager = enforce_eager
         self._sparse = sparse
         self._truth = truth
         self._llm: LLM | None = None
@@ -215,6 +238,7 @@ class Engine(Contestant):
             max_num_seqs=task.batch,
             max_num_batched_tokens=max(task.batch * task.prompt_len, 2048),  # filling is one step for all of them
             kv_cache_memory_bytes=self._cache_bytes,
+            enforce_eager=self._enforce_eager,
             step_timeout_s=TIMEOUT_S,
         )
         if self._truth is not None:
@@ -253,6 +277,8 @@ def _attention(llm: LLM) -> dict[str, int]:
 
 class Transformers(Contestant):
     """transformers with one of its caches. Two contestants share a model and a filled cache."""
+
+    is_peer = True
 
     def __init__(self, task: Task, kind: str, truth: Truth, shared: dict[str, TransformersDecode]) -> None:
         super().__init__(task)
@@ -295,40 +321,71 @@ class Transformers(Contestant):
 
 
 class Vllm(Contestant):
-    """vLLM where it is installed. It has no filled cache: it computes its prompts, and the time for one token is subtracted."""
+    """vLLM where it is installed. It computes the prompts once, when it is opened; rounds find them in its prefix cache.
+
+    A round generates `num_tokens` for all prompts at once. Its gaps are, by vLLM's own times of each request
+    (`RequestOutput.metrics`), the mean time of a token after the first. A version that does not tell them generates twice as
+    many tokens once more: the difference of the two times, per token. Either is without the prompts.
+    """
 
     name = "vllm"
     alone = True
+    is_peer = True
 
     def open(self) -> None:
         vllm, task = import_peer("vllm"), self.task
+        if task.device.type == "cuda":
+            torch.cuda.empty_cache()  # it takes its share of the whole device
         self._sampling = vllm.SamplingParams
         self._llm = vllm.LLM(
             model=str(task.model.path),
             load_format=task.model.load_format,
             skip_tokenizer_init=True,
             dtype=str(task.dtype).removeprefix("torch."),
-            max_model_len=task.context + task.num_tokens,
+            max_model_len=task.context + 2 * task.num_tokens,
             max_num_seqs=task.batch,
-            enable_prefix_caching=False,
+            enable_prefix_caching=True,
+            disable_log_stats=False,  # else it tells no times
         )
+        self._generate(1)
 
     @property
     def num_bytes(self) -> int:
         return self.on_paper.weight_bytes
 
     def round(self) -> Round:
-        """One gap alone: the mean over the steps."""
-        seconds, tokens = {}, []
-        for count in (1, self.task.num_tokens):
-            params = self._sampling(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
-            started = time.monotonic()
-            outputs = self._llm.generate([{"prompt_token_ids": prompt} for prompt in self.task.prompts], params, use_tqdm=False)
-            seconds[count] = time.monotonic() - started
-            tokens = [list(output.outputs[0].token_ids) for output in outputs]
-        return Round([(seconds[self.task.num_tokens] - seconds[1]) / (self.task.num_tokens - 1)], tokens)
+        """One gap of each request, or one of all of them.
+
+        Raises:
+            Unavailable: its cache does not hold the prompts, so that they would be computed among the steps.
+        """
+        count = self.task.num_tokens
+        outputs, seconds = self._generate(count)
+        for output in outputs:
+            cached, length = getattr(output, "num_cached_tokens", None), self.task.prompt_len
+            if cached is not None and cached < CACHED_SHARE * length:
+                raise Unavailable(f"vLLM's prefix cache held {cached} of {length} prompt tokens: its memory is too small")
+        gaps = [gap for output in outputs if (gap := vllm_gap(output)) is not None]
+        if len(gaps) < len(outputs):
+            gaps = [(self._generate(2 * count)[1] - seconds) / count]
+        return Round(gaps, [list(output.outputs[0].token_ids) for output in outputs])
+
+    def _generate(self, count: int) -> tuple[list[Any], float]:
+        """Its outputs for all prompts, `count` tokens each, and the seconds that they took."""
+        params = self._sampling(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+        prompts = [{"prompt_token_ids": prompt} for prompt in self.task.prompts]
+        started = time.monotonic()
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return outputs, time.monotonic() - started
 
     def close(self) -> None:
         self.__dict__.pop("_llm", None)
         if self.task.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def vllm_gap(output: Any) -> float | None:
+    """Mean seconds per token after the first, by vLLM's own times of a request; None where it has none."""
+    metrics, tokens = getattr(output, "metrics", None), len(output.outputs[0].token_ids)
+    first, last = (getattr(metrics, name, None) for name in ("first_token_ts", "last_token_ts"))
+    return (last - first) / (tokens - 1) if first and last and tokens > 1 else None

@@ -7,32 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 
-from distributed_sparse.bench.accuracy import WrongResult
 from distributed_sparse.bench.contestants import Contestant, Engine, Round, Task, Transformers, Vllm
+from distributed_sparse.bench.failures import caught
 from distributed_sparse.bench.flashinfer_dense import METHOD as FLASHINFER
+from distributed_sparse.bench.layer import LayerSettings, make_inputs
 from distributed_sparse.bench.measure import (
     Times,
     Unavailable,
     available_bytes,
     check_memory,
-    out_of_memory_is_unavailable,
     read_bandwidth,
     torch_threads,
 )
 from distributed_sparse.bench.models import ATTENTION_HEAVY, BenchModel, bench_model
-from distributed_sparse.bench.peers import import_flashinfer
+from distributed_sparse.bench.ops.base import Shape
+from distributed_sparse.bench.peers import import_flashinfer, tensor_cores_are_faster
+from distributed_sparse.bench.synthetic import FILL_FROM
 from distributed_sparse.bench.transformers_peer import TransformersDecode, Truth
-from distributed_sparse.client import EngineError
 from distributed_sparse.config import set_override
 from distributed_sparse.model.limits import resolve_device, resolve_dtype
 from distributed_sparse.model.sharding import ShardSpec, tensor_slices
+from distributed_sparse.planner.rank import RankOnPaper
 from distributed_sparse.selection import resolve_sparse_config
 from distributed_sparse.validation import check_choice
 
@@ -76,9 +78,17 @@ class DecodeSettings:
             check_choice("--peer", name, PEERS)
         if self.output_len is None:
             object.__setattr__(self, "output_len", OUTPUT_LEN[check_choice("--device", self.device, list(OUTPUT_LEN))])
+        assert self.output_len is not None
         for name, least in (("output_len", 4), ("rounds", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below {least}; give {least} or more")
+        shortest = max(2 * self.output_len + 2, FILL_FROM + self.output_len // 2)
+        for context in self.context:
+            if context < shortest:
+                raise ValueError(
+                    f"--context {context} is too short for --output-len {self.output_len}: a prompt that is filled "
+                    f"has {FILL_FROM} tokens or more, and half a round comes before the context; give {shortest} or more"
+                )
 
     def sections(self) -> dict[str, dict[str, Any] | None]:
         """A `sparse:` section for each method, with what `set` changes in all of them. Raises ValueError by name."""
@@ -108,7 +118,8 @@ def bench_decode(settings: DecodeSettings, told: Callable[[dict[str, Any]], obje
         engine's own counters), "bytes_ms" (their time at the read bandwidth measured in this run; on a CPU all ranks share it),
         "over_bytes" (tpot over it), "speedup_over_dense" (median of the rounds' ratios, to dense at the same
         tensor_parallel_size) beside "bytes_limit" (the same ratio of the bytes), "speedup_over_transformers" (the better of its
-        caches), "speedup_over_one_rank", "in_turns" and "checked"; or "unavailable", the reason; or "wrong", what differs.
+        caches), "speedup_over_one_rank", "in_turns" and "checked"; or "unavailable", the reason; or "wrong", what differs, or
+        how an engine of this project failed.
     """
     device = resolve_device(settings.device)
     sections = settings.sections()
@@ -118,8 +129,6 @@ def bench_decode(settings: DecodeSettings, told: Callable[[dict[str, Any]], obje
         bandwidths = _bandwidths(settings, device, threads)
         truth, unchecked = _truth(model, dtype, device)
         for context, batch in product(settings.context, settings.batch):
-            if context // 2 <= settings.output_len:  # type: ignore[operator]
-                raise ValueError(f"--context {context} is too short for --output-len {settings.output_len}")
             assert settings.output_len is not None
             task = Task(
                 model,
@@ -176,29 +185,23 @@ def _truth(model: BenchModel, dtype: torch.dtype, device: torch.device) -> tuple
     """transformers with these weights, or why not."""
     slices = tensor_slices(model.config, ShardSpec(0, 1)).values()
     num_bytes = sum(part.num_read for part in slices) * dtype.itemsize
-    try:
+    with caught("transformers", is_peer=True) as failed:
         check_memory("transformers' model", num_bytes, device)
-        with out_of_memory_is_unavailable():
-            return Truth(model, dtype, device), None
-    except Unavailable as reason:
-        return None, str(reason)
+        return Truth(model, dtype, device), None
+    return None, failed["unavailable"]
 
 
 def _contestants(
     task: Task, settings: DecodeSettings, sections: dict[str, dict[str, Any] | None], truth: Truth | None, unchecked: str | None
 ) -> tuple[list[Contestant], list[dict[str, Any]]]:
     """Who takes part, and rows of those that cannot."""
-    found: list[Contestant] = []
-    absent: list[dict[str, Any]] = []
     sizes = settings.tensor_parallel_size
-    for name, size in product(sections, sizes):
-        found.append(Engine(task, name, sections[name], size, truth))
+    found: list[Contestant] = [Engine(task, name, sections[name], size, truth) for name, size in product(sections, sizes)]
+    absent: list[dict[str, Any]] = []
     for peer in settings.peer:
-        try:
+        with caught(peer, is_peer=True) as failed:
             if peer == "flashinfer":
-                import_flashinfer(task.device)
-                sparse = {"method": FLASHINFER, "dense_layers": 0}
-                found += [Engine(task, "dense by flashinfer", sparse, size, truth) for size in sizes]
+                found += [one for size in sizes for one in _flashinfer(task, size, truth)]
             elif peer == "vllm":
                 found.append(Vllm(task))
             elif truth is None:
@@ -206,9 +209,52 @@ def _contestants(
             else:
                 shared: dict[str, TransformersDecode] = {}
                 found += [Transformers(task, kind, truth, shared) for kind in ("static", "dynamic")]
-        except Unavailable as reason:
-            absent.append({"contestant": peer, "tensor_parallel_size": 1, "unavailable": str(reason)})
+        if failed:
+            absent.append({"contestant": peer, "tensor_parallel_size": 1, **failed})
     return found, absent
+
+
+def _flashinfer(task: Task, size: int, truth: Truth | None) -> list[Contestant]:
+    """The engine with the faster of flashinfer's kernels, whose steps cannot be captured, and beside it our own dense, eager.
+
+    Raises:
+        Unavailable: flashinfer cannot be had.
+    """
+    import_flashinfer(task.device)
+    use_tensor_cores = _tensor_cores_are_faster(task, size)
+    name = f"dense by flashinfer/{'tensor' if use_tensor_cores else 'cuda'} cores"
+    sparse = {"method": FLASHINFER, "dense_layers": 0, "use_tensor_cores": use_tensor_cores}
+    return [
+        Engine(task, name, sparse, size, truth, is_peer=True),
+        Engine(task, "dense eager", {"method": "dense"}, size, truth, enforce_eager=True),
+    ]
+
+
+@torch.inference_mode()
+def _tensor_cores_are_faster(task: Task, size: int) -> bool:
+    """Which of flashinfer's kernels is the faster one for a layer of one rank, at the task's batch and context."""
+    geometry = replace(RankOnPaper(task.model.config, size, None, task.page_size, task.dtype).geometry, device=task.device)
+    shape = Shape(
+        context=task.context,
+        batch=task.batch,
+        token_budget=task.context,
+        page_size=task.page_size,
+        num_heads=geometry.num_kv_heads * geometry.group_size,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        prefill_tokens=0,
+        dtype=task.dtype,
+        device=task.device,
+    )
+    layer = LayerSettings(
+        context=shape.context,
+        batch=shape.batch,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        page_size=shape.page_size,
+    )
+    return tensor_cores_are_faster(make_inputs(layer, geometry, (), seed=0, contiguous=False), shape)
 
 
 class Point:
@@ -235,6 +281,8 @@ class Point:
             truth.drop()
         if together:
             self._run(together)
+        if apart and truth is not None:
+            truth.drop()  # who runs alone has the whole memory
         for one in _grouped(apart):
             self._run(one)
             if truth is not None:
@@ -244,8 +292,8 @@ class Point:
         with ExitStack() as opened:
             running = []
             for one in contestants:
+                opened.callback(self._close, one)
                 with self._may_fail(one):
-                    opened.callback(one.close)
                     one.open()
                     running.append(one)
             for _ in range(self.num_rounds):
@@ -257,19 +305,17 @@ class Point:
                 with self._may_fail(one):
                     self.failed |= {key: {"wrong": why} for key, why in one.judge(self.rounds).items()}
 
+    def _close(self, one: Contestant) -> None:
+        with self._may_fail(one):
+            one.close()
+
     @contextmanager
     def _may_fail(self, one: Contestant) -> Iterator[None]:
-        """What ends one contestant ends none of the others."""
-        try:
-            with out_of_memory_is_unavailable():
-                yield
-        except WrongResult as error:
-            self._fail(one, "wrong", str(error))
-        except (Unavailable, EngineError, ValueError) as error:
-            self._fail(one, "unavailable", str(error))
-
-    def _fail(self, one: Contestant, how: str, why: str) -> None:
-        self.failed[_key(one)] = {how: why}
+        """What ends one contestant ends none of the others; what failed first is told."""
+        with caught(one.name, one.is_peer) as failed:
+            yield
+        if failed:
+            self.failed.setdefault(_key(one), failed)
 
     def rows(self, bandwidths: dict[int, float], unchecked: str | None) -> list[dict[str, Any]]:
         """One per contestant."""
@@ -304,7 +350,7 @@ class Point:
                 "speedup_over_one_rank": self._ratio(f"{one.name} 1" if f"{one.name} 1" in done and size > 1 else None, key),
                 "read_bandwidth_GB_per_s": bandwidths[size] / 1e9,
                 "in_turns": self.in_turns,
-                "checked": unchecked or one.checked,
+                "checked": one.checked if unchecked is None else f"not checked: {unchecked}",
             }
         return rows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,21 +19,23 @@ METHOD = f"{__name__}:FlashInferPolicy"
 
 @dataclass(frozen=True, kw_only=True)
 class FlashInferConfig(SparseConfig):
-    """No settings of its own; with `dense_layers: 0` every layer is flashinfer's."""
+    """With `dense_layers: 0` every layer is flashinfer's."""
 
     method: ClassVar[str] = "flashinfer"
+    use_tensor_cores: bool = False
+    """Its kernel for large query groups, instead of the one without matrix units."""
 
 
 class FlashInferPolicy(Policy):
     """Every row reads its whole context in flashinfer's kernel, and hands the result over as `partial`; no list is left."""
 
+    config: FlashInferConfig
     config_class = FlashInferConfig
     graph_safe = False  # its plan is made on the host, for the step's lengths
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
         super().__init__(config, geometry)
-        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=geometry.device)
-        self._wrapper = import_peer("flashinfer").BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
+        self._wrapper: Any = None  # made at the first step: on paper, where bytes are counted, there is no device
         self._planned: DecodeBatch | None = None
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
@@ -51,6 +53,11 @@ class FlashInferPolicy(Policy):
 
     def _plan(self, batch: DecodeBatch, dtype: torch.dtype) -> None:
         geometry = self.geometry
+        if self._wrapper is None:
+            workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=geometry.device)
+            self._wrapper = import_peer("flashinfer").BatchDecodeWithPagedKVCacheWrapper(
+                workspace, "HND", use_tensor_cores=self.config.use_tensor_cores
+            )
         listed = torch.arange(batch.page_table.shape[1], device=batch.page_table.device) < batch.num_pages[:, None]
         indptr = torch.zeros(len(batch.num_pages) + 1, dtype=torch.int32, device=listed.device)
         indptr[1:] = batch.num_pages.cumsum(0)

@@ -11,15 +11,9 @@ from typing import Any
 
 import torch
 
-from distributed_sparse.bench.accuracy import WrongResult
-from distributed_sparse.bench.layer import Inputs, LayerSettings, make_inputs
-from distributed_sparse.bench.measure import (
-    Unavailable,
-    check_memory,
-    copy_bandwidth,
-    out_of_memory_is_unavailable,
-    time_in_turn,
-)
+from distributed_sparse.bench.failures import caught
+from distributed_sparse.bench.layer import Inputs, LayerSettings, make_rotation
+from distributed_sparse.bench.measure import Times, copy_bandwidth, one_line, time_in_turn
 from distributed_sparse.bench.ops import OPS
 from distributed_sparse.bench.ops.base import Op, Row, Shape, row_of
 from distributed_sparse.selection.metadata import Geometry, PageMinMax, QuantizedKeys
@@ -28,11 +22,8 @@ from distributed_sparse.validation import check_choice
 CHECKED_ROWS = 4
 """(sequence, KV head) rows that are compared with the float64 reference, where there are more."""
 
-CONTIGUOUS_SHARE = 0.45
-"""Of the free memory: contiguous K and V are kept beside the pages, for peers that need them, where both take no more."""
-
-LARGE_CACHE_BYTES = 1 << 30
-"""One cache of this size is enough: no processor holds it, and lists are drawn anew for every set of arguments."""
+OWN = ""
+"""The kernel itself, beside its peers' names."""
 
 GRID = ("context", "batch", "token_budget", "page_size")
 
@@ -85,10 +76,11 @@ def bench_kernels(
         told: is given each row as soon as it is there.
 
     Returns:
-        Rows of "op", "implementation" ("torch", "triton" or a peer's name), the point, and either median ms with its 10th and
-        90th percentile, "MB" (read and written, by the op's formula), "bytes_ms" (their time at the measured copy bandwidth),
-        "bandwidth_share", "TFLOP_per_s" where operations are the limit, "over_ours" (a peer's time over the op's own) and
-        "checked"; or "unavailable", why it could not be measured; or "wrong", how it differs from the reference.
+        Rows of "op", "implementation" ("torch", "triton" or a peer's name; of a peer's variants the fastest), the point, and
+        either median ms with its 10th and 90th percentile, "launched" (`Times.launched`), "MB" (read and written, by the op's
+        formula), "bytes_ms" (their time at the measured copy bandwidth), "bandwidth_share", "TFLOP_per_s" where operations are
+        the limit, "over_ours" (a peer's time over the op's own) and "checked"; or "unavailable", why it could not be measured;
+        or "wrong", how it differs from the reference, or how it failed.
     """
     device = torch.device(settings.device)
     bandwidth = copy_bandwidth(device)
@@ -96,17 +88,8 @@ def bench_kernels(
     done: set[tuple[Any, ...]] = set()
     for shape in shapes(settings):
         ops = [op for op in (OPS[name](shape) for name in settings.ops) if _is_new(op, done)]
-        if not ops:
-            continue
         point = {name: getattr(shape, name) for name in GRID}
-        try:
-            with out_of_memory_is_unavailable():
-                data = _make_data(settings, shape)
-        except Unavailable as reason:
-            found: Iterator[dict[str, Any]] = iter([{"op": op.name, "unavailable": str(reason)} for op in ops])
-        else:
-            found = (row for op in ops for row in _bench_op(op, data, settings, bandwidth))
-        for row in found:
+        for row in _bench_point(ops, shape, settings, bandwidth):
             implementation = row.setdefault("implementation", "triton" if device.type == "cuda" else "torch")
             row |= {name: value for name, value in point.items() if name in OPS[row["op"]].axes}
             row |= {"dtype": settings.dtype, "copy_bandwidth_GB_per_s": bandwidth / 1e9}
@@ -140,8 +123,18 @@ def _is_new(op: Op, done: set[tuple[Any, ...]]) -> bool:
     return new
 
 
+def _bench_point(ops: list[Op], shape: Shape, settings: KernelSettings, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """Rows of all ops at one shape. It alone holds the point's data, so that they are gone before the next point's are made."""
+    if not ops:
+        return
+    with caught("the point's data") as failed:
+        data = _make_data(settings, shape)
+    for op in ops:
+        yield from [{"op": op.name, **failed}] if failed else _bench_op(op, data, settings, bandwidth)
+
+
 def _make_data(settings: KernelSettings, shape: Shape) -> list[Inputs]:
-    """Caches of different contents, which are taken in turn; one where it is so large that no processor holds it."""
+    """Caches of different contents, or sets of queries on a large one, which are taken in turn."""
     layer = LayerSettings(
         context=shape.context,
         batch=shape.batch,
@@ -151,64 +144,49 @@ def _make_data(settings: KernelSettings, shape: Shape) -> list[Inputs]:
         page_size=shape.page_size,
         heavy_tokens=0,  # a pilot in which one token has all the weight has statistics that float32 cannot hold
         key_spread=1.0,
+        caches=settings.caches,
+        seed=settings.seed,
     )
     geometry = Geometry(
         shape.num_kv_heads, shape.group, shape.head_dim, shape.page_size, shape.dtype, shape.device, first_kv_head=0
     )
-    kv_bytes = 2 * shape.rows * shape.context * shape.row_bytes
-    copies = kv_bytes * (1 / shape.page_size + (shape.head_dim / 2 + 4) / (2 * shape.row_bytes))
-    count = 1 if kv_bytes >= LARGE_CACHE_BYTES else settings.caches
-    held = int(count * (kv_bytes + copies))
-    check_memory(f"a cache of {shape.batch} x {shape.context} tokens", held, shape.device)
-    contiguous = True
-    try:
-        check_memory("K and V once more", int((held + count * kv_bytes) / (2 * CONTIGUOUS_SHARE)), shape.device)
-    except Unavailable:
-        contiguous = False
-    kinds = (PageMinMax(), QuantizedKeys(4))
-    return [make_inputs(layer, geometry, kinds, settings.seed + number, contiguous) for number in range(count)]
+    return make_rotation(layer, geometry, (PageMinMax(), QuantizedKeys(4)))
 
 
 def _bench_op(op: Op, data: list[Inputs], settings: KernelSettings, bandwidth: float) -> Iterator[dict[str, Any]]:
     """The op's own row, then its peers'."""
     assert settings.repeats is not None
-    refused: list[dict[str, Any]] = []
-    try:
-        with out_of_memory_is_unavailable():
-            generator = torch.Generator(op.shape.device).manual_seed(settings.seed)
-            arguments = [op.arguments(data[number % len(data)], generator) for number in range(max(settings.caches, len(data)))]
-            checked, result = _check(op, data[0], arguments[0], settings.seed)
-            functions: dict[str, Callable[[int], object]] = {"": lambda number: op.run(arguments[number % len(arguments)])}
-            for peer in op.peers(data[0], arguments[0]):
-                try:
-                    functions[peer] = _peer(op, peer, data, arguments, result)
-                except Unavailable as reason:
-                    refused.append({"op": op.name, "implementation": peer, "unavailable": str(reason)})
-                except WrongResult as wrong:
-                    refused.append({"op": op.name, "implementation": peer, "wrong": str(wrong)})
-            del result
-            times = time_in_turn(functions, settings.repeats, op.shape.device)
-    except Unavailable as reason:
-        yield {"op": op.name, "unavailable": str(reason)}
-    except WrongResult as wrong:
-        yield {"op": op.name, "wrong": str(wrong)}
-    except Exception as error:  # a kernel that does not compile, say: the others are timed all the same
-        yield {"op": op.name, "wrong": f"{op.name} failed: {type(error).__name__}: {error}"}
-    else:
-        num_bytes = sum(op.num_bytes)
-        for implementation, taken in times.items():
-            row = {
-                "op": op.name,
-                **taken.ms,
-                "MB": num_bytes / 1e6,
-                "bytes_ms": num_bytes / bandwidth * 1e3,
-                "bandwidth_share": num_bytes / taken.median / bandwidth,
-                "TFLOP_per_s": None if op.num_operations is None else op.num_operations / taken.median / 1e12,
-                "over_ours": taken.median / times[""].median,
-                "checked": checked,
-            }
-            yield {**row, "implementation": implementation} if implementation else row
-        yield from refused
+    refused: dict[str, dict[str, str]] = {}
+    with caught(op.name) as failed:
+        generator = torch.Generator(op.shape.device).manual_seed(settings.seed)
+        arguments = [op.arguments(data[number % len(data)], generator) for number in range(settings.caches)]
+        checked, result = _check(op, data[0], arguments[0], settings.seed)
+        functions: dict[str, Callable[[int], object]] = {OWN: lambda number: op.run(arguments[number % len(arguments)])}
+        for peer in op.peers(data[0], arguments[0]):
+            with caught(peer, is_peer=True) as peer_failed:
+                functions[peer] = _peer(op, peer, data, arguments, result)
+            if peer_failed:
+                refused[peer] = peer_failed
+        del result
+        times = _time_in_turn(functions, settings.repeats, op.shape.device, len(arguments), refused)
+    if failed:
+        yield {"op": op.name, **failed}
+        return
+    num_bytes = sum(op.num_bytes)
+    for implementation, taken in _fastest_variants(times).items():
+        row = {
+            "op": op.name,
+            **taken.ms,
+            "launched": taken.launched,
+            "MB": num_bytes / 1e6,
+            "bytes_ms": num_bytes / bandwidth * 1e3,
+            "bandwidth_share": num_bytes / taken.median / bandwidth,
+            "TFLOP_per_s": None if op.num_operations is None else op.num_operations / taken.median / 1e12,
+            "over_ours": taken.median / times[OWN].median,
+            "checked": checked,
+        }
+        yield row if implementation == OWN else {**row, "implementation": implementation}
+    yield from ({"op": op.name, **row} for row in _refused_libraries(refused, times))
 
 
 def _check(op: Op, data: Inputs, arguments: Any, seed: int) -> tuple[str, Any]:
@@ -224,24 +202,73 @@ def _peer(op: Op, name: str, data: list[Inputs], arguments: list[Any], result: A
     """A peer's function of the round's number, once it has given what the op gives.
 
     Raises:
-        Unavailable: it cannot be had, or fails in its own way.
+        Unavailable: it cannot be had.
         WrongResult: it gives something else.
     """
-    try:
-        with out_of_memory_is_unavailable():
-            made = [op.peers(one, arguments[0])[name]() for one in data]
-            of_peer = made[0](arguments[0])
-    except Unavailable:
-        raise
-    except Exception as error:
-        raise Unavailable(f"{name} failed: {type(error).__name__}: {error}") from error
-    op.check_peer(name, arguments[0], result, of_peer)
-    return partial(_run_peer, made, arguments)
+    made = [op.peers(one, arguments[0])[name]() for one in data]
+    op.check_peer(name, arguments[0], result, made[0](arguments[0]))
+    return partial(_run_peer, name, made, arguments)
 
 
-def _run_peer(made: list[Callable[[Any], Any]], arguments: list[Any], number: int) -> Any:
+class PeerFailed(Exception):
+    """A peer failed while it was timed; says how.
+
+    Attributes:
+        peer: its name.
+    """
+
+    def __init__(self, peer: str, error: Exception) -> None:
+        super().__init__(f"{peer} failed: {one_line(error)}")
+        self.peer = peer
+
+
+def _run_peer(name: str, made: list[Callable[[Any], Any]], arguments: list[Any], number: int) -> Any:
     place = number % len(arguments)
-    return made[place % len(made)](arguments[place])
+    try:
+        return made[place % len(made)](arguments[place])
+    except Exception as error:
+        raise PeerFailed(name, error) from error
+
+
+def _time_in_turn(
+    functions: dict[str, Callable[[int], object]],
+    repeats: int,
+    device: torch.device,
+    rotation: int,
+    refused: dict[str, dict[str, str]],
+) -> dict[str, Times]:
+    """The times of all, anew without a peer that fails among them, which goes to `refused`."""
+    while True:
+        try:
+            return time_in_turn(functions, repeats, device, rotation=rotation)
+        except PeerFailed as error:
+            refused[error.peer] = {"unavailable": str(error)}
+            functions = {name: function for name, function in functions.items() if name != error.peer}
+
+
+def _library(name: str) -> str:
+    """Of a peer's name "library/variant"."""
+    return name.partition("/")[0]
+
+
+def _fastest_variants(times: dict[str, Times]) -> dict[str, Times]:
+    """Of each library the fastest variant alone, under its whole name."""
+    fastest: dict[str, str] = {}
+    for name in sorted(times, key=lambda name: times[name].median):
+        fastest.setdefault(_library(name), name)
+    return {name: taken for name, taken in times.items() if fastest[_library(name)] == name}
+
+
+def _refused_libraries(refused: dict[str, dict[str, str]], times: dict[str, Times]) -> list[dict[str, Any]]:
+    """What is to be told of refused peers: every wrong variant, and libraries none of whose variants were timed."""
+    rows: dict[str, dict[str, Any]] = {}
+    timed = {_library(name) for name in times}
+    for name, row in refused.items():
+        if "wrong" in row:
+            rows[name] = {"implementation": name, **row}
+        elif _library(name) not in timed:
+            rows.setdefault(_library(name), {"implementation": _library(name), **row})
+    return list(rows.values())
 
 
 def _some_rows(data: Inputs, shape: Shape, seed: int) -> list[Row]:

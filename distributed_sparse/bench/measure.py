@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 FLUSH_BYTES = 1 << 30
 """Read on a GPU before every timed call: it empties the L2, and takes longer than the host needs to queue the call."""
 
 
+HOST_BOUND = 0.5
+"""A call that the host takes more than this share of the device's time to queue may have waited for the host."""
+
+
 class Unavailable(Exception):
     """Something that cannot be measured here; says why. The benchmark prints the reason and goes on."""
+
+
+def one_line(error: Exception) -> str:
+    """An error's type and the first line of its text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,8 @@ class Times:
     """Seconds of one function's calls."""
 
     samples: list[float]
+    launched: str | None = None
+    """On a GPU how: "graph" (a CUDA graph's replay), "eager", or "eager, host-bound?" (by `HOST_BOUND`)."""
 
     @property
     def median(self) -> float:
@@ -43,7 +56,11 @@ class Times:
 
 
 def time_in_turn(
-    functions: dict[str, Callable[[int], object]], repeats: int, device: torch.device, warm_up: int = 2
+    functions: Mapping[str, Callable[[int], object]],
+    repeats: int,
+    device: torch.device,
+    warm_up: int = 2,
+    rotation: int | None = None,
 ) -> dict[str, Times]:
     """Call every function once per round, so that a slow moment of the machine falls on all of them.
 
@@ -54,38 +71,93 @@ def time_in_turn(
         functions: name -> function of the round's number (to rotate its inputs, so that no cache holds them).
         repeats: rounds that are timed.
         warm_up: rounds before, not timed.
+        rotation: rounds after which inputs come again. On a GPU the calls of so many rounds are captured as CUDA graphs, so
+            that many small launches do not make the host the limit; what cannot be captured is called as it is. None:
+            nothing is captured.
     """
+    if device.type == "cuda":
+        flushed = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
+        clocks: dict[str, _HostClock] = {name: _DeviceClock(of, flushed, rotation) for name, of in functions.items()}
+    else:
+        clocks = {name: _HostClock(function) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    seconds = _DeviceClock(device) if device.type == "cuda" else _host_seconds
     for number in range(warm_up + repeats):
-        for name, function in functions.items():
-            taken = seconds(function, number)
-            if number >= warm_up:
-                samples[name].append(taken)
-    return {name: Times(values) for name, values in samples.items()}
+        for name, clock in clocks.items():
+            samples[name].append(clock.seconds(number))
+    return {name: Times(values[warm_up:], clocks[name].launched(warm_up)) for name, values in samples.items()}
 
 
-def _host_seconds(function: Callable[[int], object], number: int) -> float:
-    started = time.perf_counter()
-    function(number)
-    return time.perf_counter() - started
+class _HostClock:
+    """Seconds of a function's call on the host."""
+
+    def __init__(self, function: Callable[[int], object]) -> None:
+        self._function = function
+
+    def seconds(self, number: int) -> float:
+        started = time.perf_counter()
+        self._function(number)
+        return time.perf_counter() - started
+
+    def launched(self, warm_up: int) -> str | None:
+        """`Times.launched`, from the call of that number on."""
+        return None
 
 
-class _DeviceClock:
-    """Seconds of a call on the device, its L2 emptied before."""
+class _DeviceClock(_HostClock):
+    """Seconds of a call on the device, its L2 emptied before; of a replay, where the call can be captured.
 
-    def __init__(self, device: torch.device) -> None:
-        self._flushed = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
-        self._device = device
+    Args:
+        flushed: is read before every call.
+        rotation: as of `time_in_turn`.
+    """
 
-    def __call__(self, function: Callable[[int], object], number: int) -> float:
+    def __init__(self, function: Callable[[int], object], flushed: Tensor, rotation: int | None) -> None:
+        super().__init__(function)
+        self._flushed = flushed
+        self._graphs = [] if rotation is None else _captured(function, rotation, flushed.device)
+        self._host_shares: list[float] = []
+
+    def seconds(self, number: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._flushed.sum()  # read, not written: no dirty line is left for the call to write back
         begin.record()
-        function(number)
+        started = time.perf_counter()
+        if self._graphs:
+            self._graphs[number % len(self._graphs)].replay()
+        else:
+            self._function(number)
+        queued = time.perf_counter() - started
         end.record()
-        torch.cuda.synchronize(self._device)
-        return begin.elapsed_time(end) / 1e3
+        torch.cuda.synchronize(self._flushed.device)
+        taken = begin.elapsed_time(end) / 1e3
+        self._host_shares.append(queued / taken)
+        return taken
+
+    def launched(self, warm_up: int) -> str | None:
+        if self._graphs:
+            return "graph"
+        return "eager, host-bound?" if np.median(self._host_shares[warm_up:]) > HOST_BOUND else "eager"
+
+
+def _captured(function: Callable[[int], object], rotation: int, device: torch.device) -> list[torch.cuda.CUDAGraph]:
+    """A graph of each call up to number `rotation`; none where the function cannot be captured, as it waits for the device."""
+    stream, before = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(before)
+    graphs: list[torch.cuda.CUDAGraph] = []
+    pool = torch.cuda.graph_pool_handle()
+    with torch.cuda.stream(stream):  # also left by a capture that fails, which does not leave its own
+        for number in range(rotation):  # what is compiled or allocated at the first call is so before the capture
+            function(number)
+        try:
+            for number in range(rotation):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    function(number)
+                graphs.append(graph)
+        except Exception:  # each call has just succeeded outside a capture
+            graphs = []
+    before.wait_stream(stream)
+    return graphs
 
 
 def read_bandwidth(device: torch.device, num_bytes: int = 1 << 29, repeats: int = 7) -> float:
@@ -116,6 +188,7 @@ def torch_threads(count: int | None) -> Iterator[int]:
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be allocated."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps of tensors that are gone
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _page_cache_bytes()
 

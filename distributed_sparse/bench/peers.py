@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from distributed_sparse.bench.failures import caught
 from distributed_sparse.bench.layer import Inputs
-from distributed_sparse.bench.measure import Unavailable
+from distributed_sparse.bench.measure import Unavailable, one_line, time_in_turn
 
 if TYPE_CHECKING:
     from distributed_sparse.bench.ops.base import Shape
@@ -36,7 +37,7 @@ def import_peer(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:  # a library built for other versions fails in its own ways
-        raise Unavailable(f"{name} is not importable here ({type(error).__name__}: {error})") from error
+        raise Unavailable(f"{name} is not importable here ({one_line(error)})") from error
 
 
 def import_flashinfer(device: torch.device) -> Any:
@@ -69,21 +70,27 @@ def flex_decode(data: Inputs, shape: Shape) -> Function:
     if shape.device.type != "cuda":
         raise Unavailable(f"FlexAttention is no decode kernel on {shape.device.type}; it is timed on cuda")
     k, v = contiguous(data, shape)
-    flex = _compiled_flex()
+    flex = _compiled_flex(shape)
     return lambda arguments: flex(arguments["q"][:, :, None], k, v, scale=shape.scale, enable_gqa=True)
 
 
-@cache
-def _compiled_flex() -> Any:
+@lru_cache(maxsize=1)
+def _compiled_flex(shape: Shape) -> Any:
+    """Compiled anew for every shape: past a number of them (`recompile_limit`) torch would run it uncompiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    torch._dynamo.reset()
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)  # fullgraph: an error, where it is not compiled
 
 
-def flashinfer_decode(data: Inputs, shape: Shape) -> Function:
-    """flashinfer's paged decode over the very pages; planned once, as an engine does per step."""
+def flashinfer_decode(data: Inputs, shape: Shape, use_tensor_cores: bool) -> Function:
+    """flashinfer's paged decode over the very pages; planned once, as an engine does per step.
+
+    Args:
+        use_tensor_cores: its kernel for large query groups, instead of the one without matrix units.
+    """
     flashinfer = import_flashinfer(shape.device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(_workspace(shape.device), "HND")
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(_workspace(shape.device), "HND", use_tensor_cores=use_tensor_cores)
     indptr, indices = _page_lists(data, shape)
     sizes = (shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.page_size)
     wrapper.plan(
@@ -91,6 +98,29 @@ def flashinfer_decode(data: Inputs, shape: Shape) -> Function:
         q_data_type=shape.dtype, kv_data_type=shape.dtype, sm_scale=shape.scale,
     )  # fmt: skip
     return lambda arguments: wrapper.run(arguments["q"], (data.cache.k_pages, data.cache.v_pages))
+
+
+def tensor_cores_are_faster(data: Inputs, shape: Shape) -> bool:
+    """Which of flashinfer's decode kernels is the faster one for such a step; one may not have its sizes.
+
+    Raises:
+        Unavailable: neither has, or flashinfer is not here.
+    """
+    functions: dict[str, Function] = {}
+    for name, use_tensor_cores in (("cuda", False), ("tensor", True)):
+        with caught("flashinfer", is_peer=True) as failed:
+            function = flashinfer_decode(data, shape, use_tensor_cores)
+            function({"q": data.q})
+            functions[name] = function
+    if not functions:
+        raise Unavailable(failed["unavailable"])
+    calls = {name: partial(_call, function, {"q": data.q}) for name, function in functions.items()}
+    times = time_in_turn(calls, repeats=7, device=shape.device, rotation=1)
+    return min(times, key=lambda name: times[name].median) == "tensor"
+
+
+def _call(function: Function, arguments: dict[str, Any], number: int) -> Tensor:
+    return function(arguments)
 
 
 # ---- prefill

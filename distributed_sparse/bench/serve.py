@@ -15,7 +15,8 @@ import torch
 
 from distributed_sparse.bench.accuracy import WrongResult
 from distributed_sparse.bench.decode import DecodeSettings, one_ray
-from distributed_sparse.bench.measure import Unavailable, check_memory, torch_threads
+from distributed_sparse.bench.failures import caught
+from distributed_sparse.bench.measure import check_memory, torch_threads
 from distributed_sparse.bench.models import BenchModel, bench_model
 from distributed_sparse.bench.synthetic import SyntheticLLM, SyntheticShard
 from distributed_sparse.bench.ttft import NEVER
@@ -24,7 +25,7 @@ from distributed_sparse.llm import LLM
 from distributed_sparse.model.limits import resolve_device, resolve_dtype
 from distributed_sparse.planner.rank import RankOnPaper
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.scaling.latency import RequestTimes, latencies, spread_ms
+from distributed_sparse.scaling.latency import RequestTimes, spread_ms
 
 CHECKED_REQUESTS = 2
 
@@ -42,7 +43,7 @@ class ServeSettings:
     request_rate: tuple[float, ...] = (math.inf,)
     """Requests per second; inf: all at once."""
     burstiness: float = 1.0
-    """Shape of the gamma distribution of the gaps: 1 is Poisson, less is burstier."""
+    """Shape of the gamma distribution of the gaps: 1 is Poisson, less is burstier; inf: equal gaps."""
     num_prompts: int = 16
     random_input_len: int = 512
     random_output_len: int = 32
@@ -83,11 +84,23 @@ class Served:
 
 
 def arrival_times(count: int, request_rate: float, burstiness: float, seed: int) -> list[float]:
-    """Seconds from the start at which requests arrive: gaps of a gamma distribution of mean 1 / request_rate."""
+    """Seconds from the start at which requests arrive, as `get_request` of `vllm bench serve` has it.
+
+    Gaps are of a gamma distribution of mean 1 / request_rate, the first request's too, and stretched together so that the last
+    one arrives at count / request_rate.
+
+    Args:
+        burstiness: shape of the distribution; inf: equal gaps.
+    """
     if math.isinf(request_rate):
         return [0.0] * count
-    gaps = np.random.default_rng(seed).gamma(burstiness, 1.0 / (request_rate * burstiness), count)
-    return np.cumsum(gaps).tolist()
+    if math.isinf(burstiness):
+        times = np.arange(1.0, count + 1)
+    else:
+        gaps = np.random.default_rng(seed).gamma(burstiness, 1.0 / (request_rate * burstiness), count)
+        times = np.cumsum(gaps)
+    stretched = times * (count / request_rate / times[-1]) if times[-1] > 0 else times
+    return stretched.tolist()
 
 
 def bench_serve(settings: ServeSettings, told: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
@@ -98,21 +111,20 @@ def bench_serve(settings: ServeSettings, told: Callable[[dict[str, Any]], object
         "total_input_tokens", "total_output_tokens", "request_throughput", "output_throughput", "total_token_throughput" (per
         second), and {mean, median, p99}_{ttft, tpot, itl, e2el}_ms; beside them "max_send_delay_ms" (how late the client was)
         and "greedy_agreement" (of checked requests, the share of tokens that a dense prefill of prompt and output ranks first);
-        or "unavailable" or "wrong", with the reason.
+        or "unavailable" or "wrong", with the reason. "duration" begins when the first gap does, and ends with the last request.
     """
     device, rows = resolve_device(settings.device), []
     with bench_model(settings.model) as model, torch_threads(settings.threads), one_ray(settings.as_decode()):
         dtype = resolve_dtype(settings.dtype, model.config.dtype)
         for method, sparse in settings.as_decode().sections().items():
             of_method: list[dict[str, Any]] = []
-            try:
-                with _engine(settings, model, sparse, dtype, device) as llm:
-                    warm_up = SamplingParams(temperature=0.0, max_tokens=settings.random_output_len, ignore_eos=True)
-                    llm.generate(settings.prompt(settings.num_prompts, model.config.vocab_size), warm_up, use_tqdm=False)
-                    for rate in settings.request_rate:
-                        of_method.append(_at_rate(settings, llm, rate, method, dtype))
-            except (Unavailable, EngineError, ValueError) as reason:
-                of_method.append({"unavailable": str(reason)})
+            with caught(method) as failed, _engine(settings, model, sparse, dtype, device) as llm:
+                warm_up = SamplingParams(temperature=0.0, max_tokens=settings.random_output_len, ignore_eos=True)
+                llm.generate(settings.prompt(settings.num_prompts, model.config.vocab_size), warm_up, use_tqdm=False)
+                for rate in settings.request_rate:
+                    of_method.append(_at_rate(settings, llm, rate, method, dtype))
+            if failed:
+                of_method.append({**failed})
             for row in of_method:
                 row |= {"method": method, "tensor_parallel_size": settings.tensor_parallel_size}
                 rows.append({"method": row.pop("method"), **row})
@@ -151,25 +163,29 @@ def _at_rate(settings: ServeSettings, llm: LLM, rate: float, method: str, dtype:
     vocab_size = llm.model_config.vocab_size
     prompts = [settings.prompt(number, vocab_size) for number in range(settings.num_prompts)]
     due = arrival_times(settings.num_prompts, rate, settings.burstiness, settings.seed)
-    served = asyncio.run(serve(llm, prompts, due, settings.random_output_len))
+    served, duration = asyncio.run(serve(llm, prompts, due, settings.random_output_len))
     row: dict[str, Any] = {"request_rate": rate if math.isfinite(rate) else "inf", "burstiness": settings.burstiness}
     try:
         agreement = greedy_agreement(llm, prompts, served, method, dtype, settings.random_output_len)
     except WrongResult as wrong:
         return {**row, "wrong": str(wrong)}
-    return row | summary(served) | {"greedy_agreement": agreement}
+    return row | summary(served, duration) | {"greedy_agreement": agreement}
 
 
-async def serve(llm: LLM, prompts: Sequence[list[int]], due: Sequence[float], output_len: int) -> list[Served]:
+async def serve(llm: LLM, prompts: Sequence[list[int]], due: Sequence[float], output_len: int) -> tuple[list[Served], float]:
     """Send each request when it is due, whatever has become of the others, and wait for all of them.
 
     Args:
         due: seconds from now on.
         output_len: tokens that each generates.
+
+    Returns:
+        What became of each, and the seconds from now until all of them had ended.
     """
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
     started = time.monotonic()
-    return await asyncio.gather(*(_one(llm, prompt, params, started + after) for prompt, after in zip(prompts, due)))
+    served = await asyncio.gather(*(_one(llm, prompt, params, started + after) for prompt, after in zip(prompts, due)))
+    return served, time.monotonic() - started
 
 
 async def _one(llm: LLM, prompt: list[int], params: SamplingParams, due: float) -> Served:
@@ -189,8 +205,12 @@ async def _one(llm: LLM, prompt: list[int], params: SamplingParams, due: float) 
     return served
 
 
-def summary(served: Sequence[Served]) -> dict[str, Any]:
-    """What they took together, under the names of `vllm bench serve`; latencies of completed requests alone."""
+def summary(served: Sequence[Served], duration: float) -> dict[str, Any]:
+    """What they took together, under the names of `vllm bench serve`; latencies and tokens of completed requests alone.
+
+    Args:
+        duration: seconds of all of it, failed requests included.
+    """
     completed = [one.times for one in served if one.error is None]
     errors = sorted({one.error for one in served if one.error is not None})
     row: dict[str, Any] = {
@@ -200,19 +220,25 @@ def summary(served: Sequence[Served]) -> dict[str, Any]:
         "errors": errors,
     }
     if not completed:
-        return {**row, "unavailable": f"no request was completed: {errors[0]}"}
-    taken = latencies(completed)
+        return {**row, "wrong": f"no request was completed: {errors[0]}"}
+    num_input = sum(one.num_prompt_tokens for one in completed)
+    num_output = sum(len(one.token_ids) for one in completed)
     row |= {
-        "duration": taken["duration_s"],
-        "total_input_tokens": sum(one.num_prompt_tokens for one in completed),
-        "total_output_tokens": sum(len(one.token_ids) for one in completed),
-        "request_throughput": taken["requests_per_s"],
-        "output_throughput": taken["output_tokens_per_s"],
-        "total_token_throughput": taken["total_tokens_per_s"],
+        "duration": duration,
+        "total_input_tokens": num_input,
+        "total_output_tokens": num_output,
+        "request_throughput": len(completed) / duration,
+        "output_throughput": num_output / duration,
+        "total_token_throughput": (num_input + num_output) / duration,
     }
-    taken["e2el_ms"] = spread_ms([one.arrivals[-1] - one.sent for one in completed])
-    for name in ("ttft", "tpot", "itl", "e2el"):
-        spread = taken[f"{name}_ms"] or dict.fromkeys(("mean", "median", "p99"))
+    seconds = {
+        "ttft": [one.ttft for one in completed],
+        "tpot": [one.tpot for one in completed if one.tpot is not None],
+        "itl": [gap for one in completed for gap in one.itl],
+        "e2el": [one.arrivals[-1] - one.sent for one in completed],
+    }
+    for name, values in seconds.items():
+        spread = spread_ms(values) or dict.fromkeys(("mean", "median", "p99"))
         row |= {f"{statistic}_{name}_ms": value for statistic, value in spread.items()}
     return row
 

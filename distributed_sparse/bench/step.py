@@ -12,6 +12,8 @@ import torch
 
 from distributed_sparse import LLM, SamplingParams
 from distributed_sparse.bench.measure import read_bandwidth
+from distributed_sparse.model.config import ModelConfig
+from distributed_sparse.planner.rank import RankOnPaper
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,15 @@ NEGLIGIBLE_MODEL = {
     "num_hidden_layers": 1,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
-    "head_dim": 8,
-    "max_position_embeddings": 4096,
+    "head_dim": 64,
+    "max_position_embeddings": 1 << 20,
     "torch_dtype": "float32",
 }
+"""head_dim is one that kernels on a GPU have, too."""
+
+PROMPT_TOKENS = 3
+
+PAGE_SIZE = 16
 
 
 def bench_step(settings: StepSettings) -> dict[str, Any]:
@@ -49,17 +56,26 @@ def bench_step(settings: StepSettings) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(NEGLIGIBLE_MODEL))
+        paper = RankOnPaper(
+            ModelConfig.from_pretrained(Path(folder)), settings.tensor_parallel_size, None, PAGE_SIZE, torch.float32
+        )
+        max_model_len = PROMPT_TOKENS + settings.tokens
+        num_pages = settings.batch * -(-max_model_len // PAGE_SIZE) + 1
         with LLM(
             folder,
             tensor_parallel_size=settings.tensor_parallel_size,
             distributed_executor_backend=settings.backend,
             load_format="dummy",
             device=settings.device,
+            page_size=PAGE_SIZE,
+            max_model_len=max_model_len,
             max_num_seqs=settings.batch,
-            kv_cache_memory_bytes=1 << 26,
+            max_num_batched_tokens=max(2048, settings.batch),
+            kv_cache_memory_bytes=num_pages * sum(paper.page_bytes),
         ) as llm:
             params = SamplingParams(temperature=0.0, max_tokens=settings.tokens, ignore_eos=True)
-            outputs = llm.generate([[1, 2, 3 + row] for row in range(settings.batch)], params, use_tqdm=False)
+            prompts = [[3 + row % 250] * PROMPT_TOKENS for row in range(settings.batch)]
+            outputs = llm.generate(prompts, params, use_tqdm=False)
             assert all(len(output.outputs[0].token_ids) == settings.tokens for output in outputs)
             stats = llm.stats()
     weights = max(rank["weight_bytes"] for rank in stats["ranks"])

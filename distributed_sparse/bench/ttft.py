@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from distributed_sparse.bench.accuracy import WrongResult
 from distributed_sparse.bench.decode import DecodeSettings, one_ray
-from distributed_sparse.bench.measure import (
-    Times,
-    Unavailable,
-    check_memory,
-    out_of_memory_is_unavailable,
-    torch_threads,
-)
+from distributed_sparse.bench.failures import caught
+from distributed_sparse.bench.measure import Times, check_memory, torch_threads
 from distributed_sparse.bench.models import BenchModel, bench_model
 from distributed_sparse.bench.synthetic import SyntheticLLM, SyntheticShard
 from distributed_sparse.bench.transformers_peer import check_token, first_token, transformers_model
-from distributed_sparse.client import EngineError
 from distributed_sparse.driver.client_messages import NewRequest
+from distributed_sparse.llm import LLM
 from distributed_sparse.model.limits import resolve_device, resolve_dtype
 from distributed_sparse.planner.rank import RankOnPaper
 from distributed_sparse.sampling_params import SamplingParams
@@ -60,6 +56,33 @@ def bench_ttft(settings: DecodeSettings, told: Callable[[dict[str, Any]], object
     return rows
 
 
+@dataclass
+class Entrant:
+    """Someone whose time to the first token is taken."""
+
+    row: dict[str, Any]
+    """Filled as it is known; one with "unavailable" or "wrong" takes no further part."""
+    is_peer: bool = False
+    run: Callable[[list[int]], tuple[float, Any]] | None = None
+    """A prompt's seconds, and its first token (transformers: the logits behind it)."""
+    seconds: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def may_fail(self) -> Iterator[None]:
+        with caught(self.row["contestant"], self.is_peer) as failed:
+            yield
+        if self.takes_part:  # what failed first is told
+            self.row |= failed
+
+    def close(self, llm: LLM) -> None:
+        with self.may_fail():
+            llm.shutdown()
+
+    @property
+    def takes_part(self) -> bool:
+        return not {"unavailable", "wrong"} & self.row.keys()
+
+
 def _of_length(
     settings: DecodeSettings, model: BenchModel, dtype: torch.dtype, device: torch.device, prompt_len: int
 ) -> list[dict[str, Any]]:
@@ -67,49 +90,61 @@ def _of_length(
     lengths = [min(prompt_len, WARM_UP_TOKENS)] + [prompt_len] * settings.rounds
     prompts = [generator.integers(3, model.config.vocab_size, length).tolist() for length in lengths]
     with ExitStack() as opened:
-        rows: list[dict[str, Any]] = []
-        hf = None
-        if PEER in settings.peer:
-            rows.append({"contestant": PEER, "tensor_parallel_size": 1})
-            try:
-                with out_of_memory_is_unavailable():
-                    hf = transformers_model(model, dtype, device)
-            except Unavailable as reason:
-                rows[-1]["unavailable"] = str(reason)
-        engines = []
+        peer = _peer(model, dtype, device) if PEER in settings.peer else None
+        engines: list[Entrant] = []
         for (name, sparse), size in product(settings.sections().items(), settings.tensor_parallel_size):
-            row: dict[str, Any] = {"contestant": name, "tensor_parallel_size": size}
-            rows.append(row)
-            try:
-                llm = opened.enter_context(_engine(settings, model, sparse, size, dtype, device, prompt_len))
-                engines.append((row, llm))
-            except (Unavailable, EngineError, ValueError) as reason:
-                row["unavailable"] = str(reason)
-        seconds: dict[int, list[float]] = {number: [] for number in range(len(rows))}
+            engines.append(Entrant({"contestant": name, "tensor_parallel_size": size}))
+            with engines[-1].may_fail():
+                llm = _engine(settings, model, sparse, size, dtype, device, prompt_len)
+                opened.callback(engines[-1].close, llm)
+                engines[-1].run = partial(_first_token, llm)
         for number, prompt in enumerate(prompts):
-            logits = None
-            if hf is not None:
-                taken, logits = first_token(hf, prompt)
-                seconds[0] += [taken] if number else []
-            for row, llm in engines:
-                params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)
-                [times] = send(llm, [NewRequest(uuid.uuid4().hex, prompt, params)], 1)
-                if logits is not None:
-                    try:
-                        check_token(f"{row['contestant']}: the first token", times.token_ids[0], logits, dtype)
-                    except WrongResult as wrong:
-                        row["wrong"] = str(wrong)
-                seconds[rows.index(row)] += [times.ttft] if number else []
-    for number, row in enumerate(rows):
-        if seconds[number] and "wrong" not in row:
-            spread = Times(seconds[number]).ms
-            row |= {"ttft_ms": spread.pop("ms"), **spread}
-            if hf is not None:
-                row["over_transformers"] = float(
-                    np.median([own / of_peer for own, of_peer in zip(seconds[number], seconds[0])])
-                )
-            row["checked"] = "its first token with transformers'" if hf is not None else "not checked"
-    return rows
+            _take_turns(peer, engines, prompt, dtype, is_timed=number > 0)
+    entrants = [*([peer] if peer else []), *engines]
+    for one in entrants:
+        if one.takes_part:
+            one.row |= _measured(one, peer if peer is not None and peer.takes_part else None)
+    return [one.row for one in entrants]
+
+
+def _peer(model: BenchModel, dtype: torch.dtype, device: torch.device) -> Entrant:
+    """transformers, which is compared with, too."""
+    entrant = Entrant({"contestant": PEER, "tensor_parallel_size": 1}, is_peer=True)
+    with entrant.may_fail():
+        entrant.run = partial(first_token, transformers_model(model, dtype, device))
+    return entrant
+
+
+def _first_token(llm: LLM, prompt: list[int]) -> tuple[float, int]:
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)
+    [times] = send(llm, [NewRequest(uuid.uuid4().hex, prompt, params)], 1)
+    return times.ttft, times.token_ids[0]
+
+
+def _take_turns(peer: Entrant | None, engines: list[Entrant], prompt: list[int], dtype: torch.dtype, is_timed: bool) -> None:
+    """One prompt, given to all that have not failed."""
+    logits: Tensor | None = None
+    for one in [*([peer] if peer else []), *engines]:
+        if not one.takes_part:
+            continue
+        assert one.run is not None
+        with one.may_fail():
+            seconds, found = one.run(prompt)
+            if one is peer:
+                logits = found
+            elif logits is not None:
+                check_token(f"{one.row['contestant']}: the first token", found, logits, dtype)
+            if is_timed:
+                one.seconds.append(seconds)
+
+
+def _measured(one: Entrant, peer: Entrant | None) -> dict[str, Any]:
+    spread = Times(one.seconds).ms
+    row: dict[str, Any] = {"ttft_ms": spread.pop("ms"), **spread}
+    if peer is None:
+        return {**row, "checked": "not checked"}
+    ratios = [own / of_peer for own, of_peer in zip(one.seconds, peer.seconds)]
+    return {**row, "over_transformers": float(np.median(ratios)), "checked": "its first token with transformers'"}
 
 
 def _engine(
@@ -125,19 +160,18 @@ def _engine(
     max_model_len = prompt_len + settings.page_size
     cache_bytes = (-(-max_model_len // settings.page_size) + 1) * sum(paper.page_bytes)
     check_memory(f"a prompt of {prompt_len} tokens", paper.weight_bytes + cache_bytes, device)
-    with out_of_memory_is_unavailable():
-        return SyntheticLLM(
-            str(model.path),
-            partial(SyntheticShard, fill_from=NEVER, num_threads=settings.threads),
-            load_format=model.load_format,
-            tensor_parallel_size=size,
-            sparse=sparse,
-            dtype=str(dtype).removeprefix("torch."),
-            device=device.type,
-            page_size=settings.page_size,
-            max_model_len=max_model_len,
-            max_num_seqs=1,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            kv_cache_memory_bytes=cache_bytes,
-            step_timeout_s=3600.0,
-        )
+    return SyntheticLLM(
+        str(model.path),
+        partial(SyntheticShard, fill_from=NEVER, num_threads=settings.threads),
+        load_format=model.load_format,
+        tensor_parallel_size=size,
+        sparse=sparse,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        page_size=settings.page_size,
+        max_model_len=max_model_len,
+        max_num_seqs=1,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv_cache_memory_bytes=cache_bytes,
+        step_timeout_s=3600.0,
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from distributed_sparse.bench import contestants, decode, synthetic, ttft
+from distributed_sparse.bench import contestants, decode, peers, synthetic, ttft
 from distributed_sparse.bench.accuracy import WrongResult
 from distributed_sparse.bench.contestants import Contestant, Round, Task, Vllm, step_gaps, without_bunches
 from distributed_sparse.bench.decode import DecodeSettings, Point, bench_decode
@@ -24,6 +26,7 @@ from distributed_sparse.bench.layer import LayerSettings, check, make_inputs
 from distributed_sparse.bench.measure import Unavailable
 from distributed_sparse.bench.models import BenchModel, bench_model
 from distributed_sparse.bench.transformers_peer import Truth, check_token, transformers_model
+from distributed_sparse.client import EngineError
 from distributed_sparse.planner.rank import RankOnPaper
 from distributed_sparse.selection import base, policy_class
 from distributed_sparse.selection.metadata import Geometry
@@ -195,6 +198,28 @@ def test_one_that_fails_ends_nobody_else() -> None:
     assert rows["quest"]["tpot_ms"] == 1e3 and rows["quest"]["speedup_over_dense"] is None
 
 
+@pytest.mark.parametrize(("is_peer", "how"), [(True, "unavailable"), (False, "wrong")])
+def test_any_failure_of_a_peer_is_no_failure_of_the_benchmark_but_of_an_engine_it_is(is_peer: bool, how: str) -> None:
+    log: list[str] = []
+
+    class Failing(Scripted):
+        def round(self) -> Round:
+            raise KeyError("no such kernel")
+
+        def close(self) -> None:
+            super().close()
+            raise RuntimeError("it is gone already")
+
+    task = SimpleNamespace(device=CPU)
+    one = Failing(task, "other", log, [])
+    one.is_peer = is_peer
+    point = Point([one, Scripted(task, "dense", log, [1.0])], 1)
+    point.run(None)
+    rows = by_name(point.rows({1: 1e9}, None))
+    assert rows["other"][how] == "other failed: KeyError: 'no such kernel'" and rows["dense"]["tpot_ms"] == 1e3
+    assert log[-1] == "close other", "and each is closed"
+
+
 def test_those_that_do_not_fit_together_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "available_bytes", lambda device: 100)
     log: list[str] = []
@@ -217,6 +242,19 @@ def test_what_does_not_fit_at_all_and_who_is_not_here_is_told(
     assert "vllm is not importable here" in found["vllm"]["unavailable"]
 
 
+def test_without_transformers_engines_are_timed_and_said_to_be_unchecked(
+    settings: DecodeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise KeyError("no such architecture")
+
+    monkeypatch.setattr(decode, "Truth", fails)
+    found = by_name(bench_decode(replace(settings, method=("dense",))))
+    why = "transformers failed: KeyError: 'no such architecture'"
+    assert found["transformers"]["unavailable"] == why
+    assert found["dense"]["checked"] == f"not checked: {why}" and found["dense"]["tpot_ms"] > 0
+
+
 # ---- peers that are not installed here, by stand-ins of their interfaces
 
 
@@ -225,8 +263,12 @@ class StandInWrapper:
 
     plans = 0
 
-    def __init__(self, workspace: Tensor, layout: str) -> None:
+    slow = (False,)
+    """Values of `use_tensor_cores` with which it takes its time."""
+
+    def __init__(self, workspace: Tensor, layout: str, use_tensor_cores: bool) -> None:
         assert layout == "HND"
+        self.use_tensor_cores = use_tensor_cores
 
     def plan(
         self, indptr: Tensor, indices: Tensor, last: Tensor, heads: int, kv_heads: int, d: int, size: int, **options: Any
@@ -235,7 +277,9 @@ class StandInWrapper:
         self.lists = [indices[a:b].long() for a, b in zip(indptr.tolist(), indptr.tolist()[1:])]
         self.last, self.group, self.scale = last.tolist(), heads // kv_heads, options["sm_scale"]
 
-    def run(self, q: Tensor, pages: tuple[Tensor, Tensor], return_lse: bool) -> tuple[Tensor, Tensor]:
+    def run(self, q: Tensor, pages: tuple[Tensor, Tensor], return_lse: bool = False) -> Any:
+        if self.use_tensor_cores in self.slow:
+            time.sleep(0.01)
         outs, sums = [], []
         for own, pages_of, last in zip(q, self.lists, self.last):
             k, v = (x[pages_of].transpose(0, 1).flatten(1, 2) for x in pages)
@@ -244,11 +288,68 @@ class StandInWrapper:
             logits = (k @ own[:, :, None])[..., 0] * self.scale
             outs.append((logits.softmax(-1)[:, None] @ v)[:, 0])
             sums.append(logits.logsumexp(-1) / math.log(2))
-        return torch.stack(outs), torch.stack(sums)
+        return (torch.stack(outs), torch.stack(sums)) if return_lse else torch.stack(outs)
 
 
-def test_flashinfer_in_place_of_dense_attention_gives_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be imported, and has kernels for CPUs."""
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=StandInWrapper))
+    for module in (peers, decode):
+        monkeypatch.setattr(module, "import_flashinfer", lambda device: sys.modules["flashinfer"])
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_faster_of_flashinfer_s_kernels_stands_beside_our_own_dense_uncaptured(
+    settings: DecodeSettings, flashinfer: None, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    monkeypatch.setattr(StandInWrapper, "slow", (slow,))
+    eager: dict[Any, bool] = {}
+    opened = contestants.SyntheticLLM
+
+    def llm(*arguments: Any, **options: Any) -> Any:
+        eager[(options["sparse"] or {}).get("method")] = options["enforce_eager"]
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(contestants, "SyntheticLLM", llm)
+    found = by_name(bench_decode(replace(settings, peer=("flashinfer",), method=("quest",), rounds=1)))
+    name = f"dense by flashinfer/{'cuda' if slow else 'tensor'} cores"
+    assert list(found) == ["quest", name, "dense eager"]
+    for row in found.values():
+        assert row["tpot_ms"] > 0 and "short sequence" in row["checked"]
+    assert eager == {"quest": False, METHOD: False, "dense": True}
+
+
+def test_a_flashinfer_kernel_that_does_not_have_the_sizes_leaves_the_other(
+    flashinfer: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    right = StandInWrapper.plan
+
+    def plan(self: StandInWrapper, *arguments: Any, **options: Any) -> None:
+        if not self.use_tensor_cores:
+            raise ValueError("Unsupported group_size: 7")
+        right(self, *arguments, **options)
+
+    monkeypatch.setattr(StandInWrapper, "plan", plan)
+    monkeypatch.setattr(StandInWrapper, "slow", (True,))
+    with bench_model(str(tiny_shape(tmp_path))) as model:
+        task = Task(model, torch.float32, CPU, 64, 2, 8, 0.0)
+        assert [one.name for one in decode._flashinfer(task, 1, None)] == ["dense by flashinfer/tensor cores", "dense eager"]
+
+
+def test_flashinfer_that_does_not_compile_is_left_out(
+    settings: DecodeSettings, flashinfer: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Ninja build failed.\n[1/3] nvcc")
+
+    monkeypatch.setattr(StandInWrapper, "run", fails)
+    found = by_name(bench_decode(replace(settings, peer=("flashinfer",), method=("dense",), rounds=1)))
+    assert found["flashinfer"]["unavailable"] == "flashinfer failed: RuntimeError: Ninja build failed."
+    assert found["dense"]["tpot_ms"] > 0
+
+
+def test_flashinfer_in_place_of_dense_attention_gives_dense_attention(flashinfer: None) -> None:
     geometry = Geometry(2, 2, 64, 16, torch.float32, CPU, 0)
     inputs = make_inputs(LayerSettings(context=333, batch=2, num_heads=4, num_kv_heads=2, head_dim=64), geometry, (), 0)
     policy = policy_class(METHOD)(FlashInferConfig(), geometry)
@@ -264,26 +365,57 @@ def test_flashinfer_in_place_of_dense_attention_gives_dense_attention(monkeypatc
     assert StandInWrapper.plans == before, "one plan serves all layers of a step"
 
 
-def test_vllm_s_time_per_token_is_without_its_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=0.0)
+class StandInVllm:
+    """vLLM's offline interface: 5 s for prompts that are not in its prefix cache, a quarter of one per further token."""
 
-    class StandInLLM:
-        def __init__(self, **options: Any) -> None:
-            assert options["skip_tokenizer_init"] and not options["enable_prefix_caching"]
+    tells_times = True
+    cached_share = 1.0
+    now = 0.0
 
-        def generate(self, prompts: list[dict], params: Any, use_tqdm: bool) -> list[Any]:
-            clock.now += 5.0 + 0.25 * (params.max_tokens - 1)  # 5 s of prompts, a quarter of one per further token
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1] * params.max_tokens)]) for _ in prompts]
+    def __init__(self, **options: Any) -> None:
+        assert options["skip_tokenizer_init"] and options["enable_prefix_caching"] and not options["disable_log_stats"]
+        self.longest = options["max_model_len"]
+        self.seen: set[tuple[int, ...]] = set()
 
-    sampling = lambda **options: SimpleNamespace(**options)  # noqa: E731
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=StandInLLM, SamplingParams=sampling))
-    monkeypatch.setattr(contestants, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    def generate(self, prompts: list[dict], params: Any, use_tqdm: bool) -> list[Any]:
+        ids = [tuple(prompt["prompt_token_ids"]) for prompt in prompts]
+        assert len(ids[0]) + params.max_tokens <= self.longest
+        type(self).now += 5.0 * (not self.seen.issuperset(ids))
+        first = self.now
+        type(self).now += 0.25 * (params.max_tokens - 1)
+        metrics = SimpleNamespace(first_token_ts=first + 1.0, last_token_ts=self.now + 1.0) if self.tells_times else None
+        cached = [int(self.cached_share * len(prompt)) if prompt in self.seen else 0 for prompt in ids]
+        self.seen.update(ids)
+        tokens = SimpleNamespace(token_ids=[1] * params.max_tokens)
+        return [SimpleNamespace(outputs=[tokens], metrics=metrics, num_cached_tokens=count) for count in cached]
+
+
+@pytest.fixture
+def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Vllm]:
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=StandInVllm, SamplingParams=SimpleNamespace))
+    monkeypatch.setattr(contestants, "time", SimpleNamespace(monotonic=lambda: StandInVllm.now))
     with bench_model(str(tiny_shape(tmp_path))) as model:
         one = Vllm(Task(model, torch.float32, CPU, 64, 2, 8, 0.0))
         one.open()
-        found = one.round()
+        yield one
         one.close()
+
+
+def test_vllm_s_time_per_token_is_by_its_own_times_of_each_request(vllm: Vllm) -> None:
+    found = vllm.round()
+    assert found.gaps == [0.25, 0.25] and [len(tokens) for tokens in found.tokens] == [8, 8]
+
+
+def test_of_a_vllm_that_tells_no_times_two_lengths_are_compared(vllm: Vllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StandInVllm, "tells_times", False)
+    found = vllm.round()
     assert found.gaps == [0.25] and [len(tokens) for tokens in found.tokens] == [8, 8]
+
+
+def test_a_vllm_that_computes_prompts_among_its_steps_is_not_timed(vllm: Vllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StandInVllm, "cached_share", 0.5)
+    with pytest.raises(Unavailable, match="prefix cache held 30 of 60 prompt tokens"):
+        vllm.round()
 
 
 # ---- time to first token
@@ -308,15 +440,48 @@ def test_an_engine_with_another_first_token_has_no_time(settings: DecodeSettings
     assert "standard deviations" in found["dense"]["wrong"] and "ttft_ms" not in found["dense"]
 
 
-def test_settings_that_cannot_be_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("failing", ["dense", "transformers"])
+def test_who_fails_at_its_first_token_ends_nobody_else(
+    settings: DecodeSettings, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    send, first_token = ttft.send, ttft.first_token
+    failed: list[str] = []
+
+    def fails(name: str, right: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            if name == failing and len(failed) < 1:  # of the engines the first one, dense
+                failed.append(name)
+                raise EngineError("it ended")
+            return right(*arguments)
+
+        return run
+
+    monkeypatch.setattr(ttft, "send", fails("dense", send))
+    monkeypatch.setattr(ttft, "first_token", fails("transformers", first_token))
+    found = by_name(ttft.bench_ttft(replace(settings, ttft=(64,))))
+    others = {"transformers", "dense", "quest"} - {failing}
+    assert all(found[name]["ttft_ms"] > 0 for name in others) and "ttft_ms" not in found[failing]
+    how = "unavailable" if failing == "transformers" else "wrong"
+    assert found[failing][how] == f"{failing} failed: EngineError: it ended"
+    assert found["quest"]["checked"] == ("not checked" if failing == "transformers" else "its first token with transformers'")
+
+
+def test_contexts_that_are_too_short_are_refused_before_anything_is_made() -> None:
+    """1024 tokens of a prompt are filled synthetically, and the context is in the middle of a round."""
+    for output_len, least in ((16, 1032), (1024, 2050)):
+        DecodeSettings(context=(least,), output_len=output_len)
+        too_short = least - 1
+        with pytest.raises(ValueError, match=rf"--context {too_short} is too short.*; give {least} or more"):
+            DecodeSettings(context=(32768, too_short), output_len=output_len)
+
+
+def test_settings_that_cannot_be_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="--peer='tensorrt' is not known"):
         DecodeSettings(peer=("tensorrt",))
     with pytest.raises(ValueError, match="--output-len 2 is below 4"):
         DecodeSettings(output_len=2)
     with pytest.raises(ValueError, match="only keys of sparse methods can be set"):
         DecodeSettings(set=("page_size=32",)).sections()
-    with pytest.raises(ValueError, match="--context 16 is too short for --output-len 16"):
-        bench_decode(DecodeSettings(model=str(tiny_shape(tmp_path)), context=(16,), output_len=16))
     assert DecodeSettings(set=("sparse.token_budget=64",)).sections() == {
         "dense": {"method": "dense"},
         "quest": {"method": "quest", "token_budget": 64},

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
-from distributed_sparse.bench import kernels, measure
+from distributed_sparse.bench import kernels, measure, peers
 from distributed_sparse.bench.kernels import KernelSettings, bench_kernels, shapes
 from distributed_sparse.bench.ops import OPS
 
@@ -98,6 +103,46 @@ def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
 
     row = bench_kernels(replace(SMALL, ops=("top_k_pages",)))[-1]
     assert row["implementation"] == "worst" and "not what the reference gives" in row["wrong"] and "ms" not in row
+
+
+def test_a_library_stands_with_the_faster_of_its_kernels_and_is_named_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def variant(seconds: float) -> Any:
+        def run(arguments: dict[str, Tensor]) -> Tensor:
+            time.sleep(seconds)
+            return arguments["scores"].topk(16, dim=-1).indices
+
+        return lambda: run
+
+    both = {"lib/slow": variant(0.02), "lib/fast": variant(0.0)}
+    monkeypatch.setattr(kernels.OPS["top_k_pages"], "peers", lambda self, data, arguments: both)
+    rows = bench_kernels(replace(SMALL, ops=("top_k_pages",)))
+    assert [row["implementation"] for row in rows] == [OWN, "lib/fast"]
+    both["lib/fast"] = lambda: 1 / 0  # type: ignore[assignment]
+    rows = bench_kernels(replace(SMALL, ops=("top_k_pages",)))
+    assert [row["implementation"] for row in rows] == [OWN, "lib/slow"] and "ms" in rows[1]
+
+
+def test_flex_attention_is_compiled_at_every_shape_and_never_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch stops compiling a function after `recompile_limit` shapes, and would go on without a word."""
+    compiler = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+
+    def decode(flex: Any, context: int) -> None:
+        q, k, v = torch.ones(1, 4, 1, 64), torch.ones(1, 2, context, 64), torch.ones(1, 2, context, 64)
+        flex(q, k, v, scale=1.0, enable_gqa=True)
+
+    [shape] = shapes(SMALL)
+    flex = None
+    for number in range(5):
+        flex = peers._compiled_flex(replace(shape, context=128 + 16 * number))
+        decode(flex, 128 + 16 * number)
+        assert compiler.frame_count == number + 1
+    assert peers._compiled_flex(replace(shape, context=192)) is flex, "caches of one shape share what is compiled"
+    decode(flex, 256)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        decode(flex, 512)
+    torch._dynamo.reset()
 
 
 # ---- no speed of a wrong result
@@ -192,3 +237,37 @@ def test_what_fails_in_its_own_way_ends_nothing_else(monkeypatch: pytest.MonkeyP
     assert found["attend dense", "old"]["unavailable"] == "old failed: TypeError: not what it used to be"
     assert found["attend pages", OWN]["wrong"] == "attend pages failed: TypeError: not what it used to be"
     assert found["attend dense", OWN]["ms"] > 0 and found["rms_norm", OWN]["ms"] > 0
+
+
+def test_a_peer_that_fails_while_it_is_timed_takes_nobody_s_time_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def fails_later(arguments: dict[str, Tensor]) -> Tensor:
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("CUDA error: misaligned address\nCompile with TORCH_USE_CUDA_DSA")
+        return arguments["scores"].topk(16, dim=-1).indices
+
+    both = {"torch.topk": lambda: peers.torch_topk(shape), "late": lambda: fails_later}
+    [shape] = shapes(SMALL)
+    monkeypatch.setattr(kernels.OPS["top_k_pages"], "peers", lambda self, data, arguments: both)
+    found = {row["implementation"]: row for row in bench_kernels(replace(SMALL, ops=("top_k_pages",)))}
+    assert found["late"]["unavailable"] == "late failed: RuntimeError: CUDA error: misaligned address"
+    assert found[OWN]["ms"] > 0 and found["torch.topk"]["ms"] > 0
+
+
+def test_the_data_of_a_point_are_gone_before_the_next_ones_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the largest points would not fit into memory together."""
+    made: list[weakref.ref[Tensor]] = []
+    right = kernels._make_data
+
+    def make_data(*arguments: Any) -> Any:
+        assert all(data() is None for data in made)
+        found = right(*arguments)
+        made.append(weakref.ref(found[0].cache.k_pages))
+        return found
+
+    monkeypatch.setattr(kernels, "_make_data", make_data)
+    grid = replace(SMALL, token_budget=(128, 256), ops=("attend pages", "attend dense", "top_k_pages"))
+    rows = bench_kernels(grid)
+    assert len(made) == 2 and [row["token_budget"] for row in rows if row["op"] == "attend pages"] == [128, 256]

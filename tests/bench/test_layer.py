@@ -9,11 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_sparse.bench import layer
-from distributed_sparse.bench.layer import PARTS, Inputs, LayerSettings, bench_layer, check, check_pages, make_inputs
+from distributed_sparse.bench import layer, measure
+from distributed_sparse.bench.layer import (
+    PARTS,
+    Inputs,
+    LayerSettings,
+    bench_layer,
+    check,
+    check_pages,
+    make_inputs,
+    make_rotation,
+)
 from distributed_sparse.selection import policy_class, resolve_sparse_config
 from distributed_sparse.selection.base import Policy, Selection
 from distributed_sparse.selection.metadata import Geometry
+from distributed_sparse.selection.quest import QuestPolicy
+from distributed_sparse.selection.window import WindowPolicy
 from launch import bench
 
 SMALL = LayerSettings(context=8192, num_heads=8, num_kv_heads=2, head_dim=64, token_budget=512, caches=2, repeats=2)
@@ -99,11 +110,73 @@ def test_a_part_that_the_policy_attended_wrongly_itself_is_refused(monkeypatch: 
         check(inputs(own), own, GEOMETRY)
 
 
-def test_nothing_is_timed_before_every_method_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "attend_selection", one_head_off(layer.attend_selection))
-    monkeypatch.setattr(layer, "time_in_turn", lambda *_: pytest.fail("a wrong result is timed"))
+def test_no_wrong_method_is_timed_and_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+    right, clock = layer.check, layer.time_in_turn
+
+    def fails(one: Inputs, own: Policy, geometry: Geometry) -> None:
+        if isinstance(own, QuestPolicy):
+            raise RuntimeError("PassManager::run failed")
+        monkeypatch.setattr(layer, "attend_selection", wrong if isinstance(own, WindowPolicy) else attend)
+        right(one, own, geometry)
+
+    def noted(functions: dict[str, Any], *rest: Any, **options: Any) -> Any:
+        timed.extend(functions)
+        monkeypatch.setattr(layer, "attend_selection", attend)
+        return clock(functions, *rest, **options)
+
+    attend = layer.attend_selection
+    wrong = one_head_off(attend)
+    monkeypatch.setattr(layer, "check", fails)
+    monkeypatch.setattr(layer, "time_in_turn", noted)
+    rows = {row["method"]: row for row in bench_layer(SMALL)}
+    assert timed == ["sdpa", "dense", "twilight", "vattention"]
+    assert rows["quest"]["wrong"] == "quest failed: RuntimeError: PassManager::run failed" and "ms" not in rows["quest"]
+    assert "WindowPolicy: RMS error" in rows["window"]["wrong"] and "ms" not in rows["window"]
+    assert rows["dense"]["ms"] > 0
+
+
+# ---- what is taken in turn
+
+
+def test_large_caches_are_one_with_several_sets_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "LARGE_CACHE_BYTES", 1 << 20)
+    own = policy("quest")
+    few = replace(SMALL, batch=3, context=2048, caches=3)
+    sets = make_rotation(few, GEOMETRY, own.metadata)
+    assert len(sets) == 3 and all(one.cache is sets[0].cache for one in sets)
+    for one in sets:
+        check(one, own, GEOMETRY)
+        logits = torch.einsum("bhgd,bhnd->bhgn", one.q.unflatten(1, (2, 4)), one.k) * GEOMETRY.scale
+        heavy = (logits > few.heavy_logit - 0.1).sum(-1)
+        assert (heavy >= few.heavy_tokens - 1).all(), "every set of queries has its heavy tokens"
+    chosen = [set(own.select(one.q, one.cache, one.batch).pages[0, 0].tolist()) for one in sets]
+    assert chosen[0] != chosen[1] != chosen[2], "and reads other pages"
+    assert not torch.equal(sets[0].batch.random_key, sets[1].batch.random_key)
+    monkeypatch.setattr(layer, "LARGE_CACHE_BYTES", 1 << 40)
+    caches = make_rotation(few, GEOMETRY, own.metadata)
+    assert len({id(one.cache) for one in caches}) == 3
+
+
+def test_without_room_for_contiguous_keys_sdpa_alone_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv_bytes = 2 * 2 * 8192 * 2 * 64 * 4  # of both caches
+    monkeypatch.setattr(measure, "available_bytes", lambda device: int(1.5 * kv_bytes))
+    rows = {row["method"]: row for row in bench_layer(SMALL)}
+    assert "no room for contiguous K and V" in rows["sdpa"]["unavailable"]
+    assert rows["quest"]["ms"] > 0 and rows["quest"]["speedup_over_sdpa"] is None
+
+
+@pytest.mark.parametrize("method", ["quest", "vattention"])
+def test_of_a_large_batch_the_first_sequences_are_compared(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    own = policy(method)
+    several = make_inputs(replace(SMALL, batch=3), GEOMETRY, own.metadata, seed=0)
+    check(several, own, GEOMETRY)
+    right = layer.attend_selection
+    monkeypatch.setattr(
+        layer, "attend_selection", lambda *arguments: right(*arguments) * torch.tensor([1, 1.1, 1])[:, None, None]
+    )
     with pytest.raises(AssertionError, match="RMS error"):
-        bench_layer(SMALL)
+        check(several, own, GEOMETRY)
 
 
 def test_other_pages_than_quest_s_best_are_refused() -> None:

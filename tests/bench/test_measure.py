@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,6 +18,7 @@ from distributed_sparse.bench.measure import (
     Unavailable,
     check_memory,
     copy_bandwidth,
+    one_line,
     out_of_memory_is_unavailable,
     read_bandwidth,
     time_in_turn,
@@ -27,6 +34,96 @@ def test_functions_take_turns_and_the_warm_up_is_left_out() -> None:
     times = time_in_turn(functions, repeats=2, device=CPU, warm_up=1)
     assert calls == [(name, number) for number in range(3) for name in "ab"]
     assert [len(times[name].samples) for name in "ab"] == [2, 2]
+
+
+class Device:
+    """What a clock asks of a GPU, on a CPU: every call takes 1 ms there; a capture runs its calls, and may refuse to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, captures: bool) -> None:
+        device = self
+
+        class Graph:
+            def replay(self) -> None:
+                device.replayed.append(self.number)
+
+        @contextmanager
+        def capture(graph: Any, **_: Any) -> Iterator[None]:
+            device.capturing = True
+            yield
+            device.capturing = False
+            if not captures:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            graph.number = device.calls[-1]
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None: ...
+
+            def record(self) -> None: ...
+
+            def elapsed_time(self, end: Any) -> float:
+                return 1.0
+
+        self.calls: list[int] = []
+        self.replayed: list[int] = []
+        nothing = SimpleNamespace(wait_stream=lambda other: None)
+        fakes = {"Event": Event, "CUDAGraph": Graph, "graph": capture, "stream": nullcontext, "graph_pool_handle": object}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        for name in ("Stream", "current_stream", "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, lambda device: nothing)
+
+    def seconds(self, host_s: float, rotation: int | None, rounds: int = 4) -> tuple[list[float], str | None]:
+        def function(number: int) -> None:
+            self.calls.append(number)
+            time.sleep(host_s)
+
+        clock = measure._DeviceClock(function, torch.zeros(1), rotation)
+        del self.calls[:]
+        return [clock.seconds(number) for number in range(rounds)], clock.launched(1)
+
+
+def test_on_a_gpu_the_calls_of_a_rotation_are_replayed_from_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch, captures=True)
+    assert device.seconds(0.01, rotation=3) == ([1e-3] * 4, "graph")
+    assert device.replayed == [0, 1, 2, 0] and not device.calls, "no launch of the host is in the time"
+
+
+def test_what_cannot_be_captured_is_called_and_says_when_the_host_may_be_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch, captures=False)
+    assert device.seconds(0.0, rotation=2) == ([1e-3] * 4, "eager") and device.calls == [0, 1, 2, 3]
+    assert device.seconds(0.002, rotation=2)[1] == "eager, host-bound?"
+    assert not device.replayed
+
+
+def test_without_a_rotation_nothing_is_captured_as_inputs_would_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch, captures=True)
+    assert device.seconds(0.0, rotation=None)[1] == "eager" and device.calls == [0, 1, 2, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_many_small_launches_are_timed_without_the_host() -> None:
+    """Also after a function that no graph can hold, and each graph on its own inputs."""
+    device = torch.device("cuda")
+    inputs = [torch.zeros(64, device=device) for _ in range(3)]
+
+    def small(number: int) -> None:
+        for _ in range(500):
+            inputs[number % 3] += 1
+
+    def waits(number: int) -> float:
+        return float(inputs[number % 3].sum())
+
+    stream = torch.cuda.current_stream()
+    functions = {"waits": waits, "small": small, "large": lambda number: torch.zeros(1 << 24, device=device)}
+    times = time_in_turn(functions, 5, device, warm_up=1, rotation=3)
+    assert torch.cuda.current_stream() == stream, "a capture that fails leaves its stream"
+    assert {name: taken.launched for name, taken in times.items() if name != "waits"} == {"small": "graph", "large": "graph"}
+    assert times["waits"].launched is not None and times["waits"].launched.startswith("eager")
+    # one call each before the capture, and six replays in turn
+    assert [tensor[0].item() for tensor in inputs] == [500.0 * (1 + 2)] * 3
+    eager = time_in_turn({"small": small}, 5, device)["small"]
+    assert eager.launched == "eager, host-bound?" and times["small"].median < eager.median
 
 
 def test_a_row_holds_the_median_and_its_spread_in_ms() -> None:
@@ -67,6 +164,11 @@ def test_an_allocation_that_fails_is_unavailable_and_other_errors_pass() -> None
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="something else"), out_of_memory_is_unavailable():
         raise RuntimeError("something else")
+
+
+def test_one_line_names_an_error_and_the_first_thing_it_says() -> None:
+    assert one_line(RuntimeError("\nfirst\nsecond")) == "RuntimeError: first"
+    assert one_line(KeyError()) == "KeyError"
 
 
 def test_threads_are_as_before_afterwards() -> None:

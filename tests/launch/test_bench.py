@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from distributed_sparse.bench import plots
+from distributed_sparse.bench.contestants import Engine
 from distributed_sparse.bench.ops import attention
+from distributed_sparse.client import EngineError
 from launch import bench
 from tests.support.bench_models import tiny_shape
 
@@ -87,14 +91,47 @@ def test_layer_says_what_does_not_fit_and_goes_on(monkeypatch: pytest.MonkeyPatc
     assert "speedup_over_sdpa" in printed
 
 
-def test_a_wrong_layer_ends_with_a_plain_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_layer_has_no_speed_and_is_written_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from distributed_sparse.bench import layer
 
     right = layer.attend_selection
     monkeypatch.setattr(layer, "attend_selection", lambda *arguments: right(*arguments) * 1.1)
-    assert bench.main(["layer", *HEADS, "--context=2048"]) == 1
-    shown = capsys.readouterr()
-    assert "no speed of a wrong result: DensePolicy: RMS error" in shown.err and "bytes_limit" not in shown.out
+    code, result = run(["layer", *HEADS, "--context=2048"], tmp_path)
+    assert code == 1 and [row["method"] for row in result["rows"] if "ms" in row] == ["sdpa"]
+    printed = capsys.readouterr().out
+    assert "wrong: dense: DensePolicy: RMS error" in printed and "The parts of a step" not in printed
+
+
+def test_an_engine_that_fails_is_told_the_others_are_written_and_the_exit_code_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = Engine.open
+
+    def fails(self: Engine) -> None:
+        if self.name == "quest":
+            raise EngineError("rank 0 ended")
+        right(self)
+
+    monkeypatch.setattr(Engine, "open", fails)
+    code, result = run([*decode_command(tiny_shape(tmp_path / "model")), "--peer=none"], tmp_path)
+    assert code == 1 and [row["contestant"] for row in result["rows"] if "tpot_ms" in row] == ["dense"]
+    printed = capsys.readouterr().out
+    assert "wrong: quest tensor_parallel_size=1 context=1200 batch=1: quest failed: EngineError: rank 0 ended" in printed
+
+
+def test_a_peer_that_does_not_start_is_left_out_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def llm(**options: Any) -> None:
+        raise RuntimeError("Engine core initialization failed.\nSee the log.")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm, SamplingParams=SimpleNamespace))
+    code, result = run([*decode_command(tiny_shape(tmp_path / "model")), "--peer=vllm", "--method=dense"], tmp_path)
+    assert code == 0 and [row["contestant"] for row in result["rows"] if "tpot_ms" in row] == ["dense"]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "vllm" in line]
+    assert line.endswith("vllm failed: RuntimeError: Engine core initialization failed.")
 
 
 def test_decode_prints_both_tables_and_what_was_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +181,10 @@ def test_serve_prints_throughput_and_latencies_by_vllm_s_names(tmp_path: Path, c
         (["kernels", "--ops=attned"], "--ops='attned' is not known; use one of 'rms_norm'"),
         (["decode", "--peer=tensorrt"], "--peer='tensorrt' is not known"),
         (["decode", "--model=no/such/model/anywhere"], "no/such/model/anywhere"),
+        (["decode", "--context=1000", "--model=no/such/model/anywhere"], "--context 1000 is too short for --output-len 16"),
         (["decode", "--method=quset", "--context=1200"], "sparse.method='quset' is not known"),
+        (["layer", "--num-heads=6", "--num-kv-heads=4"], "--num-heads 6 is no multiple of --num-kv-heads 4"),
+        (["layer", "--token-budget=16"], "sparse.token_budget=16 is below the 2 forced pages"),
         (["serve", "--set=dtype=float16"], "only keys of sparse methods can be set"),
     ],
 )

@@ -75,7 +75,8 @@ class AttendDense(_Attend):
         return {
             "sdpa": lambda: peers.sdpa_decode(data, self.shape),
             "flex_attention": lambda: peers.flex_decode(data, self.shape),
-            "flashinfer": lambda: peers.flashinfer_decode(data, self.shape),
+            "flashinfer/cuda cores": lambda: peers.flashinfer_decode(data, self.shape, use_tensor_cores=False),
+            "flashinfer/tensor cores": lambda: peers.flashinfer_decode(data, self.shape, use_tensor_cores=True),
         }
 
     def check_peer(self, name: str, arguments: Any, result: Tensor, of_peer: Tensor) -> None:
