@@ -36,6 +36,7 @@ _ATTEND = [
 _PAGE_SCORES = [
     _POINTER, _POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _POINTER, _INT, *[_INTEGER] * 5, _POINTER, _INT
 ]  # fmt: skip
+_LINEAR = [_POINTER, _POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _INT]
 
 
 @functools.cache
@@ -53,16 +54,20 @@ def library() -> ctypes.CDLL | None:
         logger.warning("the CPU kernels could not be built, and torch's formulations, which are slower, are used: %s", said)
         return None
     for name in DTYPES.values():
-        for function, arguments in ((f"attend_{name}", _ATTEND), (f"page_scores_{name}", _PAGE_SCORES)):
+        for function, arguments in (
+            (f"attend_{name}", _ATTEND),
+            (f"page_scores_{name}", _PAGE_SCORES),
+        ):
             getattr(loaded, function).argtypes = arguments
             getattr(loaded, function).restype = None
+    loaded.linear_float32.argtypes, loaded.linear_float32.restype = _LINEAR, None
     loaded.meet.argtypes, loaded.meet.restype = [_POINTER, _INT, _INT, _INTEGER, _INTEGER], _INT
     return loaded
 
 
-def serves(head_dim: int) -> bool:
-    """Whether the kernels of `native.cpp` are at hand, for heads of so many dimensions: a multiple of 16, as in all models."""
-    return head_dim % 16 == 0 and library() is not None
+def serves(width: int) -> bool:
+    """Whether the kernels of `native.cpp` are at hand, for vectors of so many elements: multiples of 16, as in all models."""
+    return width % 16 == 0 and library() is not None
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -20,8 +20,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("size", [96, 97])
-@pytest.mark.parametrize("num_rows", [0, 1, 2, FEW_ROWS, FEW_ROWS + 1, 17])
+@pytest.mark.parametrize("size", [96, 97, 99])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 4, 6, FEW_ROWS, FEW_ROWS + 1])
 def test_it_is_x_times_the_weights_and_the_bias(
     threads: int, num_rows: int, size: int, has_bias: bool, dtype: torch.dtype
 ) -> None:
@@ -40,3 +40,16 @@ def test_rows_that_are_views_of_a_larger_tensor_are_read_as_they_lie(threads: in
     x = torch.randn(2, 5, 64)[:, 2]
     weight = torch.randn(96, 64)
     torch.testing.assert_close(linear(x, weight), x.contiguous() @ weight.T, atol=1e-4, rtol=1e-5)
+
+
+def test_a_row_has_the_same_bits_at_any_number_of_threads_and_beside_any_others() -> None:
+    x, weight = torch.randn(FEW_ROWS, 1024), torch.randn(515, 1024)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            found += [linear(x, weight)[5], linear(x[5:6], weight)[0], linear(x[3:8], weight)[2]]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, found[0]) for one in found)

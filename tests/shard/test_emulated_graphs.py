@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from distributed_sparse.kernels import linear
 from distributed_sparse.shard import graphs
 from distributed_sparse.shard.graphs import DecodeGraphs
 from distributed_sparse.shard.shard import Shard
@@ -106,7 +104,6 @@ def test_replayed_steps_give_the_tokens_and_counts_of_steps_that_were_never_capt
 ) -> None:
     longest = 980 if method == "vattention" else 130
     monkeypatch.setattr(graphs, "buckets", lambda most: [2, most])  # each takes its time in the interpreter
-    monkeypatch.setattr(linear, "FEW_ROWS", 0)  # on a GPU it has one form, of so many ops at any number of rows
     plain = stepped(path, method, longest)
     expected, counts = decoded(plain, monkeypatch, longest)
     assert not replays
@@ -114,13 +111,42 @@ def test_replayed_steps_give_the_tokens_and_counts_of_steps_that_were_never_capt
     with emulated_graphs(monkeypatch):
         with triton_path(monkeypatch):
             captured = stepped(path, method, longest)
-        attention = captured.shard.attention  # an emulated capture computes: forget what it counted
-        with torch.inference_mode():
-            for counter in (attention._tokens_attended, attention._sparse_rows, attention._read_apart):
-                counter.zero_()
         found, counted = decoded(captured, monkeypatch, longest)
     assert isinstance(captured.shard.graphs, DecodeGraphs)
     assert len(replays) == 4 and len(set(replays)) == (2 if method in TWO_SETS else 1)
     assert found == expected
     assert counted == counts
     assert counts[1] > 0 or method == "dense"
+
+
+def test_candidates_that_a_captured_step_scores_are_counted_though_they_are_all_kept(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts below `min_candidates`: the host, which would score nothing for them, is asked before they are known."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launch, launched = GridExecutor.__call__, []
+
+    def noted(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        launched.append(self.fn.__name__)
+        launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(graphs, "buckets", lambda most: [most])
+    monkeypatch.setitem(METHODS, "twilight", {"p": 0.6, "candidate_fraction": 0.5, "min_candidates": 64})
+    scored = {}
+    for captures in (False, True):
+        monkeypatch.setattr(Shard, "_captures_graphs", lambda self, method, captures=captures: captures)
+        with monkeypatch.context() as patch:
+            patch.setattr(GridExecutor, "__call__", noted)
+            with emulated_graphs(patch), triton_path(patch):
+                engine = stepped(path, "twilight", 130)
+                engine.start([30, 20])
+                launched.clear()
+                engine.decode()
+        report, geometry = engine.shard._report(), engine.shard.geometry
+        attended = sum(map(sum, report.tokens_attended)) * 2 * geometry.head_dim * 4
+        estimated = (31 + 21) * geometry.num_kv_heads * (geometry.head_dim // 2 + 4)
+        scored[captures] = report.bytes_read - attended - estimated
+        assert ("_page_scores_kernel" in launched) == captures, "the case must be what its name says"
+    bounds = (2 + 2) * geometry.num_kv_heads * 2 * geometry.head_dim * 4  # pages of 16
+    assert scored == {False: 0, True: bounds}
