@@ -45,7 +45,7 @@ class EngineConfig:
         startup_timeout_s: seconds until every rank must be ready.
         step_timeout_s: seconds until a step must be answered; None: max(5 s, 20 x the p99 of steps of that kind).
         profile_interval: of decode steps, one in so many takes the times of its parts (`stats()["time_ms"]`); it waits for the
-            device more often than others.
+            device more often than others, and runs in no CUDA graph. None: no step does, unless a request asks for it.
         max_rebuilds: how often shards that fail are replaced within `rebuild_window_s`; one failure more ends the engine.
         rebuild_window_s: seconds after which a failure no longer counts.
 
@@ -73,7 +73,7 @@ class EngineConfig:
     trace: bool = False
     startup_timeout_s: float = 600.0
     step_timeout_s: float | None = None
-    profile_interval: int = 256
+    profile_interval: int | None = 256
     max_rebuilds: int = 5
     rebuild_window_s: float = 600.0
 
@@ -137,7 +137,8 @@ class EngineConfig:
         if self.step_timeout_s is not None:
             remedy = "give seconds, or leave it out for a deadline that follows the measured steps"
             put("step_timeout_s", check_float("step_timeout_s", self.step_timeout_s, 0.0, low_excluded=True, remedy=remedy))
-        put_int("profile_interval", 1, "give a number of steps, 256 by default")
+        if self.profile_interval is not None:
+            put_int("profile_interval", 1, "give a number of steps, 256 by default")
         put_int("max_rebuilds", 0, "give a number of rebuilds, 0 for an engine that ends with its first failure")
         put(
             "rebuild_window_s",

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,16 +28,16 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi"
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 _POINTER, _INTEGER, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_ATTEND = [
+_ATTEND: list[Any] = [
     _POINTER, _POINTER, _POINTER, _INTEGER, _INTEGER,  # q, k, v and their strides
     _POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _INTEGER, _POINTER,  # pages, their numbers, tokens in the last
     _POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _INTEGER, _POINTER,  # tokens, their numbers, log weight
     _POINTER, _POINTER, *[_INTEGER] * 5, _POINTER, _POINTER, _INT,  # partial, sizes, out, log-sum-exp, threads
 ]  # fmt: skip
-_PAGE_SCORES = [
+_PAGE_SCORES: list[Any] = [
     _POINTER, _POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _POINTER, _INT, *[_INTEGER] * 5, _POINTER, _INT
 ]  # fmt: skip
-_LINEAR = [_POINTER, _POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _INT]
+_LINEAR: list[Any] = [_POINTER, _POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _INT]
 
 
 @functools.cache

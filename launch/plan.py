@@ -61,7 +61,9 @@ OVERRIDES = {
     "attention-share": ("dense_share", "share of it that attention over whole contexts reaches"),
     "sparse-share": ("sparse_share", "share of it that attention over a selection reaches"),
     "select-share": ("select_share", "share of it that scoring reaches"),
-    "kernel-latency": ("kernel_s", "seconds that each kernel costs beside its bytes"),
+    "kernel-latency": ("kernel_s", "seconds that each kernel costs beside its bytes, launched by itself"),
+    "graph-gap-time": ("graph_gap_s", "seconds that each kernel of a CUDA graph costs beside its bytes"),
+    "graph-launch-time": ("graph_launch_s", "seconds of a CUDA graph's launch"),
     "driver-time": ("driver_s", "seconds of a step outside the ranks"),
 }
 """Options that replace a number of the hardware: name -> (field of Hardware, help)."""
@@ -90,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     title = f"{args.model}, {str(dtype).removeprefix('torch.')}, {args.gpu}, pages of {grid.page_size}"
+    title += ", eager" if grid.enforce_eager else ""
     if args.measure:
         _print_rates(args.devices)
     print(f"{title}: one rank's bytes and one step's times, {'measured rates' if args.measure else 'computed, not measured'}")
@@ -124,6 +127,7 @@ def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, Hardware
         page_size=args.page_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
         reserve_bytes=args.reserve,
+        enforce_eager=args.enforce_eager,
     )
     changes: dict[str, Any] = {
         field: check_float(f"--{name}", value, 0.0, low_excluded=not name.endswith(("latency", "time")), remedy=text)
@@ -276,6 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")
     reserve = "bytes beside weights and cache: CUDA context, activations, sampler (default: 2 GiB)"
     parser.add_argument("--reserve", type=int, default=DEFAULT_RESERVE_BYTES, metavar="BYTES", help=reserve)
+    parser.add_argument("--enforce-eager", action="store_true", help="plan an engine without CUDA graphs")
     replaced = parser.add_argument_group("in place of the hardware's own numbers")
     for name, (_, text) in OVERRIDES.items():
         replaced.add_argument(f"--{name}", type=float, metavar="X", help=text)

@@ -243,13 +243,16 @@ def test_expected_time_is_bytes_kernels_collectives_and_the_driver(path: Path) -
     sparse = SETTLED["quest"]
     rank = on_paper(path, 2, sparse)
     links = Interconnect(1e9, (Protocol(1e-5, 0.0, 1.0),))
-    device = replace(preset("h100"), links=links, bandwidth=1e9, flops_32=1e15, kernel_s=1e-6, driver_s=3e-4)
+    device = replace(preset("h100"), links=links, bandwidth=1e9, flops_32=1e15, driver_s=3e-4)
+    device = replace(device, kernel_s=1e-6, graph_gap_s=3e-6, graph_launch_s=2e-5)
     found = expected(rank, device, 200, 3)
     attention = rank.attention([200] * 3)
     assert found.weights_s == pytest.approx(rank.weight_bytes_read(3) / 0.85e9)
     assert found.attention_s == pytest.approx(attention.dense_kv / 0.85e9 + attention.sparse_kv / 0.77e9)
     assert found.select_s == pytest.approx(attention.scored / 0.77e9)
-    assert found.kernels_s == pytest.approx(1e-6 * (3 * 10 + 2 * (2 + 1)))
+    kernels = 3 * 11 + 22 + 2 * 4  # three layers, the rest of a step, and what two layers of Quest launch more
+    assert found.kernels_s == pytest.approx(2e-5 + 3e-6 * kernels)
+    assert expected(rank, device, 200, 3, enforce_eager=True).kernels_s == pytest.approx(1e-6 * kernels)
     assert found.all_reduce_s == pytest.approx(7 * (1e-5 + 3 * 64 * 4 / 1e9))
     assert found.gather_s == pytest.approx(2e-5 + (3 * 166 * 4 + 24) / 1e9)  # 331 rows of lm_head over two ranks
     parts = (found.weights_s, found.attention_s, found.select_s, found.kernels_s, found.all_reduce_s, found.gather_s, 3e-4)
@@ -257,6 +260,20 @@ def test_expected_time_is_bytes_kernels_collectives_and_the_driver(path: Path) -
     slow = expected(rank, replace(device, flops_32=1e6), 200, 3)
     assert slow.weights_s == pytest.approx(2 * rank.matrix_elements * 3 / 0.6e6), "matrices take at least their operations"
     assert limit_s(rank, device, 200, 3) == pytest.approx((rank.weight_bytes_read(3) + attention.read) / 1e9)
+
+
+def test_kernels_are_launched_one_by_one_where_the_engine_captures_nothing(path: Path) -> None:
+    """A method that reads the device on the host; a CPU, whose rates of attention hold a selection's small operations."""
+    device = replace(preset("h100"), kernel_s=6e-6)
+    oracle = on_paper(path, 1, SETTLED["oracle_topk"])
+    assert expected(oracle, device, 200, 1).kernels_s == pytest.approx(6e-6 * (3 * 11 + 22 + 2))
+    quest, machine = on_paper(path, 1, SETTLED["quest"]), replace(device, measured=True)
+    assert expected(quest, machine, 200, 1).kernels_s == pytest.approx(6e-6 * (3 * 11 + 22))
+
+
+def test_a_layer_that_the_host_knows_to_be_dense_launches_nothing_more(path: Path) -> None:
+    rank = on_paper(path, 1, SETTLED["quest with layers"])
+    assert [rank.sparse_launches(context) for context in (40, 90, 200)] == [0, 4, 8]
 
 
 def test_a_method_whose_kernels_cost_more_than_its_bytes_save_does_not_pay(path: Path) -> None:

@@ -16,6 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from distributed_sparse.kernels import linear
+from distributed_sparse.model.config import ModelConfig
+from distributed_sparse.planner.launches import DENSE_ATTENTION, LAYER, QK_NORM, STEP
+from distributed_sparse.planner.rank import RankOnPaper
 from distributed_sparse.shard.attention import SparseAttention
 from distributed_sparse.shard.inputs import StepInputs
 from tests.support.aten_ops import OpRecorder, computes, new_tensors, storage_of, tensors_in
@@ -141,25 +145,13 @@ def recorded_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[StepRecorder]:
             yield recorder
 
 
-DENSE_LAYER = {"_append_kernel": 1, "_attend_kernel": 1, "_combine_kernel": 1}
-CHOSEN_PAGES = {"_page_scores_kernel": 1, "_top_k_pages_kernel": 1, "_count_attended_kernel": 1}
-LAUNCHES = {
-    "dense": DENSE_LAYER,
-    "quest": {**DENSE_LAYER, **CHOSEN_PAGES, "aten": 1},
-    "twilight": {**DENSE_LAYER, **CHOSEN_PAGES, "_int4_logits_kernel": 1, "_top_p_kernel": 1, "aten": 12},
-    "vattention": {
-        **{**DENSE_LAYER, **CHOSEN_PAGES, "_sample_residual_kernel": 2, "_residual_statistics_kernel": 1, "aten": 80},
-        **{"_attend_kernel": 2, "_combine_kernel": 2},
-    },
-}
-"""What the attention of one layer launches for four sequences, by method: Triton's kernels by name, torch's as "aten".
-
-These are the numbers that the code takes today. A change that lowers one writes the new one down, as the failing test prints
-it; a change that raises one has to be worth it.
-"""
-
-BESIDES_ATTENTION = {"_rms_norm_kernel": 5, "aten": 33}
-"""What the rest of a greedy step of two layers launches, from the upload to the sampled tokens."""
+def written_down(engine: SteppedShard, path: Path) -> dict[str, Counter[str]]:
+    """What `planner/launches.py` and the policies say that a greedy step launches, by section as in `StepRecorder`."""
+    model, policies = ModelConfig.from_pretrained(path), engine.shard.policies
+    expected = {f"layer {layer}": Counter(DENSE_ATTENTION) + Counter(own.launches) for layer, own in enumerate(policies)}
+    of_layer = Counter(LAYER) + (Counter(QK_NORM) if model.qk_norm else Counter())
+    expected["rest"] = sum([of_layer] * len(policies), Counter(STEP))
+    return expected
 
 
 def counted_uploads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -177,9 +169,10 @@ def counted_uploads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @interpreted
 @pytest.mark.parametrize("method", METHODS)
-def test_a_decode_step_uploads_once_waits_for_nothing_and_launches_what_is_written_here(
+def test_a_decode_step_uploads_once_waits_for_nothing_and_launches_what_is_written_down(
     path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(linear, "FEW_ROWS", 0)  # on a GPU it has one form, at any number of rows
     engine = stepped(path, method)
     engine.start([LONGEST[method], 33, 48, 100])
     uploads = counted_uploads(monkeypatch)
@@ -189,10 +182,58 @@ def test_a_decode_step_uploads_once_waits_for_nothing_and_launches_what_is_writt
         engine.shard.run(plan)
     assert len(uploads) == 1
     assert recorder.waits == []
-    found = {section: dict(counts) for section, counts in recorder.launched.items()}
-    expected = {"layer 0": DENSE_LAYER, "layer 1": LAUNCHES[method], "rest": BESIDES_ATTENTION}
-    assert found == expected, f"launched: {found}"
+    assert recorder.launched == written_down(engine, path), f"launched: {recorder.launched}"
     assert engine.shard.attention.rows[1] > 0 or method == "dense"
+    sparse = METHODS[method]
+    paper = RankOnPaper(
+        ModelConfig.from_pretrained(path), 1, None if sparse is None else {**sparse, "dense_layers": 1}, 16, torch.float32
+    )
+    planned = paper.dense_launches + paper.sparse_launches(LONGEST[method])
+    assert planned == sum(map(Counter.total, recorder.launched.values())), "the planner adds them up"
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "twilight over everything": ("twilight", {"selector": "full"}),
+    "vattention by its output": ("vattention", {"guarantee": "output"}),
+    "vattention by both": ("vattention", {"guarantee": "numerator_denominator", "delta": 0.2}),
+    "hash": ("hash", {"token_budget": 64}),
+    "window": ("window", {"token_budget": 64}),
+    "random": ("random", {"token_budget": 64}),
+}
+"""Settings and methods that are planned with numbers of their own."""
+
+
+@interpreted
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_methods_and_settings_launch_what_is_written_down_too(
+    path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, settings = VARIANTS[variant]
+    if method == "hash":
+        settings = {**settings, "hash_weights": random_hash_weights(path.parent / "hash.safetensors", range(2), 4, 64)}
+    monkeypatch.setitem(METHODS, method, {**(METHODS.get(method) or {"method": method}), **settings})
+    engine = stepped(path, method)
+    engine.start([LONGEST[method], 48])
+    with recorded_step(monkeypatch) as recorder, torch.inference_mode():
+        engine.shard.run(engine.decode_plan())
+    layer = written_down(engine, path)["layer 1"]
+    assert recorder.launched["layer 1"] == layer, f"launched: {recorder.launched['layer 1']}"
+
+
+@interpreted
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_layer_and_the_rest_of_a_step_launch_what_is_written_down_of_each(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three layers, beside the two of the tests above: so one is told from the other."""
+    monkeypatch.setattr(linear, "FEW_ROWS", 0)
+    sizes: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64}
+    path = tiny_checkpoint(tmp_path, family, head_dim=64, max_position_embeddings=1024, **sizes)
+    engine = stepped(path, "dense")
+    engine.start([32, 20])  # two pages are full: the next step has a new one to tell
+    with recorded_step(monkeypatch) as recorder, torch.inference_mode():
+        engine.shard.run(engine.decode_plan())
+    assert recorder.launched == written_down(engine, path), f"launched: {recorder.launched}"
 
 
 @interpreted

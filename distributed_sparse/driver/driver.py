@@ -147,6 +147,7 @@ class Driver:
                 stop_token_ids=frozenset(params.stop_token_ids or ())
                 | (frozenset() if params.ignore_eos else frozenset(self.model.eos_token_ids)),
                 deadline=now + params.timeout_s if params.timeout_s is not None else None,
+                profile=new.profile,
             )
             self.scheduler.add(request)
         except ValueError as error:
@@ -235,12 +236,21 @@ class Driver:
         if self._sent and plan.num_numbers > MAX_AHEAD_NUMBERS:
             self._held = plan
             return False
-        if self._next_step >= self._next_profile and plan.decode and not plan.prefill:
-            plan.profile = plan.report = True
-            self._next_profile = self._next_step + self.config.profile_interval
+        if plan.decode and not plan.prefill:
+            plan.profile = plan.report = self._takes_times(plan)
         self._mark_scheduled(plan, began)
         self._send(plan, began)
         return True
+
+    def _takes_times(self, plan: StepPlan) -> bool:
+        """Whether a step of decode rows alone is a profile step: its turn has come, or one of its requests asks for it."""
+        interval = self.config.profile_interval
+        if interval is not None and self._next_step >= self._next_profile:
+            self._next_profile = self._next_step + interval
+            return True
+        asking = [request for request in self.scheduler.running if request.profile]
+        slots = {sequence.slot for request in asking for sequence in request.unfinished}
+        return bool(slots) and any(row.slot in slots for row in plan.decode)
 
     def _send(self, plan: StepPlan, began: float) -> None:
         plan.step = self._next_step
@@ -491,4 +501,5 @@ def attention_stats(reports: list[ShardReport]) -> dict:
         "rows_sparse": sum(report.rows_sparse for report in reports),
         "density": density,
         "bytes_read": sum(report.bytes_read for report in reports),
+        "bytes_read_of_ranks": [report.bytes_read for report in reports],
     }

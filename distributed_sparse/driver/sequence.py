@@ -25,6 +25,8 @@ class Request:
     stop_token_ids: frozenset[int]
     """Ids that end a sequence: EOS (unless ignored) and the caller's."""
     deadline: float | None = None
+    profile: bool = False
+    """Its decode steps take the times of their parts."""
     chunk_borders: list[int] = field(default_factory=list)
     """Where each prefill chunk ended: after a rebuild it is prefilled with the same ones."""
     sequences: list[Sequence] = field(init=False)

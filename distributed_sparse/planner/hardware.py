@@ -92,8 +92,14 @@ class Hardware:
     sparse_share: float = 0.77
     select_share: float = 0.77
     flops_share: float = 0.6
-    # The engine has no CUDA graphs: a kernel that does almost nothing costs its launch from Python. A graph would make it 2e-6.
+    # Assumptions, all three. Eager, a kernel that does almost nothing costs its launch from Python.
     kernel_s: float = 6e-6
+    """What each kernel costs that is launched by itself, beside its bytes."""
+    graph_gap_s: float = 1e-6
+    """What each kernel of a CUDA graph costs so: from the end of one to the begin of the next. What the host launches behind
+    the graph (sampling) is queued while the graph runs, and counts alike."""
+    graph_launch_s: float = 5e-6
+    """A graph's own launch, once per step."""
     driver_s: float = 0.43e-3
     """A step's time outside the slowest rank: schedule, send, commit (docs/benchmarks.md, "Overhead of a step")."""
     measured: bool = False

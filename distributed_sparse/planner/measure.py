@@ -22,8 +22,8 @@ from distributed_sparse.bench.layer import Inputs, LayerSettings, make_inputs
 from distributed_sparse.bench.measure import Times, time_in_turn
 from distributed_sparse.kernels.rms_norm import add_rms_norm
 from distributed_sparse.planner.hardware import MEASURED, Hardware, Interconnect, Protocol, Rate
+from distributed_sparse.planner.launches import dense_launches
 from distributed_sparse.planner.rank import RankOnPaper
-from distributed_sparse.planner.times import KERNELS_PER_LAYER
 from distributed_sparse.selection.base import Policy, attend_selection
 from distributed_sparse.selection.dense import DenseConfig, DensePolicy
 from distributed_sparse.selection.metadata import AppendRuns
@@ -315,7 +315,7 @@ def _small_operations(rank: RankOnPaper, one: Inputs) -> Rate:
         F.silu(gate) * gate
 
     times = time_in_turn({"layer": layer}, 3 * REPEATS, CPU)["layer"]
-    return _seconds("a kernel beside its bytes", times, KERNELS_PER_LAYER)
+    return _seconds("a kernel beside its bytes", times, dense_launches(1, model.qk_norm) - dense_launches(0, model.qk_norm))
 
 
 def _all_reduce(num_bytes: int, rank: RankOnPaper, collectives: Collectives) -> Rate:

@@ -15,7 +15,7 @@ from distributed_sparse.planner.hardware import Hardware
 from distributed_sparse.planner.memory import DEFAULT_RESERVE_BYTES, memory
 from distributed_sparse.planner.rank import RankOnPaper
 from distributed_sparse.planner.times import expected, limit_s
-from distributed_sparse.validation import check_float, check_int
+from distributed_sparse.validation import check_bool, check_float, check_int
 
 DENSE: dict[str, Any] = {"method": "dense"}
 
@@ -39,6 +39,7 @@ class Grid:
     page_size: int = 16
     gpu_memory_utilization: float = 0.9
     reserve_bytes: int = DEFAULT_RESERVE_BYTES
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         for name, values, what in (
@@ -57,6 +58,7 @@ class Grid:
         remedy = "0.9 is usual"
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, low_excluded=True, remedy=remedy)
         check_int("reserve", self.reserve_bytes, 0, remedy="give bytes")
+        check_bool("enforce_eager", self.enforce_eager)
 
 
 def plan(model: ModelConfig, dtype: torch.dtype, grid: Grid, hardware_of: HardwareOf) -> list[dict[str, Any]]:
@@ -87,7 +89,7 @@ def plan(model: ModelConfig, dtype: torch.dtype, grid: Grid, hardware_of: Hardwa
 
 def _row(rank: RankOnPaper, device: Hardware, context: int, batch: int, grid: Grid) -> dict[str, Any]:
     attention = rank.attention([context] * batch, grid.density)
-    time = expected(rank, device, context, batch, grid.density)
+    time = expected(rank, device, context, batch, grid.density, grid.enforce_eager)
     held = memory(rank, device, context, batch, grid.gpu_memory_utilization, grid.reserve_bytes)
     return {
         "method": rank.method,
@@ -101,6 +103,8 @@ def _row(rank: RankOnPaper, device: Hardware, context: int, batch: int, grid: Gr
         "memory": {**asdict(held), "fits": held.fits},
         "all_reduce_calls": rank.all_reduce_calls,
         "all_reduce_bytes": rank.all_reduce_calls * rank.all_reduce_bytes_each(batch),
+        "launches": rank.dense_launches + rank.sparse_launches(context),
+        "captured": not device.measured and rank.why_eager(grid.enforce_eager) is None,
         "limit_s": limit_s(rank, device, context, batch, grid.density),
         "tpot_s": time.total_s,
         "parts_s": asdict(time),

@@ -17,17 +17,15 @@ from distributed_sparse.evaluation.meter import pages_held
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.sharding import LocalSizes, ShardSpec, tensor_slices
 from distributed_sparse.model.weights import EMBEDDING
+from distributed_sparse.planner.launches import dense_launches
 from distributed_sparse.selection import build_policies, resolve_sparse_config
 from distributed_sparse.selection.base import Policy
-from distributed_sparse.selection.dense import DensePolicy
 from distributed_sparse.selection.metadata import Geometry
 from distributed_sparse.shard.cache import PagedCache
+from distributed_sparse.shard.graphs import why_eager
 
 TOKEN_BYTES = 8
 """A sampled token's id, as rank 0 broadcasts it."""
-
-COUNTING_KERNELS = 1
-"""Kernels with which `SparseAttention` counts, on the device, what a sparse layer has read."""
 
 
 @dataclass(frozen=True)
@@ -165,14 +163,23 @@ class RankOnPaper:
             written=len(contexts) * (len(self.policies) * of_token + metadata),
         )
 
-    def launches(self, context_len: int) -> int:
-        """Kernels over all layers beside those of dense decode: to select, and to count."""
+    @property
+    def dense_launches(self) -> int:
+        """Kernels of a step on a GPU whose layers are all dense."""
+        return dense_launches(self.model.num_hidden_layers, self.model.qk_norm)
+
+    def sparse_launches(self, context_len: int) -> int:
+        """Kernels of a step on a GPU beside those: to select, to attend apart, and to count."""
         page_size = self.geometry.page_size
         return sum(
-            policy.launches + COUNTING_KERNELS
+            sum(policy.launches.values())
             for policy in self.policies
-            if not isinstance(policy, DensePolicy) and policy.config.attended_tokens(context_len, page_size) != context_len
+            if policy.config.attended_tokens(context_len, page_size) != context_len
         )
+
+    def why_eager(self, enforce_eager: bool) -> str | None:
+        """Why a GPU's decode steps are not captured as CUDA graphs; None: they are."""
+        return why_eager(enforce_eager, self.policies, self.method)
 
     # ---- sent by a decode step
 

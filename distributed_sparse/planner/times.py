@@ -9,9 +9,6 @@ import torch
 from distributed_sparse.planner.hardware import Hardware
 from distributed_sparse.planner.rank import TOKEN_BYTES, RankOnPaper
 
-KERNELS_PER_LAYER = 10
-"""Kernels of a dense layer's decode: qkv, rotary and append, attend, o, norm, gate and up, silu, multiply, down, norm."""
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -37,18 +34,38 @@ def limit_s(rank: RankOnPaper, hardware: Hardware, context: int, batch: int, den
     return read / hardware.bandwidth
 
 
-def expected(rank: RankOnPaper, hardware: Hardware, context: int, batch: int, density: float | None = None) -> StepTime:
+def launches_s(rank: RankOnPaper, hardware: Hardware, context: int, enforce_eager: bool) -> float:
+    """Seconds that a step's kernels cost beside their bytes: replayed from one CUDA graph, or launched one by one."""
+    if hardware.measured:  # its rates of attention and scoring hold what a selection's small operations cost
+        return rank.dense_launches * hardware.kernel_s
+    kernels = rank.dense_launches + rank.sparse_launches(context)
+    if rank.why_eager(enforce_eager) is None:
+        return hardware.graph_launch_s + kernels * hardware.graph_gap_s
+    return kernels * hardware.kernel_s
+
+
+def expected(
+    rank: RankOnPaper,
+    hardware: Hardware,
+    context: int,
+    batch: int,
+    density: float | None = None,
+    enforce_eager: bool = False,
+) -> StepTime:
     """What a decode step of `batch` sequences, each of `context` tokens, is made of.
 
     Matrices take the longer of reading and computing them. Bytes count at the share of the bandwidth that kernels reach, and
     every kernel at what it costs before it has read anything. A method's networks are read whole.
+
+    Args:
+        density: as of `RankOnPaper.attention`.
+        enforce_eager: the engine's: no CUDA graphs.
     """
-    model, world_size, links = rank.model, rank.shard.world_size, hardware.links
+    world_size, links = rank.shard.world_size, hardware.links
     attention = rank.attention([context] * batch, density)
     flops = hardware.flops_16 if rank.geometry.dtype.itemsize == torch.float16.itemsize else hardware.flops_32
     reading = rank.weight_bytes_read(batch) / (hardware.bandwidth * hardware.weights_share)
     computing = 2 * rank.matrix_elements * batch / (flops * hardware.flops_share)
-    kernels = (KERNELS_PER_LAYER + 2 * model.qk_norm) * model.num_hidden_layers + rank.launches(context)
     each = links.all_reduce_s(rank.all_reduce_bytes_each(batch), world_size)
     logits = links.all_gather_s(rank.gather_bytes(batch), world_size)
     tokens = links.broadcast_s(batch * TOKEN_BYTES, world_size)
@@ -57,7 +74,7 @@ def expected(rank: RankOnPaper, hardware: Hardware, context: int, batch: int, de
         attention_s=attention.dense_kv / (hardware.bandwidth * hardware.dense_share)
         + attention.sparse_kv / (hardware.bandwidth * hardware.sparse_share),
         select_s=(attention.scored + rank.constant_bytes) / (hardware.bandwidth * hardware.select_share),
-        kernels_s=kernels * hardware.kernel_s,
+        kernels_s=launches_s(rank, hardware, context, enforce_eager),
         all_reduce_s=rank.all_reduce_calls * each,
         gather_s=logits + tokens,
         driver_s=hardware.driver_s,

@@ -22,8 +22,6 @@ SHORT = {"context": "workload.input_len", "batch": "workload.batch", "token_budg
 """Axes with a name of their own."""
 PLACEMENT = ("tensor_parallel_size", "distributed_executor_backend", "startup_timeout_s", "step_timeout_s")
 """Settings of the engine, beside `nodes`, on which tokens do not depend."""
-PROFILE_INTERVAL = 16
-"""Decode steps to one that takes the times of its parts: a point has fewer steps than the engine's default interval."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,11 @@ def _point(base: Mapping[str, Any], workload: Mapping[str, Any], chosen: Mapping
     settled = Workload.from_dict(load, "workload")
     engine.setdefault("max_num_seqs", settled.batch)
     engine.setdefault("max_model_len", settled.input_len + settled.output_len)
-    engine.setdefault("profile_interval", PROFILE_INTERVAL)
+    if engine.setdefault("profile_interval", None) is not None:
+        raise ValueError(
+            f"profile_interval={shown(engine['profile_interval'])} would time the parts of steps whose latencies are measured; "
+            "leave it out: after them, a batch of its own is timed"
+        )
     config = EngineConfig.from_dict(engine, "base")
     config.resolve_sparse()
     if config.max_num_seqs < settled.batch:

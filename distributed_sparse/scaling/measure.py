@@ -65,20 +65,21 @@ def measure(
         before = llm.stats()
         times = send(llm, requests, workload.batch)
         after = llm.stats()
-        if after["generation"] != before["generation"]:
-            raise RuntimeError("the engine lost a shard and was rebuilt while it was measured; run the point again")
+        _check_generation(before["generation"], after)
         counters = meter.measure(contexts_of(times))
+        parts = _parts(llm, point, len(requests) + len(warm_up), vocab_size, after["generation"])
         dtype = str(resolve_dtype(point.engine.dtype, llm.model_config.dtype)).removeprefix("torch.")
         record = {
             "dtype": dtype,
             **latencies(times),
-            "time_ms": after["time_ms"],
+            "time_ms": after["time_ms"] | parts,
             "ranks": [{key: rank[key] for key in RANK_KEYS} for rank in ranks],
             "nodes": len({rank["node_id"] for rank in ranks}),
             "pages": after["pages"]["total"],
             "steps": after["steps"] - before["steps"],
             "all_reduce": {key: after["all_reduce"][key] - before["all_reduce"][key] for key in ("calls", "bytes")},
             **_attention(point, llm.model_config, counters, ranks),
+            "cache_bytes_read_per_step": _bytes_read(point, before, after, counters),
             "expected": expectations(point, llm.model_config, times),
             "token_ids": [one.token_ids for one in times[:compared]],
             "tokens_sha256": hashlib.sha256(json.dumps([one.token_ids for one in times]).encode()).hexdigest(),
@@ -93,10 +94,34 @@ def measure(
     return record
 
 
+def _check_generation(generation: int, stats: dict[str, Any]) -> None:
+    if stats["generation"] != generation:
+        raise RuntimeError("the engine lost a shard and was rebuilt while it was measured; run the point again")
+
+
+def _parts(llm: LLM, point: Point, first: int, vocab_size: int, generation: int) -> dict[str, float]:
+    """Times of the parts of a step, in ms, of a batch that nothing else is measured of: its steps wait for the device, and run
+    in no CUDA graph. Empty where it has no step of decode rows alone."""
+    load = point.workload
+    batch = load.profiled_batch(first, vocab_size, point.engine.max_num_batched_tokens)
+    send(llm, batch, load.batch)
+    stats = llm.stats()
+    _check_generation(generation, stats)
+    return {name: ms for name, ms in stats["time_ms"].items() if not name.endswith("_p50")}
+
+
+def _bytes_read(point: Point, before: dict[str, Any], after: dict[str, Any], counters: Counters) -> list[float] | None:
+    """Cache bytes that each rank itself has read, in a step that decodes a whole batch."""
+    if counters.steps == 0:
+        return None
+    of_ranks = zip(before["attention"]["bytes_read_of_ranks"], after["attention"]["bytes_read_of_ranks"], strict=True)
+    return [(now - then) / counters.steps * point.workload.batch for then, now in of_ranks]
+
+
 def _attention(point: Point, model: ModelConfig, counters: Counters, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Density and cache bytes of the measured decode steps; nothing where a single token each was asked for."""
+    """Density of the measured decode steps; nothing where a single token each was asked for."""
     if counters.context == 0:
-        return {"density": {"layers": None, "ranks": None, "skew": None}, "cache_bytes_read_per_step": None}
+        return {"density": {"layers": None, "ranks": None, "skew": None}}
     density = counters.attended / counters.context  # [layer, KV head]
     layers = layer_configs(point.engine.resolve_sparse(), model.num_hidden_layers, point.engine.page_size)
     selecting = [i for i, layer in enumerate(layers) if not isinstance(layer, DenseConfig)] or list(range(len(layers)))
@@ -107,8 +132,6 @@ def _attention(point: Point, model: ModelConfig, counters: Counters, ranks: Sequ
             "ranks": of_ranks,
             "skew": max(of_ranks) / (sum(of_ranks) / len(of_ranks)),
         },
-        # of a rank, in a step that decodes a whole batch
-        "cache_bytes_read_per_step": counters.bytes_read / counters.steps * point.workload.batch / len(ranks),
     }
 
 

@@ -78,7 +78,7 @@ def _tpot(done: Tried) -> Figure | None:
 
 def _split(done: Tried) -> Figure | None:
     """The parts of a step, stacked, a bar for each point that had a profile step."""
-    bars = [(_without(point, done), split) for point, record in done if (split := split_ms(record))["attend"] is not None]
+    bars = [(_without(point, done), split) for point, record in done if (split := split_ms(record))["shard"] is not None]
     if not bars:
         return None
     figure, (axes,) = new_figure(8.0, 1.6 + 0.3 * len(bars))

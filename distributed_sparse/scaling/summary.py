@@ -18,11 +18,11 @@ token to its last, per token after the first, ITL from one token to the next.
 - Each time is mean / median / p99, in ms. Output and total (with prompts) are tokens per second.
 - speed-up: median TPOT of the point with the fewest ranks, at otherwise equal settings, over this one's; efficiency: that over
   the ratio of ranks.
-- Split of a step: medians of the last 256 steps, prefill and warm-up included (step, driver); select, attend and all-reduce are
-  rank 0's, means of its profile steps since the start, warm-up included: the first decode step from the eighth step on, then
-  one in `profile_interval` (`-`: there was none). Other is the rest of the slowest rank's median (`-`: the parts exceed it,
-  being of other steps); driver: what is not a shard's.
-- Bytes are per rank, MB = 10^6 bytes; read: weights, and K, V and metadata, in a decode step of a whole batch.
+- Split of a step: step p50 and driver (what is not a shard's) are medians of the last 256 steps up to the last one measured,
+  prefill and warm-up included. Timed step, with its parts, is rank 0's: means over decode steps of a further batch, in which
+  nothing else is measured, since such a step waits for the device at each part and runs in no CUDA graph (`-`: there was none).
+- Bytes are per rank, MB = 10^6 bytes; read: weights, and what each rank itself read of K, V and metadata, in a decode step of a
+  whole batch.
 - density: tokens attended / tokens in context, in the layers that select; skew: the rank that attends most / the mean."""
 
 PARTS = ("select", "attend", "all_reduce", "other", "driver")
@@ -56,15 +56,14 @@ def summary(identity: dict[str, Any], tried: Tried, outcomes: Sequence[Outcome])
 
 
 def split_ms(record: Record) -> dict[str, float | None]:
-    """A step's time by part, in ms; None where no profile step was taken, and for a rest that would be negative."""
+    """A step's time by part, in ms; None where no step was timed. "shard" is what the parts but "driver" add up to."""
     ms = record["time_ms"]
     # ranks that have the next plan wait for each other inside it: then the slowest one's own time is longer than the period
     found: dict[str, float | None] = {"driver": max(ms["overhead_p50"], 0.0)}
-    if "attend" not in ms:
-        return found | {"select": None, "attend": None, "all_reduce": None, "other": None}
+    if "shard" not in ms:
+        return found | dict.fromkeys(("shard", "select", "attend", "all_reduce", "other"))
     known = {name: ms.get(name, 0.0) for name in ("select", "attend", "all_reduce")}
-    other = ms["shard_p50"] - sum(known.values())
-    return found | known | {"other": other if other >= 0 else None}
+    return found | known | {"shard": ms["shard"], "other": ms["shard"] - sum(known.values())}
 
 
 def speed_ups(done: Tried) -> dict[str, tuple[float, float]]:
@@ -95,7 +94,6 @@ def _common(tried: Tried) -> list[str]:
     stated: dict[str, Any] = {
         "model": engine.model, "load_format": engine.load_format, "dtype": engine.dtype, "device": engine.device,
         "page_size": engine.page_size, "tensor_parallel_size": engine.tensor_parallel_size,
-        "profile_interval": engine.profile_interval,
         "context": load.input_len, "output_len": load.output_len, "batch": load.batch,
     }  # fmt: skip
     return [", ".join(f"{name}={value}" for name, value in stated.items() if name not in own)]
@@ -140,9 +138,10 @@ def _times(done: Tried) -> str:
 def _split(done: Tried) -> str:
     def cells(point: Point, record: Record) -> list[str]:
         split, ms = split_ms(record), record["time_ms"]
-        return [number(ms["step_p50"], 2), *(_or_dash(split[part]) for part in PARTS)]
+        in_order = ("driver", "shard", *(part for part in PARTS if part != "driver"))
+        return [number(ms["step_p50"], 2), *(_or_dash(split[part]) for part in in_order)]
 
-    return _rows(done, ["step p50", *(part.replace("_", "-") for part in PARTS)], cells)
+    return _rows(done, ["step p50", "driver", "timed step", "select", "attend", "all-reduce", "other"], cells)
 
 
 def _bytes(done: Tried) -> str:
@@ -151,14 +150,14 @@ def _bytes(done: Tried) -> str:
         return [
             *(megabytes(rank[name]) for name in ("weight_bytes", "cache_bytes", "metadata_bytes")),
             megabytes(record["expected"]["weight_bytes_read_per_step"]),
-            "-" if cache_read is None else megabytes(cache_read),
+            "-" if cache_read is None else " ".join(megabytes(of_rank) for of_rank in cache_read),
             str(record["all_reduce"]["calls"]),
             megabytes(record["all_reduce"]["bytes"]),
             "-" if density["ranks"] is None else " ".join(number(value) for value in density["ranks"]),
             _or_dash(density["skew"], 3),
         ]
 
-    head = ["weights", "cache", "metadata", "read: weights", "read: cache", "all-reduce calls", "all-reduce MB"]
+    head = ["weights", "cache", "metadata", "read: weights", "read: cache, each rank", "all-reduce calls", "all-reduce MB"]
     return _rows(done, [*head, "density of each rank", "skew"], cells)
 
 

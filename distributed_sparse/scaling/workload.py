@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,9 @@ import numpy as np
 from distributed_sparse.driver.client_messages import NewRequest
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.validation import check_int, check_keys, shown
+
+PROFILE_STEPS = 8
+"""Decode steps of a whole batch that take the times of their parts."""
 
 DRAWING = ("temperature", "top_p", "top_k", "min_p")
 """The sampling parameters that a workload may set; the others follow from its lengths."""
@@ -79,8 +82,34 @@ class Workload:
 
     def requests(self, first: int, count: int, vocab_size: int) -> list[NewRequest]:
         """The requests of numbers `first` .. `first + count - 1`: the same prompts for every point of equal lengths."""
+        return [
+            self._request(number, self.input_len, vocab_size, self.params(number)) for number in range(first, first + count)
+        ]
+
+    def profiled_batch(self, first: int, vocab_size: int, max_num_batched_tokens: int) -> list[NewRequest]:
+        """A batch whose last request asks for the times of the parts of its steps: by then all others decode, and go on to.
+
+        Its contexts are those in the middle of the workload's. Nothing where outputs are too short for a decode step.
+
+        Args:
+            first: number of the first request.
+            max_num_batched_tokens: of a step, so that it is known for how long prompts are read.
+        """
+        if self.output_len < 2:
+            return []
+        reading = -(-self.batch * self.input_len // max(max_num_batched_tokens - self.batch, 1))
+        outputs = min(self.output_len, reading + PROFILE_STEPS + 1)
+        input_len = self.input_len + (self.output_len - outputs) // 2
         found = []
-        for number in range(first, first + count):
-            tokens = np.random.default_rng([self.seed, number]).integers(0, vocab_size, self.input_len)
-            found.append(NewRequest(f"{number}-{uuid.uuid4().hex[:8]}", tokens.tolist(), self.params(number)))
+        for number in range(first, first + self.batch):
+            is_last = number == first + self.batch - 1
+            max_tokens = min(outputs, PROFILE_STEPS + 1) if is_last else outputs
+            params = replace(self.params(number), max_tokens=max_tokens)
+            found.append(self._request(number, input_len, vocab_size, params, profile=is_last))
         return found
+
+    def _request(
+        self, number: int, input_len: int, vocab_size: int, params: SamplingParams, profile: bool = False
+    ) -> NewRequest:
+        tokens = np.random.default_rng([self.seed, number]).integers(0, vocab_size, input_len)
+        return NewRequest(f"{number}-{uuid.uuid4().hex[:8]}", tokens.tolist(), params, profile=profile)

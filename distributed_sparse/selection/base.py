@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -136,8 +138,9 @@ class Policy(ABC):
     tensors. It reads no device value on the host, uploads nothing, keeps no count in Python, and depends on
     `batch.max_context_len` for widths alone, since that is then the longest context of any replay. It bears rows that pad the
     batch: their `context_lens` and `num_pages` are 0 and their q any bits. One that is not turns CUDA graphs off."""
-    launches: ClassVar[int] = 2
-    """Kernels that `select` launches on a GPU, about: for planning alone."""
+    launches: Mapping[str, int] = MappingProxyType({"_count_attended_kernel": 1})
+    """Kernels that a sparse layer's decode launches on a GPU beside a dense layer's, by name, torch's own as "aten": for
+    planning alone. A method that does not say is planned with the one that counts what it read."""
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
         self.config = config
@@ -155,9 +158,15 @@ class Policy(ABC):
             batch: the rows.
         """
 
-    def bytes_scored(self, context_lens: list[int]) -> int:
+    def bytes_scored(self, context_lens: list[int], max_context_len: int | None = None) -> int:
         """Bytes of metadata, and of keys alone, that `select` scores for rows of these contexts, over this rank's KV heads. (K
-        and V that it reads without attending them: `Selection.read_apart`.)"""
+        and V that it reads without attending them: `Selection.read_apart`.)
+
+        Args:
+            context_lens: one per row.
+            max_context_len: as of the `DecodeBatch` that they were in, longer than each of them where the step was captured;
+                None: the longest of them.
+        """
         return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from torch import Tensor
@@ -25,7 +26,7 @@ class DensePolicy(Policy):
 
     config_class = DenseConfig
     graph_safe = True
-    launches = 0
+    launches = MappingProxyType({})
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
         return dense_selection(batch, self.geometry.num_kv_heads)

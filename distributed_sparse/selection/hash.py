@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -139,6 +140,12 @@ class HashPolicy(TopKPolicy):
     """The tokens of the best agreeing signatures."""
 
     config_class = HashConfig
+    launches = MappingProxyType(
+        {
+            **{"_append_signatures_kernel": 1, "_pack_signs_kernel": 1, "_hamming_scores_kernel": 1, "_top_k_pages_kernel": 1},
+            **{"_count_attended_kernel": 1, "aten": 28},
+        }
+    )
     config: HashConfig
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:

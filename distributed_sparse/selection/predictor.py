@@ -118,7 +118,7 @@ class TopKPolicy(Policy):
         )
         return token_selection(batch, slots_of(positions, batch), counts)
 
-    def bytes_scored(self, context_lens: list[int]) -> int:
+    def bytes_scored(self, context_lens: list[int], max_context_len: int | None = None) -> int:
         return self.predictor.bytes_scored(context_lens)
 
 

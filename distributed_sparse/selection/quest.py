@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from torch import Tensor
@@ -53,6 +54,7 @@ class QuestPolicy(TopKPolicy):
     """
 
     config_class = QuestConfig
+    launches = MappingProxyType({"_page_scores_kernel": 1, "_top_k_pages_kernel": 1, "_count_attended_kernel": 1, "aten": 1})
     config: QuestConfig
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:

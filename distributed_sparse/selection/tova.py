@@ -133,7 +133,7 @@ class TovaPolicy(Policy):
         visible[fallen // page_size, head, fallen % page_size] = 0
         return kept
 
-    def bytes_scored(self, context_lens: list[int]) -> int:
+    def bytes_scored(self, context_lens: list[int], max_context_len: int | None = None) -> int:
         """What is visible, and the keys of visible tokens; of all keys in a row's first such step, which is not counted."""
         sparse = [length for length in context_lens if self.config.drops(length)]
         key_bytes = (self.config.token_budget + 1) * self.geometry.head_dim * self.geometry.dtype.itemsize

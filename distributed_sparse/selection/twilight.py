@@ -96,7 +96,6 @@ class TwilightPolicy(Policy):
 
     config_class = TwilightConfig
     graph_safe = True
-    launches = 4
     config: TwilightConfig
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
@@ -107,6 +106,9 @@ class TwilightPolicy(Policy):
         if self.selector is not None:
             self.metadata += self.selector.metadata
             self.graph_safe = self.selector.graph_safe
+        self.launches = {"_int4_logits_kernel": 1, "_top_p_kernel": 1, "_count_attended_kernel": 1, "aten": 6}
+        if self.selector is not None:  # as of quest; another one's own kernels are more
+            self.launches |= {"_page_scores_kernel": 1, "_top_k_pages_kernel": 1, "aten": 12}
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
         config, heads = self.config, self.geometry.num_kv_heads
@@ -163,7 +165,7 @@ class TwilightPolicy(Policy):
 
         return (lse(selection) - lse(dense_selection(batch, self.geometry.num_kv_heads))).exp()
 
-    def bytes_scored(self, context_lens: list[int]) -> int:
+    def bytes_scored(self, context_lens: list[int], max_context_len: int | None = None) -> int:
         geometry = self.geometry
         of_key = geometry.head_dim * self.config.key_bits // 8 + 4  # codes, and two fp16
         estimated = 0
@@ -171,6 +173,7 @@ class TwilightPolicy(Policy):
             pages = self.candidates(n)
             estimated += n if pages is None else pages * geometry.page_size
         scored = 0
-        if self.selector is not None and self.candidates(max(context_lens)) is not None:
+        longest = max(context_lens) if max_context_len is None else max_context_len
+        if self.selector is not None and self.candidates(longest) is not None:  # as `_candidate_pages` decides
             scored = self.selector.bytes_scored(context_lens)
         return scored + estimated * of_key * geometry.num_kv_heads

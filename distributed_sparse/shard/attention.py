@@ -22,31 +22,43 @@ class SparseAttention:
         self.geometry = geometry
         self.policies = policies
         self.cache = cache
-        self.timer = Timer(geometry.device)
-        for policy in policies:
-            policy.timer = self.timer
         self.dense_layers: list[int] = []
         """Layers of this step of which the host knows that every row is dense: they are not counted on the device."""
         heads = geometry.num_kv_heads
         self._tokens_attended = torch.zeros((len(policies), heads), dtype=torch.int64, device=geometry.device)
         self._sparse_rows, self._read_apart = torch.zeros((2, heads), dtype=torch.int64, device=geometry.device).unbind(0)
-        self._dense_tokens = [0] * len(policies)
+        self.reset()
+
+    def reset(self) -> None:
+        """Count and time from zero. The counters on the device stay where graphs have been told that they are."""
+        self.forget()
+        self.timer = Timer(self.geometry.device)
+        for policy in self.policies:
+            policy.timer = self.timer
+        for counter in (self._tokens_attended, self._sparse_rows, self._read_apart):
+            counter.zero_()
+        self._dense_tokens = [0] * len(self.policies)
         self._rows = 0
         self._context_tokens = 0
         self._scored_bytes = 0
 
-    def begin(self, batch: StepBatch, profile: bool, tracer: Tracer | None = None) -> None:
+    def begin(self, batch: StepBatch, tracer: Tracer | None = None) -> None:
         """Set the batch that the next calls are about, and who watches its decode rows."""
         self.batch = batch
         self.tracer = tracer
-        self.timer.enabled = profile
         self.dense_layers = []
 
-    def account(self, context_lens: list[int], dense_layers: list[int]) -> None:
+    def forget(self) -> None:
+        """Let go of the last batch, whose tensors would otherwise live on until the next one comes."""
+        self.__dict__.pop("batch", None)
+        self.tracer = None
+
+    def account(self, context_lens: list[int], max_context_len: int, dense_layers: list[int]) -> None:
         """Count a step as far as the host knows it, once per step: a replayed graph runs the rest, and no line of this.
 
         Args:
             context_lens: of the step's decode rows, without padding.
+            max_context_len: what the policies were told of them: in a captured step the longest context of its shape.
             dense_layers: as the layers' calls left them (in the step itself, or when its graph was captured).
         """
         if not context_lens:
@@ -58,7 +70,7 @@ class SparseAttention:
             if layer in dense_layers:
                 self._dense_tokens[layer] += tokens
             else:
-                self._scored_bytes += policy.bytes_scored(context_lens)
+                self._scored_bytes += policy.bytes_scored(context_lens, max_context_len)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attention of one layer over the batch. Work for the device alone: what the host counts, `account` does.

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distributed_sparse.driver.messages import StepPlan
+from distributed_sparse.model.transformer import Transformer
 from distributed_sparse.selection.base import Policy
+from distributed_sparse.shard.attention import SparseAttention
+from distributed_sparse.shard.batch import StepLayout, lay_out, make_batch
+from distributed_sparse.shard.collectives import Collectives
+from distributed_sparse.shard.inputs import StepInputs
+from distributed_sparse.shard.slots import SlotTable
+from distributed_sparse.shard.warm_up import warm_up_plan
 
 
 class DecodeShape(NamedTuple):
@@ -74,62 +81,86 @@ class DecodeShapes:
         return DecodeShape(rows, self.context_lens[bisect.bisect_left(self.context_lens, longest)])
 
 
-Forward = Callable[[DecodeShape, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
-"""forward(shape, views of the step's inputs) -> hidden states [num_rows, D], logits float32 [num_rows, V]."""
+class HostCounts(NamedTuple):
+    """What the host counts in a step while it queues it, and would miss where a captured step is replayed."""
+
+    dense_layers: list[int]
+    all_reduce_calls: int
+    all_reduce_bytes: int
 
 
 class DecodeGraphs:
-    """Runs decode steps at their shapes: captured once each, then replayed; or, without capture, by the same function.
+    """Runs decode steps at their shapes: captured once each, then replayed.
 
-    All graphs share one memory pool, since no two of them run at once, and copy their results out of it.
+    All graphs share one memory pool, since no two of them run at once, and copy their results out of it. They hold the ranks'
+    communicator and the addresses of slots, cache, counters and inputs: where one of these is made anew, so are they.
 
     Args:
-        shapes: what is captured.
-        forward: what a step computes. It reads its inputs at the addresses that `capture` was given.
-        hidden: [max_num_seqs, D], logits: float32 [max_num_seqs, V]: where every step's results are put.
-        is_captured: False runs `forward` anew in every step, for tests on a CPU.
+        shapes: what steps run at.
+        model, attention, slots, collectives: what a step is computed with. `attention` counts from zero after `prepare`.
+        inputs: where the step's arrays are uploaded to, at the same addresses whenever they come first.
+        is_captured: False captures nothing and computes each step anew: the same numbers at no gain.
     """
 
     def __init__(
-        self, shapes: DecodeShapes, forward: Forward, hidden: Tensor, logits: Tensor, is_captured: bool = True
+        self,
+        shapes: DecodeShapes,
+        model: Transformer,
+        attention: SparseAttention,
+        slots: SlotTable,
+        inputs: StepInputs,
+        collectives: Collectives,
+        is_captured: bool = True,
     ) -> None:
         self.shapes = shapes
-        self._forward = forward
-        self._hidden, self._logits = hidden, logits
+        self._model = model
+        self._attention = attention
+        self._slots = slots
+        self._inputs = inputs
+        self._collectives = collectives
+        self._page_size = attention.geometry.page_size
         self._is_captured = is_captured
         self._graphs: dict[DecodeShape, torch.cuda.CUDAGraph] = {}
+        self._counts: dict[DecodeShape, HostCounts] = {}
+        most, device = shapes.rows[-1], attention.geometry.device
+        self._hidden = torch.empty((most, model.config.hidden_size), dtype=attention.geometry.dtype, device=device)
+        self._logits = torch.empty((most, model.config.vocab_size), dtype=torch.float32, device=device)
         self._pool = torch.cuda.graph_pool_handle() if is_captured else None
-        self._stream = torch.cuda.Stream(hidden.device) if is_captured else None
+        self._stream = torch.cuda.Stream(device) if is_captured else None
 
-    def warm_up(self, shape: DecodeShape, views: Mapping[str, Tensor]) -> None:
-        """Run a shape once as it will be captured, so that its kernels are compiled and its libraries have their memory."""
-        if self._stream is None:
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._compute(shape, views)
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def capture(self, shape: DecodeShape, views: Mapping[str, Tensor]) -> None:
-        """Capture a shape that has been warmed up. Nothing is computed."""
+    def prepare(self, wanted: Iterable[DecodeShape]) -> None:
+        """Capture shapes on the null page. Each has been run once before: kernels are compiled, libraries have their memory."""
         if not self._is_captured:
             return
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads of the process (NCCL's watchdog) may ask the device meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            self._compute(shape, views)
-        self._graphs[shape] = graph
+        arrays = {}
+        for shape in wanted:
+            plan = warm_up_plan(shape.num_rows, 1, [])  # what is launched is told by the shape alone
+            self._slots.take_in(plan)
+            arrays[shape] = lay_out(plan, self._slots, self._page_size, shape.num_rows).arrays
+            self._warm_up(shape, self._inputs.upload(arrays[shape]))
+        for shape, of_shape in arrays.items():
+            self._collectives.reset_counts()
+            self._capture(shape, self._inputs.upload(of_shape))
+            self._counts[shape] = HostCounts(
+                self._attention.dense_layers, self._collectives.all_reduce_calls, self._collectives.all_reduce_bytes
+            )
+        self._attention.reset()
 
-    def run(self, shape: DecodeShape, views: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Run a step whose inputs have been uploaded.
+    def run(self, shape: DecodeShape, layout: StepLayout, views: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Run a step whose inputs have been uploaded, and count it.
 
         Returns:
             hidden states [num_rows, D], logits float32 [num_rows, V]; valid until the next step.
         """
         if self._is_captured:
             self._graphs[shape].replay()
+            dense_layers, calls, num_bytes = self._counts[shape]
+            self._collectives.all_reduce_calls += calls
+            self._collectives.all_reduce_bytes += num_bytes
         else:
             self._compute(shape, views)
+            dense_layers = self._attention.dense_layers
+        self._attention.account(layout.context_lens, shape.max_context_len, dense_layers)
         return self._hidden[: shape.num_rows], self._logits[: shape.num_rows]
 
     def close(self) -> None:
@@ -137,11 +168,54 @@ class DecodeGraphs:
         for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()
+        self._attention.forget()  # the batch of the last capture lies in the pool
+
+    def _warm_up(self, shape: DecodeShape, views: Mapping[str, Tensor]) -> None:
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._compute(shape, views)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _capture(self, shape: DecodeShape, views: Mapping[str, Tensor]) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads of the process (NCCL's watchdog) may ask the device meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            self._compute(shape, views)
+        self._graphs[shape] = graph
 
     def _compute(self, shape: DecodeShape, views: Mapping[str, Tensor]) -> None:
-        hidden, logits = self._forward(shape, views)
+        """What is captured: a decode step from its inputs to the logits of all rows."""
+        layout = StepLayout.of_decode(shape.num_rows, shape.max_context_len)
+        batch = make_batch(layout, views, self._slots, self._page_size)
+        self._attention.begin(batch)
+        hidden = self._model.forward(batch.token_ids, batch.positions, batch.rope_lengths, self._attention)
         self._hidden[: shape.num_rows].copy_(hidden)
-        self._logits[: shape.num_rows].copy_(logits)
+        self._logits[: shape.num_rows].copy_(self._model.logits(hidden))
+
+
+def held_bytes(make: Callable[[], DecodeGraphs], device: torch.device) -> int:
+    """Bytes that all graphs will hold on a GPU, told from those of the largest bucket.
+
+    Args:
+        make: makes them, with nothing captured yet. No batch may be left from before: what goes meanwhile would hide as much.
+    """
+    found = 0
+    for _ in range(2):  # the first time what all graphs share is loaded
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        free, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+        graphs = make()
+        shapes = graphs.shapes
+        largest = [shape for shape in shapes if shape.num_rows == shapes.rows[-1]]
+        graphs.prepare(largest)
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        grown = torch.cuda.memory_reserved(device) - reserved
+        found = reserve(grown, free, torch.cuda.mem_get_info(device)[0], len(largest), len(shapes))
+        graphs.close()
+        del graphs
+    return found
 
 
 def reserve(pool_bytes: int, free_before: int, free_after: int, num_captured: int, num_graphs: int) -> int:

@@ -6,7 +6,6 @@ import gc
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from distributed_sparse.shard.attention import SparseAttention
 from distributed_sparse.shard.batch import StepLayout, lay_out, make_batch
 from distributed_sparse.shard.cache import PagedCache
 from distributed_sparse.shard.collectives import Collectives
-from distributed_sparse.shard.graphs import DecodeGraphs, DecodeShape, DecodeShapes, dense_until, reserve, why_eager
+from distributed_sparse.shard.graphs import DecodeGraphs, DecodeShapes, dense_until, held_bytes, why_eager
 from distributed_sparse.shard.inputs import StepInputs
 from distributed_sparse.shard.memory import check_kernels, max_pages
 from distributed_sparse.shard.pending import PendingStep
@@ -40,26 +39,24 @@ from distributed_sparse.shard.warm_up import warm_up_plan
 logger = logging.getLogger(__name__)
 
 
-class HostCounts(NamedTuple):
-    """What the host counts in a step while it queues it, and would miss where a captured step is replayed."""
-
-    dense_layers: list[int]
-    all_reduce_calls: int
-    all_reduce_bytes: int
-
-
 class Shard:
-    """This rank's heads of the model, with their pages. Life: `load`, `allocate`, then `step` after `step`, `close`."""
+    """This rank's heads of the model, with their pages. Life: `load`, `allocate`, then `step` after `step`, `close`.
 
-    def __init__(self, config: EngineConfig, rank: int, world_size: int, collectives: Collectives) -> None:
+    Args:
+        fixed_shapes: decode steps take the few shapes that are captured as CUDA graphs also where nothing is captured, so that
+            a CPU, or `enforce_eager`, computes what a captured step does. All ranks alike.
+    """
+
+    def __init__(
+        self, config: EngineConfig, rank: int, world_size: int, collectives: Collectives, *, fixed_shapes: bool = False
+    ) -> None:
         self.config = config
         self.spec = ShardSpec(rank, world_size)
         self.collectives = collectives
         self.device = resolve_device(config.device)
         self.num_pages = 0
         self.graphs: DecodeGraphs | None = None
-        self._of_graph: dict[DecodeShape, HostCounts] = {}
-        self._pads_decode = False  # tests on a CPU: decode steps at the shapes that a GPU would capture, run without capture
+        self._fixed_shapes = fixed_shapes
 
     @torch.inference_mode()
     def load(self) -> Loaded:
@@ -112,7 +109,7 @@ class Shard:
         """Make the cache, run one step of each kind through it, capture decode steps: all that takes time comes before READY.
 
         A rank that outlives another keeps its cache: pages count as empty, since whoever is given one writes it from its start.
-        Graphs are captured anew: they hold the addresses of the slots, and the ranks' communicator.
+        Graphs are captured anew, since the slots and the ranks' communicator are new.
         """
         with self._on_device():
             self._drop_graphs()
@@ -122,11 +119,10 @@ class Shard:
                 self.num_pages = num_pages
             self.slots = self._new_slots()
             self._warm_up()
-            if self._captures or self._pads_decode:
-                shapes = self._decode_shapes()
-                self._make_graphs(shapes, list(shapes))
-            if self.graphs is None:  # else it has been made for them
-                self.attention = self._new_attention()  # counts nothing of the warm-up
+            self.attention.reset()  # the warm-up counts for nothing
+            if self._captures or self._fixed_shapes:
+                self.graphs = self._new_graphs()
+                self.graphs.prepare(self.graphs.shapes)
             self.collectives.reset_counts()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # what went wrong is said now
@@ -136,11 +132,8 @@ class Shard:
 
     def _make_cache(self, num_pages: int) -> None:
         self.cache = PagedCache(num_pages, self.geometry, self.policies)
-        self.attention = self._new_attention()
+        self.attention = SparseAttention(self.geometry, self.policies, self.cache)
         self.slots = self._new_slots()
-
-    def _new_attention(self) -> SparseAttention:
-        return SparseAttention(self.geometry, self.policies, self.cache)
 
     def _new_slots(self) -> SlotTable:
         return SlotTable(self.config.max_num_seqs, -(-self.max_model_len // self.config.page_size), self.device)
@@ -162,7 +155,8 @@ class Shard:
         plan = warm_up_plan(self.config.max_num_seqs, self.max_model_len, chunk_lens, num_targets)
         plan.decode[0].trace = self.config.trace  # rows are traced one after the other
         self.run(plan)
-        graph_bytes = self._profile_graphs() if self._captures else 0
+        self.attention.forget()
+        graph_bytes = held_bytes(self._new_graphs, self.device) if self._captures else 0
         self._drop_cache()
         return graph_bytes
 
@@ -184,54 +178,11 @@ class Shard:
             logger.log(level, "no CUDA graphs, decode is slower: %s", reason)
         return reason is None
 
-    def _decode_shapes(self) -> DecodeShapes:
+    def _new_graphs(self) -> DecodeGraphs:
+        """Of this allocation, with nothing captured yet."""
         longest_dense = dense_until(self.policies, self.config.page_size, self.max_model_len)
-        return DecodeShapes(self.config.max_num_seqs, longest_dense, self.max_model_len)
-
-    def _make_graphs(self, shapes: DecodeShapes, wanted: list[DecodeShape]) -> None:
-        """Capture the wanted shapes on the null page, after each has been run once."""
-        model, most = self.model, self.config.max_num_seqs
-        hidden = torch.empty((most, model.config.hidden_size), dtype=self.geometry.dtype, device=self.device)
-        logits = torch.empty((most, model.config.vocab_size), dtype=torch.float32, device=self.device)
-        self.graphs = DecodeGraphs(shapes, self._forward_shape, hidden, logits, self._captures)
-        arrays = {}
-        for shape in wanted:
-            plan = warm_up_plan(shape.num_rows, 1, [])  # what is launched is told by the shape alone
-            self.slots.take_in(plan)
-            arrays[shape] = lay_out(plan, self.slots, self.config.page_size, shape.num_rows).arrays
-            self.graphs.warm_up(shape, self.inputs.upload(arrays[shape]))
-        self.attention = self._new_attention()  # whose counters, still 0, the graphs will add to
-        for shape in wanted:
-            self.collectives.reset_counts()
-            self.graphs.capture(shape, self.inputs.upload(arrays[shape]))
-            self._of_graph[shape] = HostCounts(
-                self.attention.dense_layers, self.collectives.all_reduce_calls, self.collectives.all_reduce_bytes
-            )
-
-    def _forward_shape(self, shape: DecodeShape, views: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What is captured: a decode step from its inputs to the logits of all rows."""
-        layout = StepLayout.of_decode(shape.num_rows, shape.max_context_len)
-        batch = make_batch(layout, views, self.slots, self.config.page_size)
-        self.attention.begin(batch, profile=False)
-        hidden = self.model.forward(batch.token_ids, batch.positions, batch.rope_lengths, self.attention)
-        return hidden, self.model.logits(hidden)
-
-    def _profile_graphs(self) -> int:
-        """Bytes of all graphs, told from those of the largest bucket."""
-        shapes = self._decode_shapes()
-        largest = [shape for shape in shapes if shape.num_rows == shapes.rows[-1]]
-        for _ in range(2):  # the first time what all graphs share is loaded
-            self._drop_graphs()
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
-            free, reserved = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
-            self._make_graphs(shapes, largest)
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
-            grown = torch.cuda.memory_reserved(self.device) - reserved
-            found = reserve(grown, free, torch.cuda.mem_get_info(self.device)[0], len(largest), len(shapes))
-        self._drop_graphs()
-        return found
+        shapes = DecodeShapes(self.config.max_num_seqs, longest_dense, self.max_model_len)
+        return DecodeGraphs(shapes, self.model, self.attention, self.slots, self.inputs, self.collectives, self._captures)
 
     def _drop_graphs(self) -> None:
         if self.graphs is not None:
@@ -267,6 +218,14 @@ class Shard:
         Returns:
             What the host knows of the result; on rank 0 the tokens that were drawn, int64 [R], if any were.
         """
+        timer = self.attention.timer
+        timer.enabled = plan.profile
+        timer.steps += plan.profile
+        self.collectives.timer = timer if plan.profile else None
+        with timer("shard"):
+            return self._run(plan)
+
+    def _run(self, plan: StepPlan) -> tuple[StepResult, Tensor | None]:
         result = StepResult(step=plan.step, rank=self.spec.rank)
         shape = self.graphs.shapes.of(plan) if self.graphs is not None else None
         changes = self.slots.take_in(plan)
@@ -290,7 +249,8 @@ class Shard:
         if shape is None:
             hidden = self._forward(plan, layout, views, result)
         else:
-            hidden, logits = self._run_shape(shape, layout, views)
+            assert self.graphs is not None
+            hidden, logits = self.graphs.run(shape, layout, views)
         tokens = self._sample(readout, views, hidden, logits, result)
         self._prompt_logprobs(readout, views, hidden, result)
         return result, tokens
@@ -306,28 +266,12 @@ class Shard:
         """The forward pass of any plan, at its own shape: hidden states [N, D]."""
         batch = make_batch(layout, views, self.slots, self.config.page_size)
         tracer = Tracer(self.geometry, plan.decode) if layout.trace else None
-        self.attention.begin(batch, plan.profile, tracer)
-        self.collectives.timer = self.attention.timer if plan.profile else None
+        self.attention.begin(batch, tracer)
         hidden = self.model.forward(batch.token_ids, batch.positions, batch.rope_lengths, self.attention)
-        self.attention.account(layout.context_lens, self.attention.dense_layers)
-        if plan.profile:
-            self.attention.timer.steps += 1
+        self.attention.account(layout.context_lens, layout.max_context_len, self.attention.dense_layers)
         if tracer is not None:
             result.traces = tracer.blocks
         return hidden
-
-    def _run_shape(self, shape: DecodeShape, layout: StepLayout, views: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """A decode step at a shape of `graphs`: hidden states [num_rows, D] and logits float32 [num_rows, V]."""
-        assert self.graphs is not None
-        self.collectives.timer = None
-        hidden, logits = self.graphs.run(shape, views)
-        dense_layers = self.attention.dense_layers
-        if self._captures:
-            dense_layers, calls, num_bytes = self._of_graph[shape]
-            self.collectives.all_reduce_calls += calls
-            self.collectives.all_reduce_bytes += num_bytes
-        self.attention.account(layout.context_lens, dense_layers)
-        return hidden, logits
 
     def _sample(
         self, readout: ReadOut, views: Mapping[str, Tensor], hidden: Tensor, logits: Tensor | None, result: StepResult

@@ -19,6 +19,7 @@ from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, Req
 from distributed_sparse.driver.detokenizer import Detokenizer
 from distributed_sparse.driver.driver import Driver, derived_seed
 from distributed_sparse.driver.in_process import InProcessGroup
+from distributed_sparse.driver.messages import StepPlan
 from distributed_sparse.driver.shard_group import ShardFailure
 from distributed_sparse.output_builder import OutputBuilder, block_arrays
 from distributed_sparse.outputs import CompletionOutput, RequestOutput
@@ -639,6 +640,27 @@ def test_metrics_follow_the_clock_of_a_request(path: Path, clock: SimpleNamespac
     assert (metrics.queue_time, metrics.ttft, metrics.latency, metrics.tpot) == (1.0, 2.0, 4.0, 1.0)
 
 
+@pytest.mark.parametrize("interval", [None, 3])
+def test_profile_steps_are_those_of_the_interval_and_of_requests_that_ask(path: Path, interval: int | None) -> None:
+    engine = Engine(path, profile_interval=interval)
+    plans: list[StepPlan] = []
+    send = engine.group.send
+
+    def noted(plan: StepPlan) -> None:
+        plans.append(plan)
+        send(plan)
+
+    engine.group.send = noted  # type: ignore[method-assign]
+    engine.add(PROMPT, temperature=0, max_tokens=16)
+    engine.step(2)
+    engine.driver.add_request("c", NewRequest("asks", OTHER, SamplingParams(temperature=0, max_tokens=4), profile=True))
+    for _ in range(20):
+        engine.driver.step()
+    asked = [3, 4, 5]  # step 2 reads its prompt
+    assert [plan.step for plan in plans if plan.profile] == asked + ([8, 11, 14] if interval else [])
+    assert all(plan.report == plan.profile for plan in plans)
+
+
 def test_stats_count_requests_pages_and_steps(path: Path) -> None:
     engine = Engine(path, max_num_seqs=2)
     engine.add(PROMPT, temperature=0, max_tokens=2)
@@ -655,6 +677,6 @@ def test_stats_count_requests_pages_and_steps(path: Path) -> None:
     # 3 steps of which 2 were decode steps: 3 rows and 4 KV heads in 3 layers, each dense
     assert (stats["attention"]["rows_dense"], stats["attention"]["rows_sparse"]) == (3 * 4 * 3, 0)
     assert stats["attention"]["density"] == [[1.0] * 4] * 3
-    assert stats["attention"]["bytes_read"] > 0
+    assert stats["attention"]["bytes_read"] == sum(stats["attention"]["bytes_read_of_ranks"]) > 0
     engine.abort(running, waiting)
     assert engine.driver.stats()["requests"]["aborted"] == 2

@@ -31,8 +31,7 @@ def test_what_is_left_open_follows_from_the_workload() -> None:
     (point,) = points(grid={"batch": [4]})
     assert point.engine.max_num_seqs == 4 and point.engine.max_model_len == 72
     assert point.workload.num_prompts == 8 and point.workload.warm_up == 4
-    assert point.engine.profile_interval == 16
-    assert points(base=BASE | {"profile_interval": 4})[0].engine.profile_interval == 4
+    assert point.engine.profile_interval is None
 
 
 def test_an_axis_of_a_method_varies_only_the_methods_that_have_it() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from distributed_sparse.config import EngineConfig
+from distributed_sparse.driver.driver import Driver
+from distributed_sparse.driver.messages import StepPlan
 from distributed_sparse.llm import LLM
 from distributed_sparse.reporting.results import Results
 from distributed_sparse.scaling.grid import ScalingConfig
@@ -102,6 +104,59 @@ def test_counters_are_of_the_measured_requests_alone(measured: Any) -> None:
     assert two["density"]["ranks"] == pytest.approx([expected] * 2, rel=1e-5) and two["density"]["skew"] == pytest.approx(1)
     assert one["requests_per_s"] == pytest.approx(3 / one["duration_s"], rel=1e-4)
     assert one["tpot_ms"]["p99"] >= one["tpot_ms"]["median"] > 0
+
+
+def test_cache_bytes_are_those_that_each_rank_itself_has_read(model: str, tmp_path: Path) -> None:
+    """Twilight's counts follow the data, so ranks read unequal shares: each shows its own, and none the mean."""
+    twilight = {"method": "twilight", "p": 0.3, "selector": "full", "dense_layers": 1}
+    config = configured(model, {"sparse": [twilight], "tensor_parallel_size": [2]})
+    (record,), _ = run(tmp_path, config, Engines())
+    read, density = record["cache_bytes_read_per_step"], record["density"]["layers"]
+    contexts = [n for n in range(61, 66)]
+    of_head = 2 * 16 * 4  # K and V of a token, head_dim 16
+    keys = sum(contexts) * 2 * (16 // 2 + 4) * 2  # codes and scales: two KV heads of a rank, two layers
+    for rank, heads in enumerate((slice(0, 2), slice(2, 4))):
+        attended = sum(sum(layer[heads]) for layer in density) * sum(contexts)
+        assert read[rank] == pytest.approx(2 * (attended * of_head + keys) / len(contexts), rel=1e-4)
+    assert len(read) == 2 and read[0] != pytest.approx(read[1], rel=1e-3), "the case must tell a mean from each rank's own"
+
+
+def test_no_step_whose_latency_is_measured_takes_the_times_of_its_parts(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those are taken afterwards, of a batch of their own, in steps that decode all of it."""
+    sent: list[StepPlan] = []
+    send = Driver._send
+
+    def noted(self: Driver, plan: StepPlan, began: float) -> None:
+        sent.append(plan)
+        send(self, plan, began)
+
+    monkeypatch.setattr(Driver, "_send", noted)
+    given = {"workload.output_len": [40], "workload.num_prompts": [2], "workload.warm_up": [2]}
+    config = configured(model, given, {"tokens": False}, max_num_batched_tokens=48)
+    (record,), failures = run(tmp_path, config, Engines())
+    assert not any(failures.values())
+    profiled = [place for place, plan in enumerate(sent) if plan.profile]
+    decoded = [place for place, plan in enumerate(sent) if plan.decode]
+    measured = [place for place in decoded if place < profiled[0]]
+    assert len(measured) >= 2 * 39, "all of warm-up and measurement comes first"
+    assert len(profiled) == 8 and all(len(sent[place].decode) == 2 and not sent[place].prefill for place in profiled)
+    longest = max(row.end for place in profiled for row in sent[place].decode)
+    assert 60 + 10 < longest < 60 + 30, "in the middle of the contexts that are measured"
+    parts = record["time_ms"]
+    assert parts["shard"] > parts["select"] + parts["attend"] > 0
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_point_shows_the_parts_of_its_steps(measured: Any, num_ranks: int) -> None:
+    record = measured[3][2 - num_ranks]
+    assert record["time_ms"]["shard"] > 0 and ("all_reduce" in record["time_ms"]) == (num_ranks == 2)
+
+
+def test_an_interval_of_profile_steps_is_refused_since_they_would_be_measured(model: str) -> None:
+    with pytest.raises(ValueError, match="profile_interval=4 would time the parts of steps whose latencies are measured"):
+        configured(model, {}, profile_interval=4)
 
 
 def test_what_is_finished_is_not_run_again_and_other_points_are_added(model: str, measured: Any, tmp_path: Path) -> None:
@@ -205,7 +260,8 @@ def test_ranks_on_other_nodes_than_asked_for_are_a_failed_point(model: str, tmp_
 def test_a_single_output_token_has_neither_tpot_nor_density(model: str, tmp_path: Path) -> None:
     config = configured(model, {"workload.output_len": [1]})
     (record,), failures = run(tmp_path, config, Engines())
-    assert record["tpot_ms"] is None and record["density"]["layers"] is None
+    assert record["tpot_ms"] is None and record["density"]["layers"] is record["cache_bytes_read_per_step"] is None
+    assert "shard" not in record["time_ms"]
     assert not any(failures.values())
 
 

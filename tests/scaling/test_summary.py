@@ -32,16 +32,23 @@ def test_speed_up_is_of_tpot_against_the_fewest_ranks_and_a_lone_point_has_none(
 def test_a_step_is_split_into_parts_that_add_up_and_unknown_ones_stay_unknown() -> None:
     record = scaling_record()
     split = split_ms(record)
-    assert split == {"driver": 0.3, "select": 0.5, "attend": 1.0, "all_reduce": 0.25, "other": 1.75}
-    del record["time_ms"]["attend"]
+    assert split == {"driver": 0.3, "shard": 4.0, "select": 0.5, "attend": 1.0, "all_reduce": 0.25, "other": 2.25}
+    del record["time_ms"]["shard"]
     assert split_ms(record)["other"] is None
 
 
-def test_parts_that_exceed_the_median_step_leave_a_dash_and_not_a_rest_of_zero() -> None:
-    found = tried(batch=[1])
-    found[0][1]["time_ms"]["attend"] = 3.0
-    assert split_ms(found[0][1])["other"] is None
-    assert "| 1 | 3.90 | 0.50 | 3.00 | 0.25 | - | 0.30 |" in summary(IDENTITY, found, [])
+def test_the_rest_is_that_of_the_steps_that_were_timed_and_not_of_faster_ones_that_were_not() -> None:
+    found = tried(batch=[1, 2])
+    found[0][1]["time_ms"]["attend"] = 3.2  # with the others more than the median step of 3.9
+    del found[1][1]["time_ms"]["shard"]
+    text = summary(IDENTITY, found, [])
+    assert "| 1 | 3.90 | 0.30 | 4.00 | 0.50 | 3.20 | 0.25 | 0.05 |" in text
+    assert "| 2 | 3.90 | 0.30 | - | - | - | - | - |" in text
+
+
+def test_what_each_rank_read_is_shown_for_each_of_them() -> None:
+    text = summary(IDENTITY, tried(tensor_parallel_size=[2]), [])
+    assert "read: cache, each rank" in text and "| 0.500 1.000 | 35 |" in text
 
 
 def test_the_summary_names_the_code_and_a_check_that_had_nothing_to_compare() -> None:
@@ -67,7 +74,7 @@ def test_plots_are_written_of_what_the_points_allow(tmp_path: Path) -> None:
     assert [path.name for path in write_plots(tmp_path, found)] == ["speed-up.png", "tpot.png", "split.png"]
     assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
     (lone,) = tried(batch=[1])
-    del lone[1]["time_ms"]["attend"]
+    del lone[1]["time_ms"]["shard"]
     assert write_plots(tmp_path, [lone]) == []
 
 

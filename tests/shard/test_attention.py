@@ -42,10 +42,10 @@ def counted(rows: DecodeRows, policies: list[Policy], steps: int = 1) -> SparseA
     attention = SparseAttention(rows.geometry, policies, SimpleNamespace(layers=[rows.cache] * len(policies)))  # type: ignore[arg-type]
     step: Any = SimpleNamespace(decode=rows.batch)
     for _ in range(steps):
-        attention.begin(step, profile=False)
+        attention.begin(step)
         for layer in range(len(policies)):
             attention._decode(layer, rows.q, rows.cache)
-        attention.account(CONTEXTS, attention.dense_layers)
+        attention.account(CONTEXTS, max(CONTEXTS), attention.dense_layers)
     return attention
 
 
@@ -82,11 +82,11 @@ def test_the_host_counts_a_replayed_step_from_what_its_capture_noted() -> None:
     attention = counted(rows, policies)
     assert attention.dense_layers == [0]
     before, scored = attention.tokens_attended, attention._scored_bytes
-    attention.account([10, 20], [0])
+    attention.account([10, 20], 512, [0])
     assert attention.tokens_attended == [[tokens + 30 for tokens in before[0]], before[1]]
     assert attention.tokens_in_context == sum(CONTEXTS) + 30
     assert attention._scored_bytes - scored == policies[1].bytes_scored([10, 20])
-    attention.account([], [])
+    attention.account([], 512, [])
     assert attention.tokens_in_context == sum(CONTEXTS) + 30
 
 

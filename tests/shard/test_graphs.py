@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, StepPlan
 from distributed_sparse.selection import build_policies, resolve_sparse_config
 from distributed_sparse.selection.base import Policy
 from distributed_sparse.selection.metadata import Geometry
+from distributed_sparse.shard.attention import SparseAttention
+from distributed_sparse.shard.batch import StepBatch
 from distributed_sparse.shard.collectives import Collectives
 from distributed_sparse.shard.graphs import DecodeGraphs, DecodeShape, DecodeShapes, buckets, dense_until, reserve, why_eager
 from distributed_sparse.shard.shard import Shard
+from distributed_sparse.shard.warm_up import warm_up_plan
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.hash_weights import random_hash_weights
 
@@ -165,8 +169,7 @@ def test_a_cpu_captures_nothing(tmp_path: Path) -> None:
 def test_a_later_allocation_runs_over_the_new_slots(tmp_path: Path) -> None:
     """What a step's shape reads is what it was made for: after a rebuild it is made anew, and closed with the shard."""
     config = EngineConfig(model=str(tiny_checkpoint(tmp_path)), device="cpu", max_model_len=64, max_num_seqs=2)
-    shard = Shard(config, 0, 1, Collectives())
-    shard._pads_decode = True
+    shard = Shard(config, 0, 1, Collectives(), fixed_shapes=True)
     pages = shard.load().max_pages
     shard.allocate(pages)
     before, slots = shard.graphs, shard.slots
@@ -178,6 +181,38 @@ def test_a_later_allocation_runs_over_the_new_slots(tmp_path: Path) -> None:
 
 
 # ---- memory
+
+
+def test_no_batch_is_left_when_the_memory_of_graphs_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its page table would be freed between the two measurements, and hide as many bytes of the graphs'."""
+    batches: list[weakref.ref[StepBatch]] = []
+    left: list[int] = []
+    begin = SparseAttention.begin
+
+    def noted(self: SparseAttention, batch: StepBatch, *rest: Any) -> None:
+        batches.append(weakref.ref(batch))
+        begin(self, batch, *rest)
+
+    def measured(device: Any = None) -> tuple[int, int]:
+        left.append(sum(batch() is not None for batch in batches))
+        return 1000, 2000
+
+    monkeypatch.setattr(SparseAttention, "begin", noted)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", measured)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    config = EngineConfig(model=str(tiny_checkpoint(tmp_path)), device="cpu", max_model_len=64, max_num_seqs=2)
+    shard = Shard(config, 0, 1, Collectives())
+    shard.load()
+    monkeypatch.setattr(DecodeGraphs, "prepare", lambda self, wanted: shard.run(warm_up_plan(2, 32, [])))
+    shard._captures = True
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    with torch.inference_mode():
+        assert shard._profile_memory() == 0
+    assert len(batches) == 3, "the largest step, and twice those that stand for captured ones"
+    assert left == [0, 1, 0, 1]  # before and after each of the two
 
 
 def test_the_pool_is_reserved_once_and_what_a_graph_keeps_as_often_as_there_are_graphs() -> None:

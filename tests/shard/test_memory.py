@@ -11,9 +11,11 @@ import torch
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.selection.metadata import Geometry
 from distributed_sparse.shard.attention import SparseAttention
+from distributed_sparse.shard.batch import StepBatch
 from distributed_sparse.shard.collectives import Collectives
 from distributed_sparse.shard.memory import check_kernels, max_pages
 from distributed_sparse.shard.shard import Shard
+from distributed_sparse.shard.tracer import Tracer
 from tests.support.checkpoints import tiny_checkpoint
 
 CUDA = Geometry(8, 4, 128, 16, torch.bfloat16, torch.device("cuda"), 0)
@@ -34,10 +36,10 @@ def test_the_memory_profile_runs_every_slot_over_the_longest_context_and_a_full_
     seen: list[tuple[int, int, int]] = []
     begin = SparseAttention.begin
 
-    def spy(self: SparseAttention, batch, profile: bool, *rest: object) -> None:
+    def spy(self: SparseAttention, batch: StepBatch, tracer: Tracer | None = None) -> None:
         prefill = 0 if batch.prefill is None else int(batch.prefill.query_start[-1])
         seen.append((batch.num_decode, 0 if batch.decode is None else batch.decode.max_context_len, prefill))
-        begin(self, batch, profile, *rest)
+        begin(self, batch, tracer)
 
     config = EngineConfig(
         model=str(tiny_checkpoint(tmp_path)),

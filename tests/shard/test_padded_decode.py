@@ -72,9 +72,9 @@ def shapes_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[DecodeShape]]:
     seen: list[DecodeShape] = []
     run = DecodeGraphs.run
 
-    def spy(self: DecodeGraphs, shape: DecodeShape, views: Any) -> Any:
+    def spy(self: DecodeGraphs, shape: DecodeShape, *step: Any) -> Any:
         seen.append(shape)
-        return run(self, shape, views)
+        return run(self, shape, *step)
 
     monkeypatch.setattr(DecodeGraphs, "run", spy)
     yield seen

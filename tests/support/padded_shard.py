@@ -9,6 +9,4 @@ from distributed_sparse.shard.shard import Shard
 
 def padded_shard(config: EngineConfig, rank: int, world_size: int, collectives: Collectives) -> Shard:
     """As `Shard`; every rank must be one."""
-    shard = Shard(config, rank, world_size, collectives)
-    shard._pads_decode = True
-    return shard
+    return Shard(config, rank, world_size, collectives, fixed_shapes=True)

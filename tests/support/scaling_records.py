@@ -16,7 +16,10 @@ def scaling_record(num_ranks: int = 2, **changes: Any) -> dict[str, Any]:
         "requests_per_s": 1.5,
         "output_tokens_per_s": 100.0,
         "total_tokens_per_s": 900.0,
-        "time_ms": {"step_p50": 3.9, "shard_p50": 3.5, "overhead_p50": 0.3, "select": 0.5, "attend": 1.0, "all_reduce": 0.25},
+        "time_ms": {
+            **{"step_p50": 3.9, "shard_p50": 3.5, "overhead_p50": 0.3},
+            **{"shard": 4.0, "select": 0.5, "attend": 1.0, "all_reduce": 0.25},
+        },
         "ranks": [
             {
                 "rank": rank,
@@ -30,7 +33,7 @@ def scaling_record(num_ranks: int = 2, **changes: Any) -> dict[str, Any]:
         "steps": 7,
         "all_reduce": {"calls": 35, "bytes": 4000},
         "density": {"layers": [[1.0, 1.0], [0.25, 0.25]], "ranks": [0.25] * num_ranks, "skew": 1.0},
-        "cache_bytes_read_per_step": 500.0,
+        "cache_bytes_read_per_step": [5e5 * (rank + 1) for rank in range(num_ranks)],
         "expected": {
             "weight_bytes": 600 // num_ranks,
             "weight_bytes_of_all_ranks": 600,
