@@ -58,6 +58,28 @@ inline float sum(Vec x) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntVec){__VA_ARGS__})
+#endif
+
+// The sums of 16 vectors, in order: halves of two become one, four times. A third of the work of 16 times `sum`.
+inline Vec sums_of(const Vec x[W]) {
+    Vec eights[8], fours[4], twos[2];
+    for (int i = 0; i < 8; ++i)
+        eights[i] = SHUFFLE(x[i], x[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                    SHUFFLE(x[i], x[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; ++i)
+        fours[i] = SHUFFLE(eights[i], eights[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+                   SHUFFLE(eights[i], eights[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int i = 0; i < 2; ++i)
+        twos[i] = SHUFFLE(fours[i], fours[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                  SHUFFLE(fours[i], fours[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return SHUFFLE(twos[0], twos[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           SHUFFLE(twos[0], twos[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
 // e^x for x <= 0; 0 below -87. Cody and Waite's reduction, then the series to x^7: within 2 ulp.
 inline Vec exp_of_negative(Vec x) {
     const Vec kept = x < -87.0f ? Vec{} - 87.0f : x;
@@ -86,10 +108,11 @@ struct State {
 };
 
 struct Chunk {
-    int64_t row;
-    int32_t index;   // in its row's list
-    int32_t tokens;  // 1..CHUNK_TOKENS
+    int64_t sequence, head, num_heads;  // heads with one list of pages are read together: they lie side by side
+    int32_t index;                      // in their list
+    int32_t tokens;                     // 1..CHUNK_TOKENS
     bool of_pages;
+    int64_t place;  // of the first head's result among all of them
 };
 
 template <class T>
@@ -103,9 +126,9 @@ struct Attend {
     int64_t tokens_strides[2];
     int64_t heads, group, dim, page_size;
 
-    // Where in k and v the 16 tokens from `start` of a chunk lie, `count` of them.
+    // Where in k and v the 16 tokens from `start` of a chunk's first head lie, `count` of them.
     int find(const Chunk& chunk, int start, int64_t at[W]) const {
-        const int64_t b = chunk.row / heads, h = chunk.row % heads;
+        const int64_t b = chunk.sequence, h = chunk.head;
         const int count = chunk.tokens - start < W ? chunk.tokens - start : W;
         const int64_t place = int64_t(chunk.index) * CHUNK_TOKENS + start;
         if (chunk.of_pages) {  // a block never crosses a page
@@ -135,8 +158,14 @@ struct Attend {
                 }
                 if (next) prefetch(k, next + t, i);
             }
-            for (int g = 0; g < HEADS; ++g)
-                for (int j = 0; j < 4; ++j) out[g][t + j] = sum(sums[g][j]);
+            if constexpr (HEADS * 4 == W) {
+                const Vec found = sums_of(sums[0]);
+                for (int g = 0; g < HEADS; ++g)
+                    memcpy((float*)&out[g] + t, (const float*)&found + g * 4, 4 * sizeof(float));
+            } else {
+                for (int g = 0; g < HEADS; ++g)
+                    for (int j = 0; j < 4; ++j) out[g][t + j] = sum(sums[g][j]);
+            }
         }
     }
 
@@ -189,110 +218,136 @@ struct Attend {
         if (i < dim) add_values<HEADS, 1>(values, weights, at, count, next, i);
     }
 
-    // One chunk for the whole group: states [group], values [group, dim].
+    // One chunk: states [num_heads, group], values [num_heads, group, dim]. While a block is computed, the next one is fetched.
     void run(const Chunk& chunk, State* states, float* values) const {
-        for (int64_t g = 0; g < group; ++g) states[g] = {-INFINITY, 0.0f};
-        memset(values, 0, group * dim * sizeof(float));
-        const float* queries = q + chunk.row * group * dim;
-        int64_t places[2][W];
-        int count = find(chunk, 0, places[0]);
-        for (int start = 0, turn = 0; start < chunk.tokens; start += W, turn ^= 1) {
-            const int64_t *at = places[turn], *next = nullptr;
-            int next_count = 0;
-            if (start + W < chunk.tokens) {
-                next_count = find(chunk, start + W, places[turn ^ 1]);
-                next = places[turn ^ 1];
-            }
-            for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) {
-                const int64_t* ahead = g == 0 ? next : nullptr;
-                switch (group - g) {
-                    case 1: block<1>(queries + g * dim, at, count, ahead, states + g, values + g * dim); break;
-                    case 2: block<2>(queries + g * dim, at, count, ahead, states + g, values + g * dim); break;
-                    case 3: block<3>(queries + g * dim, at, count, ahead, states + g, values + g * dim); break;
-                    default: block<4>(queries + g * dim, at, count, ahead, states + g, values + g * dim);
+        for (int64_t i = 0; i < chunk.num_heads * group; ++i) states[i] = {-INFINITY, 0.0f};
+        memset(values, 0, chunk.num_heads * group * dim * sizeof(float));
+        const float* queries = q + (chunk.sequence * heads + chunk.head) * group * dim;
+        int64_t at[W], next[W] = {};
+        int count = find(chunk, 0, at), next_count = 0;
+        for (int start = 0; start < chunk.tokens; start += W) {
+            for (int64_t h = 0; h < chunk.num_heads; ++h) {
+                bool has_next = true;
+                if (h + 1 < chunk.num_heads)
+                    for (int t = 0; t < W; ++t) next[t] = at[t] + head_stride;
+                else if ((has_next = start + W < chunk.tokens))
+                    next_count = find(chunk, start + W, next);
+                for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) {
+                    const int64_t* ahead = g == 0 && has_next ? next : nullptr;
+                    const int64_t i = h * group + g;
+                    switch (group - g) {
+                        case 1: block<1>(queries + i * dim, at, count, ahead, states + i, values + i * dim); break;
+                        case 2: block<2>(queries + i * dim, at, count, ahead, states + i, values + i * dim); break;
+                        case 3: block<3>(queries + i * dim, at, count, ahead, states + i, values + i * dim); break;
+                        default: block<4>(queries + i * dim, at, count, ahead, states + i, values + i * dim);
+                    }
                 }
+                memcpy(at, next, sizeof at);
             }
             count = next_count;
         }
     }
 };
 
-// A row's merge: e^(log-sum-exp - highest) weighs each normalised part; chunks in order, an already attended part last.
-void merge(const State* states, const float* values, int64_t chunks, int64_t group, int64_t dim, int64_t g,
+// One query head's results become one: e^(log-sum-exp - highest) weighs each; in order, an already attended part last.
+void merge(const State* states, const float* values, const int64_t* places, int64_t num_places, int64_t group, int64_t dim,
            const float* log_weights, const float* part, float part_lse, float* out, float* lse) {
+    const auto level_of = [&](int64_t i) { return states[places[i] * group].highest + log_weights[i]; };
     float highest = part_lse;
-    for (int64_t c = 0; c < chunks; ++c) {
-        const float own = states[c * group + g].highest + log_weights[c];
-        highest = own > highest ? own : highest;
-    }
+    for (int64_t i = 0; i < num_places; ++i) highest = level_of(i) > highest ? level_of(i) : highest;
     memset(out, 0, dim * sizeof(float));
     if (highest == -INFINITY) {
         *lse = -INFINITY;
         return;
     }
     float total = 0.0f;
-    for (int64_t c = 0; c <= chunks; ++c) {
-        const bool is_part = c == chunks;
-        const float* from = is_part ? part : values + (c * group + g) * dim;
-        const float level = is_part ? part_lse : states[c * group + g].highest + log_weights[c];
+    for (int64_t i = 0; i <= num_places; ++i) {
+        const bool is_part = i == num_places;
+        const float* from = is_part ? part : values + places[i] * group * dim;
+        const float level = is_part ? part_lse : level_of(i);
         if (level == -INFINITY) continue;
         const float weight = std::exp(level - highest);
-        total += weight * (is_part ? 1.0f : states[c * group + g].total);
-        for (int64_t i = 0; i < dim; i += W) store(out + i, load(out + i) + weight * load(from + i));
+        total += weight * (is_part ? 1.0f : states[places[i] * group].total);
+        for (int64_t j = 0; j < dim; j += W) store(out + j, load(out + j) + weight * load(from + j));
     }
-    for (int64_t i = 0; i < dim; i += W) store(out + i, load(out + i) / total);
+    for (int64_t j = 0; j < dim; j += W) store(out + j, load(out + j) / total);
     *lse = highest + std::log(total);
 }
+
+// What one call plans and fills.
+struct Work {
+    std::vector<Chunk> chunks;
+    std::vector<int64_t> firsts;     // [rows + 1] where a row's entries begin in the next two
+    std::vector<int64_t> places;     // of its chunks' results, in order: pages, then tokens
+    std::vector<float> log_weights;  // of each
+    std::vector<State> states;       // [places, group]
+    std::vector<float> values;       // [places, group, dim]
+
+    void clear() {
+        chunks.clear();
+        firsts.clear();
+        places.clear();
+        log_weights.clear();
+    }
+};
 
 template <class T>
 void attend(Attend<T> own, const int32_t* num_pages, const int64_t* num_pages_strides, const int32_t* last_page_len,
             const int32_t* num_tokens, const int64_t* num_tokens_strides, const float* log_weight, const float* part,
             const float* part_lse, int64_t batch, float* out, float* lse, int threads) {
-    // Kept from call to call: memory that is mapped anew costs a fault per page.
-    static thread_local std::vector<Chunk> kept_chunks;
-    static thread_local std::vector<int64_t> kept_firsts;
-    static thread_local std::vector<State> kept_states;
-    static thread_local std::vector<float> kept_values, kept_log_weights;
-    auto &chunks = kept_chunks;  // a thread_local's name would be each worker's own
-    auto &firsts = kept_firsts;
-    auto &states = kept_states;
-    auto &values = kept_values;
-    auto &log_weights = kept_log_weights;
-
+    // Kept from call to call: memory that is mapped anew costs a fault per page. Named here, as a worker's would be its own.
+    static thread_local Work kept;
+    Work& work = kept;
+    work.clear();
     const int64_t rows = batch * own.heads, group = own.group, dim = own.dim;
-    chunks.clear();
-    firsts.clear();
-    log_weights.clear();
-    const auto cut = [&](int64_t row, int64_t length, bool of_pages, float weight) {
+    // One list for all heads is read for all of them at once, where that leaves enough chunks for every thread. No bit changes.
+    int64_t num_places = 0, num_shared = 0;
+    for (int64_t b = 0; b < batch; ++b)
+        num_shared += (num_pages[b * num_pages_strides[0]] * own.page_size + CHUNK_TOKENS - 1) / CHUNK_TOKENS;
+    const bool is_shared = !own.pages_strides[1] && !num_pages_strides[1] && num_shared >= 4 * threads;
+    const auto cut = [&](int64_t row, int64_t length, bool of_pages, bool shared, float weight) {
+        const int64_t b = row / own.heads, h = row % own.heads, num_heads = shared ? own.heads : 1;
         for (int64_t i = 0; i * CHUNK_TOKENS < length; ++i) {
-            const int64_t left = length - i * CHUNK_TOKENS;
-            chunks.push_back({row, int32_t(i), int32_t(left < CHUNK_TOKENS ? left : CHUNK_TOKENS), of_pages});
-            log_weights.push_back(weight);
+            if (shared && h > 0) {  // the first head has cut for all
+                work.places.push_back(work.places[work.firsts[row - h] + i] + h);
+            } else {
+                const int64_t left = length - i * CHUNK_TOKENS;
+                const int32_t tokens = left < CHUNK_TOKENS ? left : CHUNK_TOKENS;
+                work.chunks.push_back({b, h, num_heads, int32_t(i), tokens, of_pages, num_places});
+                work.places.push_back(num_places);
+                num_places += num_heads;
+            }
+            work.log_weights.push_back(weight);
         }
     };
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t b = row / own.heads, h = row % own.heads;
-        firsts.push_back(chunks.size());
+        work.firsts.push_back(work.places.size());
         const int64_t listed = num_pages[b * num_pages_strides[0] + h * num_pages_strides[1]];
-        if (listed) cut(row, (listed - 1) * own.page_size + last_page_len[b], true, 0.0f);
-        if (num_tokens)
-            cut(row, num_tokens[b * num_tokens_strides[0] + h * num_tokens_strides[1]], false, log_weight ? log_weight[row] : 0.0f);
+        if (listed) cut(row, (listed - 1) * own.page_size + last_page_len[b], true, is_shared, 0.0f);
+        if (num_tokens) {
+            const int64_t length = num_tokens[b * num_tokens_strides[0] + h * num_tokens_strides[1]];
+            cut(row, length, false, false, log_weight ? log_weight[row] : 0.0f);
+        }
     }
-    firsts.push_back(chunks.size());
-    states.resize(chunks.size() * group);
-    values.resize(chunks.size() * group * dim);
+    work.firsts.push_back(work.places.size());
+    work.states.resize(num_places * group);
+    work.values.resize(num_places * group * dim);
 
-    const int64_t num_chunks = chunks.size();
+    const int64_t num_chunks = work.chunks.size();
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < num_chunks; ++i) own.run(chunks[i], &states[i * group], &values[i * group * dim]);
+        for (int64_t i = 0; i < num_chunks; ++i) {
+            const int64_t first = work.chunks[i].place * group;
+            own.run(work.chunks[i], &work.states[first], &work.values[first * dim]);
+        }
 #pragma omp for schedule(static)
         for (int64_t head = 0; head < rows * group; ++head) {
-            const int64_t row = head / group, first = firsts[row];
-            merge(states.data() + first * group, values.data() + first * group * dim, firsts[row + 1] - first, group, dim,
-                  head % group, log_weights.data() + first, part ? part + head * dim : nullptr,
-                  part ? part_lse[head] : -INFINITY, out + head * dim, lse + head);
+            const int64_t first = work.firsts[head / group], g = head % group;
+            merge(work.states.data() + g, work.values.data() + g * dim, work.places.data() + first,
+                  work.firsts[head / group + 1] - first, group, dim, work.log_weights.data() + first,
+                  part ? part + head * dim : nullptr, part ? part_lse[head] : -INFINITY, out + head * dim, lse + head);
         }
     }
 }

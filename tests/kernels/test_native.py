@@ -38,7 +38,7 @@ def dense_case(context: int = 1200, dim: int = 64) -> tuple[torch.Tensor, ...]:
     pages = -(-context // 16)
     table = (torch.randperm(pages) + 1).int()[None, None].expand(1, 2, -1)
     caches = (torch.randn(pages + 1, 2, 16, dim) for _ in range(2))
-    counts = torch.full((1, 2), pages, dtype=torch.int32)
+    counts = torch.full((1, 1), pages, dtype=torch.int32).expand(1, 2)
     return torch.randn(1, 8, dim), *caches, table, counts, torch.tensor([(context - 1) % 16 + 1], dtype=torch.int32)
 
 
@@ -79,6 +79,28 @@ def test_a_row_has_the_same_bits_at_any_number_of_threads(threads: int) -> None:
         torch.set_num_threads(before)
     for one, many in zip(*found):
         assert torch.equal(bits(one), bits(many))
+
+
+@pytest.mark.parametrize("context", [2600, 4096])
+def test_heads_with_one_list_have_the_bits_of_heads_with_lists_of_their_own(context: int) -> None:
+    """Some chunks are read for all heads at once, others head by head: by the number of threads, and by the lists."""
+    q, k, v, pages, counts, last = dense_case(context)
+    assert pages.stride(1) == 0
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 64):  # few chunks for so many: head by head
+            torch.set_num_threads(threads)
+            for own in (pages, pages.contiguous()):
+                found.append(attend_native(q, k, v, own, counts, last, 0.1))
+                tokens = pages[..., :40] * 16 + 3
+                more = {"tokens": tokens.contiguous(), "num_tokens": torch.tensor([[40, 7]], dtype=torch.int32)}
+                found.append(attend_native(q, k, v, own, counts - 40, last * 0 + 16, 0.1, **more))
+    finally:
+        torch.set_num_threads(before)
+    assert_near(found[0], attend_reference(q, k, v, pages, counts, last, 0.1)[0], TOLERANCE[torch.float32])
+    for i, out in enumerate(found):
+        assert torch.equal(bits(out), bits(found[i % 2]))
 
 
 def test_it_is_built_once_and_found_again(fresh: Path) -> None:
