@@ -87,7 +87,7 @@ def _built() -> Path:
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or [_compiler()]
     # -march=native: a home directory may be shared by machines with different processors
-    told = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    told = _run([*compiler, "--version"])
     runtime = _openmp_runtime()
     parts = (SOURCE.read_text(), *compiler, told, *FLAGS, str(runtime), platform.machine(), _processor())
     name = f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
@@ -101,8 +101,8 @@ def _built() -> Path:
         return linked.replace(path)
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
 
 
 def _compiler() -> str:

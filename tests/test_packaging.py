@@ -94,6 +94,7 @@ def test_the_wheel_holds_every_module_and_nothing_beside_the_package(site: Path)
     here = {str(file.relative_to(ROOT)) for file in python_files(ENGINE)}
     kernels = {str(ENGINE / file.relative_to(ROOT)) for file in python_files("kernels")}
     assert packed == here | kernels
+    assert [str(file.relative_to(site)) for file in site.rglob("*.cpp")] == [f"{ENGINE}/kernels/native.cpp"]
     assert {entry.name for entry in site.iterdir()} - {ENGINE} == {entry.name for entry in site.glob("*.dist-info")}
 
 

@@ -76,7 +76,9 @@ class SharedMemory:
     def close(self) -> None:
         """Leave: the others learn of it when they next wait for this rank."""
         if self._file >= 0:
-            os.close(self._file)  # and so gives up the lock
+            # the mapping keeps the file open, and so the lock, for as long as anything still holds one of its tensors
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _lock(fcntl.F_UNLCK, self.rank))
+            os.close(self._file)
             self._file = -1
 
     def _view(self, rank: int, x: Tensor) -> Tensor:

@@ -278,6 +278,25 @@ def test_a_rank_that_does_not_come_in_time_is_named():
     assert in_ranks(2, one_does_not_come) == ["told", "late"]
 
 
+def left_while_a_view_lives(collectives: Collectives) -> str:
+    collectives.barrier()
+    if collectives.rank == 1:
+        held = collectives._shared.exchange(torch.zeros(1), timedelta(seconds=5.0))
+        collectives.close()
+        time.sleep(1.0)
+        return f"holds {len(held)}"
+    collectives._shared.exchange(torch.zeros(1), timedelta(seconds=5.0))
+    began = time.monotonic()
+    with pytest.raises(CollectiveError, match="rank 1 has left"):
+        collectives.all_reduce(torch.ones(1))
+    assert time.monotonic() - began < 0.9
+    return "told"
+
+
+def test_a_rank_has_left_though_it_still_holds_a_tensor_of_the_memory():
+    assert in_ranks(2, left_while_a_view_lives) == ["told", "holds 2"]
+
+
 def files_held(collectives: Collectives) -> list[str]:
     collectives.barrier()
     collectives.close()
