@@ -87,7 +87,7 @@ def attend(
     """
     if q.is_cuda:
         from distributed_sparse.kernels.attend_triton import attend_triton as impl
-    elif native.serves(q.shape[-1]):
+    elif native.serves(q):
         from distributed_sparse.kernels.attend_native import attend_native as impl
     else:
         from distributed_sparse.kernels.attend_torch import attend_torch as impl

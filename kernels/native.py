@@ -66,9 +66,9 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def serves(width: int) -> bool:
-    """Whether the kernels of `native.cpp` are at hand, for vectors of so many elements: multiples of 16, as in all models."""
-    return width % 16 == 0 and library() is not None
+def serves(x: Tensor) -> bool:
+    """Whether the kernels of `native.cpp` take a tensor: it lies on the CPU, and its rows are of a multiple of 16 elements."""
+    return x.device.type == "cpu" and x.shape[-1] % 16 == 0 and library() is not None
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -30,7 +30,7 @@ def page_scores(q: Tensor, page_min_max: Tensor, page_table: Tensor, num_pages: 
         raise ValueError(f"group_reduction={group_reduction!r} is unknown; use 'max' or 'sum'")
     if q.is_cuda:
         from distributed_sparse.kernels.page_scores_triton import page_scores_triton as impl
-    elif native.serves(q.shape[-1]):
+    elif native.serves(q):
         from distributed_sparse.kernels.page_scores_native import page_scores_native as impl
     else:
         from distributed_sparse.kernels.page_scores_torch import page_scores_torch as impl
