@@ -15,7 +15,7 @@ interpreter=$!
 trap 'kill "$interpreter" 2>/dev/null || true; rm -f "$interpreted"' EXIT
 status=0
 # two processes, whose threads sleep while they wait: most tests use one core, or wait for other processes
-OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder || status=$?
+OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n 2 --max-worker-restart 0 --dist loadgroup --no-loadscope-reorder || status=$?
 wait "$interpreter" || status=$?
 echo "The Triton kernels in the interpreter:"
 cat "$interpreted"
