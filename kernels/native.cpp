@@ -355,7 +355,6 @@ void attend(Attend<T> own, const int32_t* num_pages, const int64_t* num_pages_st
 // ---- page_scores
 
 constexpr int PAGES_AT_ONCE = 64;
-constexpr int PAGES_AHEAD = 4;  // whose metadata comes into the cache meanwhile
 
 template <class T, int HEADS>
 void scores_of_page(const float* split, const T* page, int64_t width, float out[HEADS]) {
@@ -367,44 +366,50 @@ void scores_of_page(const float* split, const T* page, int64_t width, float out[
     for (int g = 0; g < HEADS; ++g) out[g] = sum(sums[g]);
 }
 
+// The score of a page for the query heads of one KV head, reduced over them.
+template <class T>
+float score_of_group(const float* split, const T* page, int64_t width, int64_t group, bool is_sum) {
+    float best = is_sum ? 0.0f : -INFINITY;
+    for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) {
+        float found[HEADS_AT_ONCE];
+        const int64_t some = group - g < HEADS_AT_ONCE ? group - g : HEADS_AT_ONCE;
+        switch (some) {
+            case 1: scores_of_page<T, 1>(split + g * width, page, width, found); break;
+            case 2: scores_of_page<T, 2>(split + g * width, page, width, found); break;
+            case 3: scores_of_page<T, 3>(split + g * width, page, width, found); break;
+            default: scores_of_page<T, 4>(split + g * width, page, width, found);
+        }
+        for (int64_t j = 0; j < some; ++j) best = is_sum ? best + found[j] : (found[j] > best ? found[j] : best);
+    }
+    return best;
+}
+
+// split [batch, heads, group, width]: width is 2 dim. The heads of a page lie side by side, and are read so.
 template <class T>
 void page_scores(const float* split, const T* metadata, int64_t page_stride, int64_t head_stride, const int32_t* table,
                  int64_t table_stride, const int32_t* num_pages, bool is_sum, int64_t batch, int64_t heads, int64_t group,
                  int64_t width, int64_t most_pages, float* out, int threads) {
     const int64_t tiles = (most_pages + PAGES_AT_ONCE - 1) / PAGES_AT_ONCE;
-#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(threads) if (threads > 1)
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t b = 0; b < batch; ++b)
-        for (int64_t h = 0; h < heads; ++h)
-            for (int64_t tile = 0; tile < tiles; ++tile) {
-                const int64_t start = tile * PAGES_AT_ONCE;
-                const int64_t end = start + PAGES_AT_ONCE < most_pages ? start + PAGES_AT_ONCE : most_pages;
-                float* to = out + (b * heads + h) * most_pages;
-                const float* queries = split + (b * heads + h) * group * width;
-                for (int64_t p = start; p < end; ++p) {
-                    if (p >= num_pages[b]) {
-                        to[p] = -INFINITY;
-                        continue;
-                    }
-                    const int64_t ahead = p + PAGES_AHEAD < num_pages[b] ? p + PAGES_AHEAD : p;
-                    const T* later = metadata + table[b * table_stride + ahead] * page_stride + h * head_stride;
-                    for (int64_t i = 0; i * int64_t(sizeof(T)) < width * int64_t(sizeof(T)); i += 64 / sizeof(T))
-                        __builtin_prefetch(later + i, 0, 2);
-                    const T* page = metadata + table[b * table_stride + p] * page_stride + h * head_stride;
-                    float best = is_sum ? 0.0f : -INFINITY;
-                    for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) {
-                        float found[HEADS_AT_ONCE];
-                        const int64_t some = group - g < HEADS_AT_ONCE ? group - g : HEADS_AT_ONCE;
-                        switch (some) {
-                            case 1: scores_of_page<T, 1>(queries + g * width, page, width, found); break;
-                            case 2: scores_of_page<T, 2>(queries + g * width, page, width, found); break;
-                            case 3: scores_of_page<T, 3>(queries + g * width, page, width, found); break;
-                            default: scores_of_page<T, 4>(queries + g * width, page, width, found);
-                        }
-                        for (int64_t j = 0; j < some; ++j) best = is_sum ? best + found[j] : (found[j] > best ? found[j] : best);
-                    }
-                    to[p] = best;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t start = tile * PAGES_AT_ONCE;
+            const int64_t end = start + PAGES_AT_ONCE < most_pages ? start + PAGES_AT_ONCE : most_pages;
+            for (int64_t p = start; p < end; ++p) {
+                const bool is_used = p < num_pages[b];
+                const T* page = is_used ? metadata + table[b * table_stride + p] * page_stride : nullptr;
+                const bool has_next = p + 1 < num_pages[b];
+                const T* next = has_next ? metadata + table[b * table_stride + p + 1] * page_stride : nullptr;
+                for (int64_t h = 0; h < heads; ++h) {
+                    if (has_next)
+                        for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(T)))
+                            __builtin_prefetch(next + h * head_stride + i, 0, 2);
+                    const float* queries = split + (b * heads + h) * group * width;
+                    out[(b * heads + h) * most_pages + p] =
+                        is_used ? score_of_group(queries, page + h * head_stride, width, group, is_sum) : -INFINITY;
                 }
             }
+        }
 }
 
 // ---- linear
