@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from distributed_sparse.kernels import native
+
 
 def append(
     k: Tensor,
@@ -49,6 +51,8 @@ def append(
     """
     if k.is_cuda:
         from distributed_sparse.kernels.append_triton import append_triton as impl
+    elif native.serves(k):
+        from distributed_sparse.kernels.append_native import append_native as impl
     else:
         from distributed_sparse.kernels.append_torch import append_torch as impl
     impl(k, v, pages, starts, offsets, counts, k_pages, v_pages, page_min_max, key_codes, key_scales, key_offset)
@@ -93,6 +97,8 @@ def rotary_append(
     """
     if q.is_cuda:
         from distributed_sparse.kernels.append_triton import rotary_append_triton as impl
+    elif native.serves(q):
+        from distributed_sparse.kernels.append_native import rotary_append_native as impl
     else:
         from distributed_sparse.kernels.append_torch import rotary_append_torch as impl
     runs = (pages, starts, offsets, counts)

@@ -5,10 +5,13 @@
 // Work is cut by a row's own length alone, and partial results are merged in order: a row has the same bits at any number
 // of threads and in any batch.
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -437,7 +440,125 @@ void products(const float* x, const float* weight, int64_t inner, int64_t weight
         for (int j = 0; j < weight_rows; ++j) out[r * out_stride + j] = sum(sums[r][j]);
 }
 
+// ---- rotary embedding, append
+
+// x [dim] with each channel pair (i, i + dim / 2) turned by its token's angle; no angles: as it is. -0 becomes +0.
+inline void turn(const float* x, const float* cos, const float* sin, int64_t dim, float* out) {
+    const int64_t half = dim / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float first = x[i], second = x[i + half];
+        out[i] = (cos ? first * cos[i] - second * sin[i] : first) + 0.0f;
+        out[i + half] = (cos ? second * cos[i] + first * sin[i] : second) + 0.0f;
+    }
+}
+
 }  // namespace
+
+// Rotates and appends, as append.py tells. Rows of q, k and v lie `stride` elements apart, their heads side by side.
+// Null: q (nothing to rotate), cos and sin (keys are rotated already), page_min_max.
+extern "C" void rotary_append_float32(const float* q, int64_t q_stride, const float* k, int64_t k_stride, const float* v,
+                                      int64_t v_stride, const float* cos, const float* sin, const int32_t* pages,
+                                      const int32_t* starts, const int32_t* offsets, const int32_t* counts, int64_t runs,
+                                      int64_t num_tokens, int64_t q_heads, int64_t heads, int64_t dim, int64_t page_size,
+                                      float* k_pages, float* v_pages, float* page_min_max, float* turned, int threads) {
+    constexpr int64_t FEW = 64;  // tokens that are not worth waking threads up for
+#pragma omp parallel num_threads(threads) if (threads > 1 && num_tokens > FEW)
+    {
+#pragma omp for nowait
+        for (int64_t n = 0; n < (q ? num_tokens : 0); ++n)
+            for (int64_t h = 0; h < q_heads; ++h)
+                turn(q + n * q_stride + h * dim, cos + n * dim / 2, sin + n * dim / 2, dim, turned + (n * q_heads + h) * dim);
+#pragma omp for
+        for (int64_t r = 0; r < runs; ++r)
+            for (int64_t h = 0; h < heads; ++h) {
+                const int64_t row = pages[r] * heads + h;
+                float* extrema[2] = {page_min_max + row * 2 * dim, page_min_max + row * 2 * dim + dim};
+                for (int64_t j = 0; j < counts[r]; ++j) {
+                    const int64_t n = starts[r] + j, slot = row * page_size + offsets[r] + j;
+                    const float* angles[2] = {cos ? cos + n * dim / 2 : nullptr, cos ? sin + n * dim / 2 : nullptr};
+                    float* key = k_pages + slot * dim;
+                    turn(k + n * k_stride + h * dim, angles[0], angles[1], dim, key);
+                    memcpy(v_pages + slot * dim, v + n * v_stride + h * dim, dim * sizeof(float));
+                    if (!page_min_max) continue;
+                    const bool anew = offsets[r] + j == 0;
+                    for (int64_t i = 0; i < dim; ++i) {
+                        extrema[0][i] = anew || key[i] < extrema[0][i] ? key[i] : extrema[0][i];
+                        extrema[1][i] = anew || key[i] > extrema[1][i] ? key[i] : extrema[1][i];
+                    }
+                }
+            }
+    }
+}
+
+// ---- norm
+
+// residual + x into `sum` (where there is a residual), and its norm times `weight` into `out`; all [rows, dim].
+extern "C" void add_rms_norm_float32(const float* x, const float* residual, const float* weight, float eps, int64_t rows,
+                                     int64_t dim, float* total, float* out) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* from = x + r * dim;
+        if (residual) {
+            for (int64_t i = 0; i < dim; i += W) store(total + r * dim + i, load(residual + r * dim + i) + load(from + i));
+            from = total + r * dim;
+        }
+        Vec squares[4] = {};
+        for (int64_t i = 0; i < dim; i += W) squares[i / W % 4] += load(from + i) * load(from + i);
+        const float scale = 1.0f / std::sqrt(sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / dim + eps);
+        for (int64_t i = 0; i < dim; i += W) store(out + r * dim + i, load(from + i) * scale * load(weight + i));
+    }
+}
+
+// ---- top_k_pages
+
+// The logical pages of every row that top_k_pages.py chooses, as physical ids. T is float or int32_t.
+namespace {
+
+template <class T>
+void top_k_pages(const T* scores, const int32_t* table, int64_t table_stride, const int32_t* num_pages, const int32_t* k,
+                 int64_t sink_pages, int64_t recent_pages, int64_t batch, int64_t heads, int64_t most_pages, int64_t capacity,
+                 int32_t* pages, int32_t* counts, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < batch * heads; ++row) {
+        static thread_local std::vector<T> sorted;
+        const int64_t b = row / heads, n = num_pages[b], kept = k[b] < n ? k[b] : n;
+        // Forced pages: all of a row that keeps everything; else the newest first, then the sinks, as far as k goes.
+        const int64_t recent = kept == n ? n : (kept < recent_pages ? kept : recent_pages);
+        const int64_t sinks = kept - recent < sink_pages ? kept - recent : sink_pages;
+        const int64_t chosen = kept - recent - sinks;
+        const int32_t* ids = table + b * table_stride;
+        int32_t* to = pages + row * capacity;
+        counts[row] = int32_t(kept);
+        for (int64_t i = 0; i < sinks; ++i) *to++ = ids[i];
+        if (chosen > 0) {
+            const T* own = scores + row * most_pages;
+            const int64_t end = n - recent;
+            const auto value = [&](int64_t p) -> T { return own[p] == own[p] ? own[p] : std::numeric_limits<T>::infinity(); };
+            sorted.clear();
+            for (int64_t p = sinks; p < end; ++p) sorted.push_back(value(p));
+            std::nth_element(sorted.begin(), sorted.begin() + (chosen - 1), sorted.end(), std::greater<T>());
+            const T threshold = sorted[chosen - 1];
+            int64_t room = chosen;
+            for (int64_t p = sinks; p < end; ++p) room -= value(p) > threshold;
+            for (int64_t p = sinks; p < end; ++p)
+                if (value(p) > threshold || (value(p) == threshold && room-- > 0)) *to++ = ids[p];
+        }
+        for (int64_t i = n - recent; i < n; ++i) *to++ = ids[i];
+    }
+}
+
+}  // namespace
+
+#define TOP_K(NAME, T)                                                                                                         \
+    extern "C" void top_k_pages_##NAME(const T* scores, const int32_t* table, int64_t table_stride, const int32_t* num_pages,  \
+                                       const int32_t* k, int64_t sink_pages, int64_t recent_pages, int64_t batch,              \
+                                       int64_t heads, int64_t most_pages, int64_t capacity, int32_t* pages, int32_t* counts,   \
+                                       int threads) {                                                                          \
+        top_k_pages<T>(scores, table, table_stride, num_pages, k, sink_pages, recent_pages, batch, heads, most_pages,          \
+                       capacity, pages, counts, threads);                                                                      \
+    }
+
+TOP_K(float32, float)
+TOP_K(int32, int32_t)
 
 // out [rows, size] = x [rows, inner] . weight [size, inner]^T: the weights are read once.
 extern "C" void linear_float32(const float* x, const float* weight, int64_t rows, int64_t size, int64_t inner, float* out,

@@ -38,6 +38,11 @@ _PAGE_SCORES: list[Any] = [
     _POINTER, _POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _POINTER, _INT, *[_INTEGER] * 5, _POINTER, _INT
 ]  # fmt: skip
 _LINEAR: list[Any] = [_POINTER, _POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _INT]
+_ROTARY_APPEND: list[Any] = [
+    *[_POINTER, _INTEGER] * 3, *[_POINTER] * 6, *[_INTEGER] * 6, *[_POINTER] * 4, _INT  # q, k, v; angles, runs; sizes; pages
+]  # fmt: skip
+_ADD_RMS_NORM: list[Any] = [_POINTER, _POINTER, _POINTER, ctypes.c_float, _INTEGER, _INTEGER, _POINTER, _POINTER]
+_TOP_K_PAGES: list[Any] = [_POINTER, _POINTER, _INTEGER, _POINTER, _POINTER, *[_INTEGER] * 6, _POINTER, _POINTER, _INT]
 
 
 @functools.cache
@@ -61,7 +66,14 @@ def library() -> ctypes.CDLL | None:
         ):
             getattr(loaded, function).argtypes = arguments
             getattr(loaded, function).restype = None
-    loaded.linear_float32.argtypes, loaded.linear_float32.restype = _LINEAR, None
+    for function, arguments in (
+        ("linear_float32", _LINEAR),
+        ("rotary_append_float32", _ROTARY_APPEND),
+        ("add_rms_norm_float32", _ADD_RMS_NORM),
+        ("top_k_pages_float32", _TOP_K_PAGES),
+        ("top_k_pages_int32", _TOP_K_PAGES),
+    ):
+        getattr(loaded, function).argtypes, getattr(loaded, function).restype = arguments, None
     loaded.meet.argtypes, loaded.meet.restype = [_POINTER, _INT, _INT, _INTEGER, _INTEGER], _INT
     return loaded
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from distributed_sparse.kernels import native
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = weight * (x / sqrt(mean(x^2) + eps)), over the last dimension (arXiv 1910.07467).
@@ -20,6 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if x.is_cuda:
         from distributed_sparse.kernels.rms_norm_triton import rms_norm_triton as impl
+    elif native.serves(x):
+        from distributed_sparse.kernels.rms_norm_native import rms_norm_native as impl
     else:
         from distributed_sparse.kernels.rms_norm_torch import rms_norm_torch as impl
     return impl(x, weight, eps)
@@ -29,6 +33,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """residual = residual + x (in x's dtype), y = rms_norm(residual). Returns (y, residual). Shapes as in `rms_norm`."""
     if x.is_cuda:
         from distributed_sparse.kernels.rms_norm_triton import add_rms_norm_triton as impl
+    elif native.serves(x):
+        from distributed_sparse.kernels.rms_norm_native import add_rms_norm_native as impl
     else:
         from distributed_sparse.kernels.rms_norm_torch import add_rms_norm_torch as impl
     return impl(x, residual, weight, eps)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from distributed_sparse.kernels import native
+
 
 def top_k_pages(
     scores: Tensor,
@@ -38,6 +40,8 @@ def top_k_pages(
     """
     if scores.is_cuda:
         from distributed_sparse.kernels.top_k_pages_triton import top_k_pages_triton as impl
+    elif scores.device.type == "cpu" and native.library() is not None:
+        from distributed_sparse.kernels.top_k_pages_native import top_k_pages_native as impl
     else:
         from distributed_sparse.kernels.top_k_pages_torch import top_k_pages_torch as impl
     return impl(scores, page_table, num_pages, k, sink_pages=sink_pages, recent_pages=recent_pages, capacity=capacity)
