@@ -209,18 +209,30 @@ def make_rotation(settings: LayerSettings, geometry: Geometry, kinds: tuple[Meta
 
 
 def make_inputs(
-    settings: LayerSettings, geometry: Geometry, kinds: tuple[Metadata, ...], seed: int, contiguous: bool = True
+    settings: LayerSettings,
+    geometry: Geometry,
+    kinds: tuple[Metadata, ...],
+    seed: int,
+    contiguous: bool = True,
+    scattered: bool = True,
 ) -> Inputs:
-    """Data as `LayerSettings` says, its pages scattered over the cache.
+    """Data as `LayerSettings` says.
 
     Args:
         contiguous: keep K and V beside the pages, too; else of each sequence the newest token's alone.
+        scattered: its pages lie all over the cache; else one behind the other, as an engine gives them out at first.
     """
-    return make_query_sets(settings, geometry, kinds, seed, 1, contiguous)[0]
+    return make_query_sets(settings, geometry, kinds, seed, 1, contiguous, scattered)[0]
 
 
 def make_query_sets(
-    settings: LayerSettings, geometry: Geometry, kinds: tuple[Metadata, ...], seed: int, count: int, contiguous: bool = True
+    settings: LayerSettings,
+    geometry: Geometry,
+    kinds: tuple[Metadata, ...],
+    seed: int,
+    count: int,
+    contiguous: bool = True,
+    scattered: bool = True,
 ) -> list[Inputs]:
     """The same with `count` sets of queries on one cache, each with heavy tokens and random numbers of its own."""
     generator, scatter = (torch.Generator(geometry.device).manual_seed(seed) for _ in range(2))
@@ -236,7 +248,8 @@ def make_query_sets(
     starts = torch.arange(pages_each, dtype=torch.int32, device=geometry.device) * page_size
     counts = (n - starts).clamp_max(page_size)
     table = torch.empty((settings.batch, pages_each), dtype=torch.int32, device=geometry.device)
-    free = torch.randperm(num_pages - 1, generator=scatter, device=geometry.device).to(torch.int32) + 1
+    order = torch.randperm(num_pages - 1, generator=scatter, device=geometry.device)
+    free = (order if scattered else order.sort().values).to(torch.int32) + 1
     kept_shape = (settings.batch, heads, n if contiguous else 1, settings.head_dim)
     kept_k, kept_v = (torch.empty(kept_shape, dtype=geometry.dtype, device=geometry.device) for _ in range(2))
     for row in range(settings.batch):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distributed_sparse.bench.layer import Inputs, LayerSettings, make_inputs
 from distributed_sparse.bench.measure import Times, time_in_turn
+from distributed_sparse.kernels.linear import linear
 from distributed_sparse.kernels.rms_norm import add_rms_norm
 from distributed_sparse.planner.hardware import MEASURED, Hardware, Interconnect, Protocol, Rate
 from distributed_sparse.planner.launches import dense_launches
@@ -208,7 +209,7 @@ def _measure(ranks: list[RankOnPaper], context: int, batch: int, collectives: Co
     reading = _reading()
     collectives.barrier()
     matrices, operations = _matrices(rank, batch)
-    inputs = [make_inputs(settings, rank.geometry, kinds, seed) for seed in range(CACHES)]
+    inputs = [make_inputs(settings, rank.geometry, kinds, seed, scattered=False) for seed in range(CACHES)]
     collectives.barrier()
     dense = _attention(DensePolicy(DenseConfig(), rank.geometry), inputs, rank, "dense")[0]
     methods = []
@@ -258,7 +259,7 @@ def _matrices(rank: RankOnPaper, batch: int) -> tuple[Rate, Rate]:
 
     def run(number: int, rows: int) -> None:
         for x, matrix in zip(inputs[rows], layers[number % CACHES]):
-            F.linear(x, matrix)
+            linear(x, matrix)
 
     functions: dict[str, Callable[[int], object]] = {str(rows): partial(run, rows=rows) for rows in inputs}
     times = time_in_turn(functions, REPEATS, CPU)
@@ -324,7 +325,7 @@ def _all_reduce(num_bytes: int, rank: RankOnPaper, collectives: Collectives) -> 
     matrix, x = torch.ones(1024, 1024), torch.ones(1, 1024)
     seconds = []
     for _ in range(3 * REPEATS):
-        F.linear(x, matrix)
+        linear(x, matrix)
         started = time.perf_counter()
         collectives.all_reduce(message)
         seconds.append(time.perf_counter() - started)
