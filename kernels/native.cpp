@@ -442,8 +442,18 @@ void products(const float* x, const float* weight, int64_t inner, int64_t weight
 
 // ---- rotary embedding, append
 
-// x [dim] with each channel pair (i, i + dim / 2) turned by its token's angle; no angles: as it is. -0 becomes +0.
-inline void turn(const float* x, const float* cos, const float* sin, int64_t dim, float* out) {
+#if defined(__clang__)
+#define EACH_PRODUCT_ROUNDED
+#define ROUND_EACH_PRODUCT _Pragma("clang fp contract(off)")
+#else
+#define EACH_PRODUCT_ROUNDED __attribute__((optimize("fp-contract=off")))
+#define ROUND_EACH_PRODUCT
+#endif
+
+// x [dim] with each channel pair (i, i + dim / 2) turned by its token's angle; no angles: as it is. -0 becomes +0. With no fused
+// multiply-add, so that keys have the bits that torch gives to them where a method keeps more than this file knows.
+EACH_PRODUCT_ROUNDED void turn(const float* x, const float* cos, const float* sin, int64_t dim, float* out) {
+    ROUND_EACH_PRODUCT
     const int64_t half = dim / 2;
     for (int64_t i = 0; i < half; ++i) {
         const float first = x[i], second = x[i + half];

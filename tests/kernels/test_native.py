@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from distributed_sparse.kernels import native
+from distributed_sparse.kernels.append_native import rotary_append_native
+from distributed_sparse.kernels.append_torch import rotary_append_torch
 from distributed_sparse.kernels.attend import attend
 from distributed_sparse.kernels.attend_native import attend_native
 from distributed_sparse.kernels.attend_torch import attend_torch
@@ -185,3 +187,21 @@ def test_exponentials_of_every_size_are_right() -> None:
     assert ((out[kept].double() / expected[kept] - 1).abs() < 5e-7).all()
     assert (out[~kept] < 1e-37).all()
     assert_near(out, expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dim", [16, 80, 128])
+def test_queries_and_keys_are_turned_to_the_bits_that_torch_turns_them_to(dim: int) -> None:
+    """A method that keeps low-bit keys is served by torch: under a covering budget it is bitwise dense all the same."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(70, 4, dim), torch.randn(70, 2, dim), torch.randn(70, 2, dim)
+    angles = 100 * torch.randn(70, dim // 2)
+    runs = [
+        torch.tensor(column, dtype=torch.int32) for column in ([1, 2, 3, 4, 5], [0, 16, 32, 48, 64], [0] * 5, [16] * 4 + [6])
+    ]
+    found = []
+    for function in (rotary_append_native, rotary_append_torch):
+        caches = [torch.zeros(6, 2, 16, dim), torch.zeros(6, 2, 16, dim), torch.zeros(6, 2, 2, dim)]
+        turned, _ = function(q, k, v, angles.cos(), angles.sin(), *runs, *caches)
+        found.append([turned + 0.0, *caches])
+    for ours, theirs in zip(*found):
+        assert torch.equal(bits(ours), bits(theirs))
