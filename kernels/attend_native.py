@@ -29,7 +29,7 @@ def attend_native(
     batch, num_q_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     queries = (q.float() * scale).contiguous()
-    pages, num_pages = _listed(pages), num_pages.int()
+    pages, num_pages, last_page_len = _listed(pages), num_pages.int(), last_page_len.int().contiguous()
     if tokens is None or num_tokens is None:
         tokens = num_tokens = None
     else:
@@ -51,7 +51,7 @@ def attend_native(
         *strides(pages),
         num_pages.data_ptr(),
         *strides(num_pages),
-        (last := last_page_len.int().contiguous()).data_ptr(),
+        last_page_len.data_ptr(),
         native.address(tokens),
         *strides(tokens),
         native.address(num_tokens),
@@ -68,7 +68,6 @@ def attend_native(
         lse.data_ptr(),
         torch.get_num_threads(),
     )
-    del last
     return (out, lse) if return_lse else out.to(q.dtype)
 
 
