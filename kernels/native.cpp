@@ -104,6 +104,7 @@ inline Vec exp_of_negative(Vec x) {
 
 constexpr int CHUNK_TOKENS = 512;  // of attend.py
 constexpr int HEADS_AT_ONCE = 4;   // query heads whose sums stay in registers
+constexpr int AHEAD = 2;           // blocks of 16 tokens on their way from memory while one is computed
 
 // What one chunk gives to one query head: the highest logit, the sum of e^(logit - highest), and that of values times it.
 struct State {
@@ -118,6 +119,12 @@ struct Chunk {
     int64_t place;  // of the first head's result among all of them
 };
 
+// Where in k and v 16 tokens of a chunk lie, for one head. Only `count` of them are in the list; the others repeat the first.
+struct Block {
+    int64_t at[W];
+    int count;
+};
+
 template <class T>
 struct Attend {
     const float* q;  // [rows, group, dim], multiplied by the scale
@@ -129,27 +136,26 @@ struct Attend {
     int64_t tokens_strides[2];
     int64_t heads, group, dim, page_size;
 
-    // Where in k and v the 16 tokens from `start` of a chunk's first head lie, `count` of them.
-    int find(const Chunk& chunk, int start, int64_t at[W]) const {
+    // The block from token `start` of a chunk on, for its first head.
+    void find(const Chunk& chunk, int start, Block* block) const {
         const int64_t b = chunk.sequence, h = chunk.head;
-        const int count = chunk.tokens - start < W ? chunk.tokens - start : W;
         const int64_t place = int64_t(chunk.index) * CHUNK_TOKENS + start;
+        block->count = std::min(chunk.tokens - start, W);
         if (chunk.of_pages) {  // a block never crosses a page
             const int64_t page = pages[b * pages_strides[0] + h * pages_strides[1] + place / page_size];
             const int64_t first = page * page_stride + h * head_stride + place % page_size * dim;
-            for (int t = 0; t < count; ++t) at[t] = first + t * dim;
+            for (int t = 0; t < block->count; ++t) block->at[t] = first + t * dim;
         } else {
             const int32_t* own = tokens + b * tokens_strides[0] + h * tokens_strides[1] + place;
-            for (int t = 0; t < count; ++t)
-                at[t] = own[t] / page_size * page_stride + h * head_stride + own[t] % page_size * dim;
+            for (int t = 0; t < block->count; ++t)
+                block->at[t] = own[t] / page_size * page_stride + h * head_stride + own[t] % page_size * dim;
         }
-        for (int t = count; t < W; ++t) at[t] = at[0];
-        return count;
+        for (int t = block->count; t < W; ++t) block->at[t] = block->at[0];
     }
 
-    // Logits of 16 tokens for some query heads. The next block's keys come into the cache meanwhile.
+    // Logits of 16 tokens for some query heads. The keys of a later block come into the cache meanwhile.
     template <int HEADS>
-    void logits(const float* queries, const int64_t at[W], const int64_t* next, Vec out[HEADS]) const {
+    void logits(const float* queries, const int64_t at[W], const int64_t* later, Vec out[HEADS]) const {
         for (int t = 0; t < W; t += 4) {
             Vec sums[HEADS][4] = {};
             for (int64_t i = 0; i < dim; i += W) {
@@ -159,7 +165,7 @@ struct Attend {
                     const Vec query = load(queries + g * dim + i);
                     for (int j = 0; j < 4; ++j) sums[g][j] += query * keys[j];
                 }
-                if (next) prefetch(k, next + t, i);
+                if (later) prefetch(k, later + t, i);
             }
             if constexpr (HEADS * 4 == W) {
                 const Vec found = sums_of(sums[0]);
@@ -174,22 +180,22 @@ struct Attend {
 
     // values += weights . v of 16 tokens; for some query heads, and VECTORS times 16 of the dimensions.
     template <int HEADS, int VECTORS>
-    void add_values(float* values, const float weights[HEADS][W], const int64_t at[W], int count, const int64_t* next,
+    void add_values(float* values, const float weights[HEADS][W], const Block& block, const int64_t* later,
                     int64_t from) const {
         Vec sums[HEADS][VECTORS];
         for (int g = 0; g < HEADS; ++g)
             for (int j = 0; j < VECTORS; ++j) sums[g][j] = load(values + g * dim + from + j * W);
-        for (int t = 0; t < count; ++t) {
+        for (int t = 0; t < block.count; ++t) {
             Vec value[VECTORS];
-            for (int j = 0; j < VECTORS; ++j) value[j] = load(v + at[t] + from + j * W);
+            for (int j = 0; j < VECTORS; ++j) value[j] = load(v + block.at[t] + from + j * W);
             for (int g = 0; g < HEADS; ++g)
                 for (int j = 0; j < VECTORS; ++j) sums[g][j] += weights[g][t] * value[j];
         }
         for (int g = 0; g < HEADS; ++g)
             for (int j = 0; j < VECTORS; ++j) store(values + g * dim + from + j * W, sums[g][j]);
-        if (next)
+        if (later)
             for (int t = 0; t < W; t += 4)
-                for (int j = 0; j < VECTORS; ++j) prefetch(v, next + t, from + j * W);
+                for (int j = 0; j < VECTORS; ++j) prefetch(v, later + t, from + j * W);
     }
 
     static void prefetch(const T* from, const int64_t at[4], int64_t i) {
@@ -197,10 +203,15 @@ struct Attend {
             for (int j = 0; j < 4; ++j) __builtin_prefetch(from + at[j] + i, 0, 2);
     }
 
+    // A block for the query heads from `head` of the chunk's on.
     template <int HEADS>
-    void block(const float* queries, const int64_t at[W], int count, const int64_t* next, State* states, float* values) const {
+    void attend_block(const Block& block, const int64_t* later, int64_t head, const float* queries, State* states,
+                      float* values) const {
+        const int count = block.count;
+        states += head;
+        values += head * dim;
         Vec found[HEADS];
-        logits<HEADS>(queries, at, next, found);
+        logits<HEADS>(queries + head * dim, block.at, later, found);
         float weights[HEADS][W];
         for (int g = 0; g < HEADS; ++g) {
             float highest = states[g].highest;
@@ -217,37 +228,45 @@ struct Attend {
             store(weights[g], weight);
         }
         int64_t i = 0;
-        for (; i + 2 * W <= dim; i += 2 * W) add_values<HEADS, 2>(values, weights, at, count, next, i);
-        if (i < dim) add_values<HEADS, 1>(values, weights, at, count, next, i);
+        for (; i + 2 * W <= dim; i += 2 * W) add_values<HEADS, 2>(values, weights, block, later, i);
+        if (i < dim) add_values<HEADS, 1>(values, weights, block, later, i);
     }
 
-    // One chunk: states [num_heads, group], values [num_heads, group, dim]. While a block is computed, the next one is fetched.
+    // One chunk: states [num_heads, group], values [num_heads, group, dim]. Its blocks: of all heads, then the next 16 tokens.
     void run(const Chunk& chunk, State* states, float* values) const {
         for (int64_t i = 0; i < chunk.num_heads * group; ++i) states[i] = {-INFINITY, 0.0f};
         memset(values, 0, chunk.num_heads * group * dim * sizeof(float));
         const float* queries = q + (chunk.sequence * heads + chunk.head) * group * dim;
-        int64_t at[W], next[W] = {};
-        int count = find(chunk, 0, at), next_count = 0;
-        for (int start = 0; start < chunk.tokens; start += W) {
-            for (int64_t h = 0; h < chunk.num_heads; ++h) {
-                bool has_next = true;
-                if (h + 1 < chunk.num_heads)
-                    for (int t = 0; t < W; ++t) next[t] = at[t] + head_stride;
-                else if ((has_next = start + W < chunk.tokens))
-                    next_count = find(chunk, start + W, next);
-                for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) {
-                    const int64_t* ahead = g == 0 && has_next ? next : nullptr;
-                    const int64_t i = h * group + g;
-                    switch (group - g) {
-                        case 1: block<1>(queries + i * dim, at, count, ahead, states + i, values + i * dim); break;
-                        case 2: block<2>(queries + i * dim, at, count, ahead, states + i, values + i * dim); break;
-                        case 3: block<3>(queries + i * dim, at, count, ahead, states + i, values + i * dim); break;
-                        default: block<4>(queries + i * dim, at, count, ahead, states + i, values + i * dim);
-                    }
-                }
-                memcpy(at, next, sizeof at);
+        const int64_t num_blocks = (chunk.tokens + W - 1) / W * chunk.num_heads;
+        Block blocks[AHEAD + 1];
+        const auto found = [&](int64_t i) {
+            Block& block = blocks[i % (AHEAD + 1)];
+            if (i % chunk.num_heads == 0) {
+                find(chunk, i / chunk.num_heads * W, &block);
+            } else {
+                block = blocks[(i - 1) % (AHEAD + 1)];
+                for (int t = 0; t < W; ++t) block.at[t] += head_stride;
             }
-            count = next_count;
+            return block.at;
+        };
+        for (int64_t i = 0; i < AHEAD && i < num_blocks; ++i) {
+            const int64_t* at = found(i);
+            for (int64_t j = 0; j < dim; j += W)
+                for (int t = 0; t < W; t += 4) prefetch(k, at + t, j), prefetch(v, at + t, j);
+        }
+        for (int64_t i = 0; i < num_blocks; ++i) {
+            const Block& block = blocks[i % (AHEAD + 1)];
+            const int64_t* later = i + AHEAD < num_blocks ? found(i + AHEAD) : nullptr;
+            for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) {
+                const int64_t head = i % chunk.num_heads * group + g;
+                const int64_t* fetched = g == 0 ? later : nullptr;
+                switch (group - g) {
+                    case 1: attend_block<1>(block, fetched, head, queries, states, values); break;
+                    case 2: attend_block<2>(block, fetched, head, queries, states, values); break;
+                    case 3: attend_block<3>(block, fetched, head, queries, states, values); break;
+                    default: attend_block<4>(block, fetched, head, queries, states, values);
+                }
+            }
         }
     }
 };
@@ -357,34 +376,46 @@ void attend(Attend<T> own, const int32_t* num_pages, const int64_t* num_pages_st
 
 // ---- page_scores
 
-constexpr int PAGES_AT_ONCE = 64;
+constexpr int PAGES_PER_TURN = 64;
+constexpr int PAGES_AT_ONCE = 4;  // whose products with a query are summed at a time
 
 template <class T, int HEADS>
-void scores_of_page(const float* split, const T* page, int64_t width, float out[HEADS]) {
-    Vec sums[HEADS] = {};
+void scores_of_heads(const float* split, const T* const pages[PAGES_AT_ONCE], int64_t width, float out[HEADS][PAGES_AT_ONCE]) {
+    Vec sums[HEADS][PAGES_AT_ONCE] = {};
     for (int64_t i = 0; i < width; i += W) {
-        const Vec bounds = load(page + i);
-        for (int g = 0; g < HEADS; ++g) sums[g] += load(split + g * width + i) * bounds;
+        Vec bounds[PAGES_AT_ONCE];
+        for (int j = 0; j < PAGES_AT_ONCE; ++j) bounds[j] = load(pages[j] + i);
+        for (int g = 0; g < HEADS; ++g) {
+            const Vec query = load(split + g * width + i);
+            for (int j = 0; j < PAGES_AT_ONCE; ++j) sums[g][j] += query * bounds[j];
+        }
     }
-    for (int g = 0; g < HEADS; ++g) out[g] = sum(sums[g]);
+    if constexpr (HEADS * PAGES_AT_ONCE == W) {
+        store(out[0], sums_of(sums[0]));
+    } else {
+        for (int g = 0; g < HEADS; ++g)
+            for (int j = 0; j < PAGES_AT_ONCE; ++j) out[g][j] = sum(sums[g][j]);
+    }
 }
 
-// The score of a page for the query heads of one KV head, reduced over them.
+// The scores of some pages for the query heads of one KV head, reduced over them.
 template <class T>
-float score_of_group(const float* split, const T* page, int64_t width, int64_t group, bool is_sum) {
-    float best = is_sum ? 0.0f : -INFINITY;
+void scores_of_group(const float* split, const T* const pages[PAGES_AT_ONCE], int64_t width, int64_t group, bool is_sum,
+                     float best[PAGES_AT_ONCE]) {
+    for (int j = 0; j < PAGES_AT_ONCE; ++j) best[j] = is_sum ? 0.0f : -INFINITY;
     for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) {
-        float found[HEADS_AT_ONCE];
+        float found[HEADS_AT_ONCE][PAGES_AT_ONCE];
         const int64_t some = group - g < HEADS_AT_ONCE ? group - g : HEADS_AT_ONCE;
         switch (some) {
-            case 1: scores_of_page<T, 1>(split + g * width, page, width, found); break;
-            case 2: scores_of_page<T, 2>(split + g * width, page, width, found); break;
-            case 3: scores_of_page<T, 3>(split + g * width, page, width, found); break;
-            default: scores_of_page<T, 4>(split + g * width, page, width, found);
+            case 1: scores_of_heads<T, 1>(split + g * width, pages, width, found); break;
+            case 2: scores_of_heads<T, 2>(split + g * width, pages, width, found); break;
+            case 3: scores_of_heads<T, 3>(split + g * width, pages, width, found); break;
+            default: scores_of_heads<T, 4>(split + g * width, pages, width, found);
         }
-        for (int64_t j = 0; j < some; ++j) best = is_sum ? best + found[j] : (found[j] > best ? found[j] : best);
+        for (int64_t i = 0; i < some; ++i)
+            for (int j = 0; j < PAGES_AT_ONCE; ++j)
+                best[j] = is_sum ? best[j] + found[i][j] : (found[i][j] > best[j] ? found[i][j] : best[j]);
     }
-    return best;
 }
 
 // split [batch, heads, group, width]: width is 2 dim. The heads of a page lie side by side, and are read so.
@@ -392,25 +423,32 @@ template <class T>
 void page_scores(const float* split, const T* metadata, int64_t page_stride, int64_t head_stride, const int32_t* table,
                  int64_t table_stride, const int32_t* num_pages, bool is_sum, int64_t batch, int64_t heads, int64_t group,
                  int64_t width, int64_t most_pages, float* out, int threads) {
-    const int64_t tiles = (most_pages + PAGES_AT_ONCE - 1) / PAGES_AT_ONCE;
+    const int64_t turns = (most_pages + PAGES_PER_TURN - 1) / PAGES_PER_TURN;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t b = 0; b < batch; ++b)
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t start = tile * PAGES_AT_ONCE;
-            const int64_t end = start + PAGES_AT_ONCE < most_pages ? start + PAGES_AT_ONCE : most_pages;
-            for (int64_t p = start; p < end; ++p) {
-                const bool is_used = p < num_pages[b];
-                const T* page = is_used ? metadata + table[b * table_stride + p] * page_stride : nullptr;
-                const bool has_next = p + 1 < num_pages[b];
-                const T* next = has_next ? metadata + table[b * table_stride + p + 1] * page_stride : nullptr;
+        for (int64_t turn = 0; turn < turns; ++turn) {
+            const int64_t start = turn * PAGES_PER_TURN, end = std::min(start + PAGES_PER_TURN, most_pages);
+            const int64_t used = std::min<int64_t>(end, num_pages[b]);
+            const auto page_at = [&](int64_t p) { return metadata + table[b * table_stride + p] * page_stride; };
+            for (int64_t p = start; p < used; p += PAGES_AT_ONCE) {
+                const int64_t some = std::min<int64_t>(PAGES_AT_ONCE, used - p);
+                const T *first[PAGES_AT_ONCE], *pages[PAGES_AT_ONCE], *next[PAGES_AT_ONCE];
+                for (int j = 0; j < PAGES_AT_ONCE; ++j) first[j] = page_at(j < some ? p + j : p);
+                const int64_t later = std::max<int64_t>(0, std::min<int64_t>(PAGES_AT_ONCE, num_pages[b] - p - PAGES_AT_ONCE));
+                for (int j = 0; j < later; ++j) next[j] = page_at(p + PAGES_AT_ONCE + j);
                 for (int64_t h = 0; h < heads; ++h) {
-                    if (has_next)
+                    for (int j = 0; j < later; ++j)
                         for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(T)))
-                            __builtin_prefetch(next + h * head_stride + i, 0, 2);
-                    const float* queries = split + (b * heads + h) * group * width;
-                    out[(b * heads + h) * most_pages + p] =
-                        is_used ? score_of_group(queries, page + h * head_stride, width, group, is_sum) : -INFINITY;
+                            __builtin_prefetch(next[j] + h * head_stride + i, 0, 2);
+                    for (int j = 0; j < PAGES_AT_ONCE; ++j) pages[j] = first[j] + h * head_stride;
+                    float found[PAGES_AT_ONCE];
+                    scores_of_group(split + (b * heads + h) * group * width, pages, width, group, is_sum, found);
+                    memcpy(out + (b * heads + h) * most_pages + p, found, some * sizeof(float));
                 }
+            }
+            for (int64_t h = 0; h < heads; ++h) {
+                float* row = out + (b * heads + h) * most_pages;
+                std::fill(row + std::max(start, used), row + end, -INFINITY);
             }
         }
 }

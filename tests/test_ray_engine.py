@@ -237,8 +237,11 @@ def test_more_ranks_than_cores_run_twice_in_a_process_that_leaves_nothing_behind
 def test_a_process_that_is_killed_leaves_no_shard_and_no_ray(ray_environment: Path, path: Path) -> None:
     with own_ray(ray_environment) as environment:
         process, _ = leave(environment, path, 2, stay=True)
-        commands = list(ray_processes(environment["RAY_TMPDIR"]).values())
-        assert sum("ray::ShardActor" in command for command in commands) == 2
+        commands = ray_processes(environment["RAY_TMPDIR"])
+        shards = [pid for pid, command in commands.items() if "ray::ShardActor" in command]
+        assert len(shards) == 2
+        own = os.getpriority(os.PRIO_PROCESS, process.pid)
+        assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in shards] == [own, own]  # Ray's default is 15 more
         process.kill()
         process.communicate()
         # Ray's agents look for their parent every few seconds only, and then try to tell a Ray that has gone

@@ -167,6 +167,8 @@ def begin_ray(num_ranks: int) -> bool:
     """
     address = os.environ.get("RAY_ADDRESS", "")
     check_reachable(address)
+    # Ray's workers are nice by 15 unless told: any other process takes their cores, and all ranks wait for the slowest.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     num_cpus = max(len(os.sched_getaffinity(0)), num_ranks)
     options: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.WARNING}
     try:

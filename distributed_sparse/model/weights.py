@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from distributed_sparse.kernels.huge_pages import zeros
 from distributed_sparse.model.checkpoint import LOAD_FORMATS, TensorFiles
 from distributed_sparse.model.config import CHECKPOINT_DTYPES, ModelConfig
 from distributed_sparse.model.sharding import ShardSpec, TensorSlice, slice_tensor, tensor_slices
@@ -248,7 +249,7 @@ class _Assembler:
 
     def _stack(self, parts: list[TensorSlice]) -> Tensor:
         heights = [part.local_shape[0] for part in parts]
-        stacked = torch.zeros(sum(heights), *parts[0].local_shape[1:], dtype=self.dtype, device=self.device)
+        stacked = zeros((sum(heights), *parts[0].local_shape[1:]), self.dtype, self.device)
         for part, rows in zip(parts, stacked.split(heights), strict=True):
             if part.num_read:
                 self.source.fill(rows.narrow(part.axis or 0, 0, part.stop - part.start), part)

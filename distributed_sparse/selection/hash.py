@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distributed_sparse.kernels.hamming_scores import hamming_scores
+from distributed_sparse.kernels.huge_pages import zeros
 from distributed_sparse.kernels.signatures import append_signatures, pack_signs
 from distributed_sparse.selection.base import DecodeBatch, SparseConfig
 from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata, read_tensor
@@ -37,7 +38,7 @@ class KeySignatures(Metadata):
 
     def allocate(self, num_pages: int, geometry: Geometry) -> dict[str, Tensor]:
         shape = (num_pages, geometry.num_kv_heads, geometry.page_size, geometry.group_size, self.bits // 32)
-        return {"key_signatures": torch.zeros(shape, dtype=torch.int32, device=geometry.device)}
+        return {"key_signatures": zeros(shape, torch.int32, geometry.device)}
 
     def constants(self, layer: int, geometry: Geometry) -> dict[str, Tensor]:
         """hash.{q,k}.{0,1,2}.{weight,bias}: float64 [H_q, out, in] and [H_q, 1, out] of this rank's heads."""

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distributed_sparse.kernels.append import append, rotary_append
+from distributed_sparse.kernels.huge_pages import zeros
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class PageMinMax(Metadata):
 
     def allocate(self, num_pages: int, geometry: Geometry) -> dict[str, Tensor]:
         shape = (num_pages, geometry.num_kv_heads, 2, geometry.head_dim)
-        return {"page_min_max": torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)}
+        return {"page_min_max": zeros(shape, geometry.dtype, geometry.device)}
 
     def bytes_per_token(self, geometry: Geometry) -> int:
         return geometry.num_kv_heads * 2 * geometry.head_dim * geometry.dtype.itemsize
@@ -110,8 +111,8 @@ class QuantizedKeys(Metadata):
     def allocate(self, num_pages: int, geometry: Geometry) -> dict[str, Tensor]:
         shape = (num_pages, geometry.num_kv_heads, geometry.page_size)
         return {
-            "key_codes": torch.zeros((*shape, geometry.head_dim * self.bits // 8), dtype=torch.uint8, device=geometry.device),
-            "key_scales": torch.zeros((*shape, 2), dtype=torch.float16, device=geometry.device),
+            "key_codes": zeros((*shape, geometry.head_dim * self.bits // 8), torch.uint8, geometry.device),
+            "key_scales": zeros((*shape, 2), torch.float16, geometry.device),
         }
 
     def constants(self, layer: int, geometry: Geometry) -> dict[str, Tensor]:
@@ -146,8 +147,8 @@ class LayerCache:
         shape = (num_pages, geometry.num_kv_heads, geometry.page_size, geometry.head_dim)
         cache = LayerCache(
             layer,
-            torch.zeros(shape, dtype=geometry.dtype, device=geometry.device),
-            torch.zeros(shape, dtype=geometry.dtype, device=geometry.device),
+            zeros(shape, geometry.dtype, geometry.device),
+            zeros(shape, geometry.dtype, geometry.device),
             kinds,
         )
         for kind in kinds:

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from distributed_sparse.kernels.huge_pages import zeros
 from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, SparseConfig, dense_selection
 from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata
 
@@ -58,7 +59,7 @@ class Visible(Metadata):
 
     def allocate(self, num_pages: int, geometry: Geometry) -> dict[str, Tensor]:
         shape = (num_pages, geometry.num_kv_heads, geometry.page_size)
-        return {"visible": torch.zeros(shape, dtype=torch.uint8, device=geometry.device)}
+        return {"visible": zeros(shape, torch.uint8, geometry.device)}
 
     def append(self, cache: LayerCache, k: Tensor, runs: AppendRuns) -> None:
         counts, num_tokens = runs.counts.long(), len(k)
