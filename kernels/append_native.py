@@ -1,4 +1,4 @@
-"""append on a CPU with `native.cpp`: float32 without a low-bit copy, as for dense and Quest; the rest goes to torch."""
+"""append on a CPU with `cpp/append.cpp`: float32 without a low-bit copy, as for dense and Quest; the rest goes to torch."""
 
 from __future__ import annotations
 
@@ -70,36 +70,35 @@ def _run(
     page_min_max: Tensor | None,
 ) -> Tensor:
     """The rotated q, or an empty tensor where there is none."""
-    library = native.library()
-    assert library is not None and k_pages.is_contiguous() and v_pages.is_contiguous()
+    assert k_pages.is_contiguous() and v_pages.is_contiguous()
     assert page_min_max is None or page_min_max.is_contiguous()
     q, k, v = _of_heads(q) if q is not None else None, _of_heads(k), _of_heads(v)
     pages, starts, offsets, counts = (x.int().contiguous() for x in runs)
     turned = torch.empty(q.shape if q is not None else 0)
-    library.rotary_append_float32(
-        native.address(q),
+    native.run(
+        "rotary_append_float32",
+        q,
         q.stride(0) if q is not None else 0,
-        k.data_ptr(),
+        k,
         k.stride(0),
-        v.data_ptr(),
+        v,
         v.stride(0),
-        native.address(cos),
-        native.address(sin),
-        pages.data_ptr(),
-        starts.data_ptr(),
-        offsets.data_ptr(),
-        counts.data_ptr(),
+        cos,
+        sin,
+        pages,
+        starts,
+        offsets,
+        counts,
         len(counts),
         len(k),
         q.shape[1] if q is not None else 0,
         k.shape[1],
         k.shape[2],
         k_pages.shape[2],
-        k_pages.data_ptr(),
-        v_pages.data_ptr(),
-        native.address(page_min_max),
-        turned.data_ptr(),
-        torch.get_num_threads(),
+        k_pages,
+        v_pages,
+        page_min_max,
+        turned,
     )
     return turned
 

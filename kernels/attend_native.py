@@ -1,4 +1,4 @@
-"""attend on a CPU with `native.cpp`: pages and tokens are read where they lie, each once for all heads of its group."""
+"""attend on a CPU with `cpp/attend.cpp`: pages and tokens are read where they lie, each once for all heads of its group."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def attend_native(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attend` for CPU tensors: the same arguments and results; the bits of a row do not depend on the number of threads."""
-    library = native.library()
-    assert library is not None and k_pages.stride()[1:] == v_pages.stride()[1:] == (k_pages[0, 0].numel(), k_pages.shape[3], 1)
+    assert k_pages.stride()[1:] == v_pages.stride()[1:] == (k_pages[0, 0].numel(), k_pages.shape[3], 1)
     batch, num_q_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     queries = (q.float() * scale).contiguous()
@@ -41,32 +40,31 @@ def attend_native(
     def strides(entries: Tensor | None) -> tuple[int, int]:
         return (entries.stride(0), entries.stride(1)) if entries is not None else (0, 0)
 
-    getattr(library, f"attend_{native.DTYPES[k_pages.dtype]}")(
-        queries.data_ptr(),
-        k_pages.data_ptr(),
-        v_pages.data_ptr(),
+    native.run(
+        f"attend_{native.DTYPES[k_pages.dtype]}",
+        queries,
+        k_pages,
+        v_pages,
         k_pages.stride(0),
         k_pages.stride(1),
-        pages.data_ptr(),
+        pages,
         *strides(pages),
-        num_pages.data_ptr(),
+        num_pages,
         *strides(num_pages),
-        last_page_len.data_ptr(),
-        native.address(tokens),
+        last_page_len,
+        tokens,
         *strides(tokens),
-        native.address(num_tokens),
+        num_tokens,
         *strides(num_tokens),
-        native.address(weight),
-        native.address(parts[0]),
-        native.address(parts[1]),
+        weight,
+        *parts,
         batch,
         num_kv_heads,
         num_q_heads // num_kv_heads,
         head_dim,
         page_size,
-        out.data_ptr(),
-        lse.data_ptr(),
-        torch.get_num_threads(),
+        out,
+        lse,
     )
     return (out, lse) if return_lse else out.to(q.dtype)
 

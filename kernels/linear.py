@@ -9,7 +9,7 @@ from torch import Tensor
 from distributed_sparse.kernels import native
 
 FEW_ROWS = 16
-"""Up to so many rows of float32, `native.cpp` is faster than torch on a CPU: as it reads the weights once, with all threads."""
+"""Up to so many rows of float32, `cpp/linear.cpp` beats torch on a CPU: it reads the weights once, with all threads."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,10 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.dtype != torch.float32 or not 0 < len(x) <= FEW_ROWS or not native.serves(x):
         return F.linear(x, weight, bias)
-    library = native.library()
-    assert library is not None and weight.is_contiguous()
+    assert weight.is_contiguous()
     x, out = x.contiguous(), torch.empty(len(x), len(weight))
-    library.linear_float32(
-        x.data_ptr(), weight.data_ptr(), len(x), len(weight), weight.shape[1], out.data_ptr(), torch.get_num_threads()
-    )
+    native.run("linear_float32", x, weight, len(x), len(weight), weight.shape[1], out)
     return out if bias is None else out.add_(bias)

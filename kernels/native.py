@@ -1,4 +1,4 @@
-"""native: the CPU kernels of `native.cpp`, compiled on first use by the machine's own C++ compiler, and kept on disk.
+"""native: the CPU kernels of `cpp/`, compiled on first use by the machine's own C++ compiler, and kept on disk.
 
 Where there is no compiler, the torch formulations of the same ops do the work: the same results, more slowly.
 """
@@ -15,34 +15,17 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-_POINTER, _INTEGER, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_ATTEND: list[Any] = [
-    _POINTER, _POINTER, _POINTER, _INTEGER, _INTEGER,  # q, k, v and their strides
-    _POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _INTEGER, _POINTER,  # pages, their numbers, tokens in the last
-    _POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _INTEGER, _POINTER,  # tokens, their numbers, log weight
-    _POINTER, _POINTER, *[_INTEGER] * 5, _POINTER, _POINTER, _INT,  # partial, sizes, out, log-sum-exp, threads
-]  # fmt: skip
-_PAGE_SCORES: list[Any] = [
-    _POINTER, _POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _POINTER, _INT, *[_INTEGER] * 5, _POINTER, _INT
-]  # fmt: skip
-_LINEAR: list[Any] = [_POINTER, _POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _INT]
-_ROTARY_APPEND: list[Any] = [
-    *[_POINTER, _INTEGER] * 3, *[_POINTER] * 6, *[_INTEGER] * 6, *[_POINTER] * 4, _INT  # q, k, v; angles, runs; sizes; pages
-]  # fmt: skip
-_ADD_RMS_NORM: list[Any] = [_POINTER, _POINTER, _POINTER, ctypes.c_float, _INTEGER, _INTEGER, _POINTER, _POINTER]
-_TOP_K_PAGES: list[Any] = [_POINTER, _POINTER, _INTEGER, _POINTER, _POINTER, *[_INTEGER] * 6, _POINTER, _POINTER, _INT]
 
 
 @functools.cache
@@ -54,38 +37,34 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("DISTRIBUTED_SPARSE_NATIVE", "1") == "0":
         return None
     try:
-        loaded = ctypes.CDLL(str(_built()))
+        return ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning("the CPU kernels could not be built, and torch's formulations, which are slower, are used: %s", said)
         return None
-    for name in DTYPES.values():
-        for function, arguments in (
-            (f"attend_{name}", _ATTEND),
-            (f"page_scores_{name}", _PAGE_SCORES),
-        ):
-            getattr(loaded, function).argtypes = arguments
-            getattr(loaded, function).restype = None
-    for function, arguments in (
-        ("linear_float32", _LINEAR),
-        ("rotary_append_float32", _ROTARY_APPEND),
-        ("add_rms_norm_float32", _ADD_RMS_NORM),
-        ("top_k_pages_float32", _TOP_K_PAGES),
-        ("top_k_pages_int32", _TOP_K_PAGES),
-    ):
-        getattr(loaded, function).argtypes, getattr(loaded, function).restype = arguments, None
-    loaded.meet.argtypes, loaded.meet.restype = [_POINTER, _INT, _INT, _INTEGER, _INTEGER], _INT
-    return loaded
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the kernels of `native.cpp` take a tensor: it lies on the CPU, and its rows are of a multiple of 16 elements."""
+    """Whether the kernels of `cpp/` take a tensor: it lies on the CPU, and its rows are of a multiple of 16 elements."""
     return x.device.type == "cpu" and x.shape[-1] % 16 == 0 and library() is not None
 
 
-def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor's elements begin; None is a null pointer."""
-    return None if tensor is None else tensor.data_ptr()
+def run(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a kernel of `cpp/` with the addresses of tensors, a null pointer for None, int64_t for int, float for float.
+
+    The number of threads comes last, from here.
+    """
+    loaded = library()
+    assert loaded is not None
+    getattr(loaded, name)(*map(_passed, arguments), ctypes.c_int64(torch.get_num_threads()))
+
+
+def _passed(argument: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if argument is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
 def _built() -> Path:
@@ -99,21 +78,25 @@ def _built() -> Path:
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or [_compiler()]
     # -march=native: a home directory may be shared by machines with different processors
-    told = _run([*compiler, "--version"])
+    told = _output_of([*compiler, "--version"])
     runtime = _openmp_runtime()
-    parts = (SOURCE.read_text(), *compiler, told, *FLAGS, str(runtime), platform.machine(), _processor())
+    sources = sorted(SOURCES.glob("*.cpp"))
+    texts = [file.read_text() for file in (*sources, *sorted(SOURCES.glob("*.h")))]
+    parts = (*texts, *compiler, told, *FLAGS, str(runtime), platform.machine(), _processor())
     name = f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     folder = _cache_folder()
     if (path := folder / name).exists():
         return path
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as building:
-        compiled, linked = Path(building, "native.o"), Path(building, name)
-        _run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
-        _run([*compiler, "-shared", str(compiled), "-o", str(linked), str(runtime) if runtime else "-fopenmp"])
+        compiled, linked = [Path(building, f"{source.stem}.o") for source in sources], Path(building, name)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # of waiting: compilers are processes
+            commands = ([*compiler, *FLAGS, "-c", str(source), "-o", str(out)] for source, out in zip(sources, compiled))
+            list(pool.map(_output_of, commands))
+        _output_of([*compiler, "-shared", *map(str, compiled), "-o", str(linked), str(runtime) if runtime else "-fopenmp"])
         return linked.replace(path)
 
 
-def _run(command: list[str]) -> str:
+def _output_of(command: list[str]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
 
 

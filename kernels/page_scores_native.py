@@ -1,4 +1,4 @@
-"""page_scores on a CPU with `native.cpp`: the metadata of a page is read where it lies, once for all heads of its group."""
+"""page_scores on a CPU with `cpp/page_scores.cpp`: a page's metadata is read where it lies, once for all heads of its group."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ def page_scores_native(
     q: Tensor, page_min_max: Tensor, page_table: Tensor, num_pages: Tensor, group_reduction: str = "max"
 ) -> Tensor:
     """See `distributed_sparse.kernels.page_scores.page_scores`."""
-    library = native.library()
-    assert library is not None and page_min_max.is_contiguous()
+    assert page_min_max.is_contiguous()
     batch, num_q_heads, dim = q.shape
     heads = page_min_max.shape[1]
     wide = q.float()
@@ -21,21 +20,21 @@ def page_scores_native(
     split = torch.cat([wide.clamp(max=0), wide.clamp(min=0)], dim=-1)  # [B, H_q, 2 d]
     table, counts = page_table.int().contiguous(), num_pages.int().contiguous()
     scores = torch.empty(batch, heads, table.shape[1])
-    getattr(library, f"page_scores_{native.DTYPES[page_min_max.dtype]}")(
-        split.data_ptr(),
-        page_min_max.data_ptr(),
+    native.run(
+        f"page_scores_{native.DTYPES[page_min_max.dtype]}",
+        split,
+        page_min_max,
         page_min_max.stride(0),
         page_min_max.stride(1),
-        table.data_ptr(),
+        table,
         table.stride(0),
-        counts.data_ptr(),
+        counts,
         int(group_reduction == "sum"),
         batch,
         heads,
         num_q_heads // heads,
         2 * dim,
         table.shape[1],
-        scores.data_ptr(),
-        torch.get_num_threads(),
+        scores,
     )
     return scores

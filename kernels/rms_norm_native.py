@@ -1,4 +1,4 @@
-"""rms_norm on a CPU with `native.cpp`: one call for few rows of float32; the rest goes to torch."""
+"""rms_norm on a CPU with `cpp/rms_norm.cpp`: one call for few rows of float32; the rest goes to torch."""
 
 from __future__ import annotations
 
@@ -31,20 +31,19 @@ def _takes(x: Tensor) -> bool:
 
 
 def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    library = native.library()
-    assert library is not None
     x, weight, residual = x.contiguous(), weight.contiguous(), None if residual is None else residual.contiguous()
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
     dim = x.shape[-1]
-    library.add_rms_norm_float32(
-        x.data_ptr(),
-        native.address(residual),
-        weight.data_ptr(),
+    native.run(
+        "add_rms_norm_float32",
+        x,
+        residual,
+        weight,
         eps,
         x.numel() // dim,
         dim,
-        total.data_ptr(),
-        out.data_ptr(),
+        total,
+        out,
     )
     return out, total

@@ -1,4 +1,4 @@
-"""top_k_pages on a CPU with `native.cpp`: a row's k-th score found by partial sorting, then one pass in logical order."""
+"""top_k_pages on a CPU with `cpp/top_k_pages.cpp`: a row's k-th score by partial sorting, then one pass in order."""
 
 from __future__ import annotations
 
@@ -19,28 +19,25 @@ def top_k_pages_native(
     capacity: int,
 ) -> tuple[Tensor, Tensor]:
     """See `distributed_sparse.kernels.top_k_pages.top_k_pages`."""
-    library = native.library()
-    assert library is not None
     batch, heads, most_pages = scores.shape
     scores = scores.contiguous()
     table, num_pages, k = page_table.int().contiguous(), num_pages.int().contiguous(), k.int().contiguous()
     pages = torch.empty(batch, heads, capacity, dtype=torch.int32)
     counts = torch.empty(batch, heads, dtype=torch.int32)
-    run = library.top_k_pages_int32 if scores.dtype == torch.int32 else library.top_k_pages_float32
-    run(
-        scores.data_ptr(),
-        table.data_ptr(),
+    native.run(
+        f"top_k_pages_{'int32' if scores.dtype == torch.int32 else 'float32'}",
+        scores,
+        table,
         table.stride(0),
-        num_pages.data_ptr(),
-        k.data_ptr(),
+        num_pages,
+        k,
         sink_pages,
         recent_pages,
         batch,
         heads,
         most_pages,
         capacity,
-        pages.data_ptr(),
-        counts.data_ptr(),
-        torch.get_num_threads(),
+        pages,
+        counts,
     )
     return pages, counts

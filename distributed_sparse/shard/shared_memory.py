@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import functools
 import mmap
 import os
 import secrets
@@ -46,10 +48,10 @@ class SharedMemory:
         self._mapped = mmap.mmap(file, memory_bytes(world_size))
         with torch.inference_mode(False):  # written to in that mode and out of it
             self._bytes = torch.frombuffer(self._mapped, dtype=torch.uint8)
-        self._numbers = self._bytes.data_ptr() + _LINE
         library = native.library()
         assert library is not None
-        self._library = library
+        numbers = ctypes.c_void_p(self._bytes.data_ptr() + _LINE)
+        self._meet_them = functools.partial(library.meet, numbers, ctypes.c_int(rank), ctypes.c_int(world_size))
 
     def exchange(self, x: Tensor, timeout: timedelta) -> list[Tensor]:
         """Every rank's `x` in rank order, as views of the memory: until the exchange after the next, and not to be written.
@@ -87,7 +89,7 @@ class SharedMemory:
 
     def _meet(self, seconds: float) -> int:
         """Say that this rank has come; wait for the others. -1, or the first rank that has not come."""
-        return self._library.meet(self._numbers, self.rank, self.world_size, self._number, int(seconds * 1e9))
+        return self._meet_them(ctypes.c_int64(self._number), ctypes.c_int64(int(seconds * 1e9)))
 
     def _has_left(self, rank: int) -> bool:
         found = fcntl.fcntl(self._file, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, rank))

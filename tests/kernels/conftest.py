@@ -1,4 +1,4 @@
-"""Runs one test body on every implementation of an op: torch, native.cpp where it has the op, Triton interpreted and on CUDA.
+"""Runs one test body on every implementation of an op: torch, C++ where it has the op, Triton interpreted and on CUDA.
 
 A test that takes ``implementation`` runs on all of them; ``@pytest.mark.implementations("interpreter", "triton")`` narrows
 that. The interpreter needs TRITON_INTERPRET=1 before triton is imported, so it has a process of its own, which runs

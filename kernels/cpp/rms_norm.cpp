@@ -1,0 +1,19 @@
+// rms_norm: the norm of rms_norm.py, with or without the residual before it.
+
+#include "vectors.h"
+
+// residual + x into `sum` (where there is a residual), and its norm times `weight` into `out`; all [rows, dim].
+extern "C" void add_rms_norm_float32(const float* x, const float* residual, const float* weight, float eps, int64_t rows,
+                                     int64_t dim, float* total, float* out, int64_t) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* from = x + r * dim;
+        if (residual) {
+            for (int64_t i = 0; i < dim; i += W) store(total + r * dim + i, load(residual + r * dim + i) + load(from + i));
+            from = total + r * dim;
+        }
+        Vec squares[4] = {};
+        for (int64_t i = 0; i < dim; i += W) squares[i / W % 4] += load(from + i) * load(from + i);
+        const float scale = 1.0f / std::sqrt(sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / dim + eps);
+        for (int64_t i = 0; i < dim; i += W) store(out + r * dim + i, load(from + i) * scale * load(weight + i));
+    }
+}

@@ -1,0 +1,104 @@
+// vectors: what all kernels here compute with. 16 floats at a time, in GCC's (also Clang's) vectors, which the compiler maps on
+// what the machine has.
+//
+// No header of torch or of any library: `native.py` compiles these files on first use and calls them with plain pointers. Work
+// is cut by a row's own length alone, and partial results are merged in order: a row has the same bits at any number of threads
+// and in any batch.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int W = 16;  // floats in a vector, and tokens in a block: no page is smaller
+typedef float Vec __attribute__((vector_size(W * 4)));
+typedef int32_t IntVec __attribute__((vector_size(W * 4)));
+typedef uint32_t BitVec __attribute__((vector_size(W * 4)));
+typedef uint16_t ShortVec __attribute__((vector_size(W * 2)));
+typedef float Vec8 __attribute__((vector_size(32)));
+typedef float Vec4 __attribute__((vector_size(16)));
+
+constexpr int HEADS_AT_ONCE = 4;  // query heads whose sums stay in registers
+
+struct Bfloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+inline Vec load(const float* from) {
+    Vec x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline BitVec load_bits(const void* from) {
+    ShortVec bits;
+    memcpy(&bits, from, sizeof bits);
+    return __builtin_convertvector(bits, BitVec);
+}
+
+inline Vec load(const Bfloat16* from) { return (Vec)(load_bits(from) << 16); }
+
+inline Vec load(const Float16* from) {
+    const BitVec half = load_bits(from), rest = half & 0x7fff;
+    const Vec scaled = (Vec)(rest << 13) * 0x1p112f;  // the exponents differ by 112; right for subnormals too
+    const BitVec infinite = (BitVec)(rest >= 0x7c00) & 0x7f800000;
+    return (Vec)((BitVec)scaled | infinite | (half & 0x8000) << 16);
+}
+
+inline void store(float* to, Vec x) { memcpy(to, &x, sizeof x); }
+
+inline float sum(Vec x) {
+    Vec8 eights[2];
+    memcpy(eights, &x, sizeof x);
+    const Vec8 eight = eights[0] + eights[1];
+    Vec4 fours[2];
+    memcpy(fours, &eight, sizeof eight);
+    const Vec4 four = fours[0] + fours[1];
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntVec){__VA_ARGS__})
+#endif
+
+// The sums of 16 vectors, in order: halves of two become one, four times. A third of the work of 16 times `sum`.
+inline Vec sums_of(const Vec x[W]) {
+    Vec eights[8], fours[4], twos[2];
+    for (int i = 0; i < 8; ++i)
+        eights[i] = SHUFFLE(x[i], x[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                    SHUFFLE(x[i], x[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; ++i)
+        fours[i] = SHUFFLE(eights[i], eights[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+                   SHUFFLE(eights[i], eights[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int i = 0; i < 2; ++i)
+        twos[i] = SHUFFLE(fours[i], fours[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                  SHUFFLE(fours[i], fours[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return SHUFFLE(twos[0], twos[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           SHUFFLE(twos[0], twos[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+// e^x for x <= 0; 0 below -87. Cody and Waite's reduction, then the series to x^7: within 2 ulp.
+inline Vec exp_of_negative(Vec x) {
+    const Vec kept = x < -87.0f ? Vec{} - 87.0f : x;
+    const IntVec n = __builtin_convertvector(kept * 1.44269504f - 0.5f, IntVec);
+    const Vec whole = __builtin_convertvector(n, Vec);
+    const Vec r = (kept - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    Vec y = Vec{} + 1.0f / 5040;
+    y = y * r + 1.0f / 720;
+    y = y * r + 1.0f / 120;
+    y = y * r + 1.0f / 24;
+    y = y * r + 1.0f / 6;
+    y = y * r + 0.5f;
+    y = (y * r + 1.0f) * r + 1.0f;
+    const Vec power = (Vec)((n + 127) << 23);
+    return x < -87.0f ? Vec{} : y * power;
+}
+
+}  // namespace
