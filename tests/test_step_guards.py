@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels import linear
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.planner.launches import DENSE_ATTENTION, LAYER, QK_NORM, STEP
 from distributed_sparse.planner.rank import RankOnPaper
@@ -172,7 +171,6 @@ def counted_uploads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_decode_step_uploads_once_waits_for_nothing_and_launches_what_is_written_down(
     path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "FEW_ROWS", 0)  # on a GPU it has one form, at any number of rows
     engine = stepped(path, method)
     engine.start([LONGEST[method], 33, 48, 100])
     uploads = counted_uploads(monkeypatch)
@@ -226,7 +224,6 @@ def test_a_layer_and_the_rest_of_a_step_launch_what_is_written_down_of_each(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three layers, beside the two of the tests above: so one is told from the other."""
-    monkeypatch.setattr(linear, "FEW_ROWS", 0)
     sizes: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64}
     path = tiny_checkpoint(tmp_path, family, head_dim=64, max_position_embeddings=1024, **sizes)
     engine = stepped(path, "dense")

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from distributed_sparse.shard import shared_memory
-from distributed_sparse.shard.shared_memory import SharedMemory
+from distributed_sparse.shard.shared_memory import CAPACITY, SharedMemory, share
+from distributed_sparse.shard.transports import ProcessGroup, Transport
 
-_TICKET_BYTES = 128
+Result = TypeVar("Result")
 
 
 class CollectiveError(RuntimeError):
@@ -60,7 +60,7 @@ class Collectives:
         self._timeout = timedelta(seconds=timeout)
         self.reset_counts()
         self.timer: Callable[[str], AbstractContextManager[None]] | None = None
-        self._group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL | None = None
+        self._group: ProcessGroup | None = None
         self._shared: SharedMemory | None = None
 
     def meet(self, generation: int = 0) -> None:
@@ -77,10 +77,10 @@ class Collectives:
         prefixed = dist.PrefixStore(f"gen{generation}", self._store)
         try:
             if self._device.type == "cuda":
-                self._group = nccl_group(prefixed, self.rank, self.world_size, self._timeout)
+                self._group = ProcessGroup.nccl(prefixed, self.rank, self.world_size, self._timeout)
             else:
-                self._group = gloo_group(prefixed, self.rank, self.world_size, self._node_ip, self._timeout)
-                self._shared = self._share()
+                self._group = ProcessGroup.gloo(prefixed, self.rank, self.world_size, self._node_ip, self._timeout)
+                self._shared = share(self._group, self.rank, self.world_size, self._timeout)
         except RuntimeError as error:
             raise self._incomplete("rendezvous", error) from error
 
@@ -93,15 +93,9 @@ class Collectives:
         """Sum over the ranks, in place and in the dtype of `x` (any shape, contiguous); every rank gets the same bits."""
         if self._group is not None:
             self.all_reduce_calls += 1
-            self.all_reduce_bytes += x.numel() * x.element_size()
+            self.all_reduce_bytes += x.nbytes
             with self.timer("all_reduce") if self.timer is not None else nullcontext():
-                parts = self._exchange("all_reduce", x)
-                if parts is None:
-                    self._complete("all_reduce", lambda group: group.allreduce([x]))
-                else:  # one by one, in rank order: the same bits on every rank
-                    x.copy_(parts[0])
-                    for part in parts[1:]:
-                        x += part
+                self._pass("all_reduce", x, lambda way: way.all_reduce(x))
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -109,29 +103,12 @@ class Collectives:
         if self._group is None:
             return x
         x = x.contiguous()
-        shared = self._exchange("all_gather", x)
-        if shared is not None:
-            return torch.cat(shared, dim=-1)
-        parts = x.new_empty((self.world_size, *x.shape))
-        if isinstance(self._group, dist.ProcessGroupGloo):
-            self._complete("all_gather", lambda group: group.allgather([list(parts.unbind(0))], [x]))
-        else:
-            self._complete("all_gather", lambda group: group._allgather_base(parts, x))
-        return parts.movedim(0, -2).reshape(*x.shape[:-1], self.world_size * x.shape[-1])
+        return self._pass("all_gather", x, lambda way: torch.cat(way.all_gather(x), dim=-1))
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's `x` on every rank, in place (any shape and dtype, contiguous)."""
-        if self._group is None:
-            return x
-        shared = self._exchange("broadcast", x)
-        if shared is not None:
-            if self.rank > 0:
-                x.copy_(shared[0])
-        else:
-            options = dist.BroadcastOptions()
-            options.rootRank = 0
-            options.rootTensor = 0
-            self._complete("broadcast", lambda group: group.broadcast([x], options))
+        if self._group is not None:
+            self._pass("broadcast", x, lambda way: way.broadcast(x))
         return x
 
     def barrier(self) -> None:
@@ -139,68 +116,24 @@ class Collectives:
         if self._group is not None:
             # a sum of nothing much, read back: NCCL's own barrier would have to guess the device
             flag = torch.zeros(1, device=self._device)
-            if self._exchange("barrier", flag) is None:
-                self._complete("barrier", lambda group: group.allreduce([flag]))
+            self._pass("barrier", flag, lambda way: way.all_reduce(flag))
             flag.item()
 
     def close(self) -> None:
         """Leave the group; only `meet` may be called after it. Harmless when called again."""
-        group, self._group = self._group, None
-        if group is not None:
-            group.shutdown()
-        shared, self._shared = self._shared, None
-        if shared is not None:
-            shared.close()
+        for way in (self._group, self._shared):
+            if way is not None:
+                way.close()
+        self._group = self._shared = None
 
-    def _share(self) -> SharedMemory | None:
-        """Memory that all ranks share, or None: they are on several machines, or one of them cannot."""
-        group: Any = self._group
-        made = shared_memory.create(self.world_size) if self.rank == 0 else None
-        ticket = torch.zeros(_TICKET_BYTES, dtype=torch.uint8)
-        if made is not None:
-            ticket[: len(made[1])] = torch.frombuffer(bytearray(made[1]), dtype=torch.uint8)
-        group.broadcast([ticket], dist.BroadcastOptions()).wait()  # rank 0's
-        file = made[0] if made is not None else shared_memory.attach(bytes(ticket.tolist()).rstrip(b"\0"))
-        shared = SharedMemory(file, self.rank, self.world_size) if file is not None else None
-        able = torch.tensor([shared is not None], dtype=torch.int32)
-        group.allreduce([able]).wait()
-        if shared is not None and able.item() < self.world_size:
-            shared.close()
-            return None
-        return shared
-
-    def _exchange(self, what: str, x: torch.Tensor) -> list[torch.Tensor] | None:
-        """Every rank's `x` through shared memory; None where there is none, or `x` is too large for it."""
-        if self._shared is None or x.numel() * x.element_size() > shared_memory.CAPACITY:
-            return None
+    def _pass(self, what: str, x: torch.Tensor, call: Callable[[Transport], Result]) -> Result:
+        """`call` with the way that `x` takes: memory that the ranks share, if it fits into it."""
+        assert self._group is not None
+        way: Transport = self._shared if self._shared is not None and x.nbytes <= CAPACITY else self._group
         try:
-            return self._shared.exchange(x, self._timeout)
-        except RuntimeError as error:
-            raise self._incomplete(what, error) from error
-
-    def _complete(self, what: str, begin: Callable[[Any], dist.Work]) -> None:
-        try:
-            begin(self._group).wait()
+            return call(way)
         except RuntimeError as error:
             raise self._incomplete(what, error) from error
 
     def _incomplete(self, what: str, error: RuntimeError) -> CollectiveError:
         return CollectiveError(f"{what} on rank {self.rank} of {self.world_size} did not complete: {error}")
-
-
-def gloo_group(store: dist.Store, rank: int, world_size: int, node_ip: str, timeout: timedelta) -> dist.ProcessGroupGloo:
-    """Gloo between CPU ranks, on the interface that has `node_ip`."""
-    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=node_ip)]
-    options._timeout = timeout
-    return dist.ProcessGroupGloo(store, rank, world_size, options)
-
-
-def nccl_group(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroupNCCL:
-    """NCCL between GPU ranks; each has made its GPU the current device."""
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    group = dist.ProcessGroupNCCL(store, rank, world_size, options)
-    # connect now: a rank that is missing is found at the meeting, and not inside the first step or a graph capture
-    group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
-    return group

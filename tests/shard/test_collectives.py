@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +61,8 @@ def run_rank(rank: int, world_size: int, port: int, body: Callable[[Collectives]
     torch.set_num_threads(1)
     if way == "gloo" or (way == "one rank cannot" and rank == 1):
         os.environ["DISTRIBUTED_SPARSE_NATIVE"] = "0"
+    if way == "one rank has no memory" and rank == 1:
+        shared_memory.mmap = SimpleNamespace(mmap=no_memory)
     try:
         collectives = make(rank, world_size, port)
         assert (collectives._shared is not None) == (way == "shared memory")
@@ -68,6 +72,10 @@ def run_rank(rank: int, world_size: int, port: int, body: Callable[[Collectives]
         answer.send(f"{type(error).__name__}: {error}")
     answer.close()
     os._exit(0)
+
+
+def no_memory(*arguments) -> None:
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
 def make(rank: int, world_size: int, port: int, **arguments) -> Collectives:
@@ -226,8 +234,9 @@ def test_a_meeting_that_failed_leaves_nothing_behind_for_the_next_generation(way
     assert in_ranks(2, met_in_turn, way=way) == [2.0, 2.0]
 
 
-def test_one_rank_that_cannot_share_memory_makes_all_of_them_talk_over_gloo():
-    for found in in_ranks(2, sums, way="one rank cannot"):
+@pytest.mark.parametrize("way", ["one rank cannot", "one rank has no memory"])
+def test_one_rank_that_cannot_share_memory_makes_all_of_them_talk_over_gloo(way):
+    for found in in_ranks(2, sums, way=way):
         assert found["torch.float32"] == [0.0, 3.0, 6.0, 9.0, 12.0, 15.0]
 
 
@@ -266,7 +275,7 @@ def one_does_not_come(collectives: Collectives) -> str:
     if collectives.rank == 1:
         time.sleep(1.5)
         return "late"
-    collectives._timeout = timedelta(seconds=0.3)
+    collectives._shared.timeout = timedelta(seconds=0.3)
     began = time.monotonic()
     with pytest.raises(CollectiveError, match=r"all_reduce on rank 0 of 2 did not complete: .*rank 1 did not come in 0.3 s"):
         collectives.all_reduce(torch.zeros(4))
@@ -281,11 +290,11 @@ def test_a_rank_that_does_not_come_in_time_is_named():
 def left_while_a_view_lives(collectives: Collectives) -> str:
     collectives.barrier()
     if collectives.rank == 1:
-        held = collectives._shared.exchange(torch.zeros(1), timedelta(seconds=5.0))
+        held = collectives._shared.exchange(torch.zeros(1))
         collectives.close()
         time.sleep(1.0)
         return f"holds {len(held)}"
-    collectives._shared.exchange(torch.zeros(1), timedelta(seconds=5.0))
+    collectives._shared.exchange(torch.zeros(1))
     began = time.monotonic()
     with pytest.raises(CollectiveError, match="rank 1 has left"):
         collectives.all_reduce(torch.ones(1))
@@ -350,14 +359,12 @@ def test_nccl_sums_gathers_and_broadcasts_on_its_device():
     """NCCL refuses two ranks on one GPU, so this is one rank through the real NCCL calls."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    from datetime import timedelta
-
-    from distributed_sparse.shard.collectives import nccl_group
+    from distributed_sparse.shard.transports import ProcessGroup
 
     torch.cuda.set_device(0)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     collectives = Collectives(device="cuda")
-    collectives._group = nccl_group(dist.PrefixStore("gen0", store), 0, 1, timedelta(seconds=60))
+    collectives._group = ProcessGroup.nccl(dist.PrefixStore("gen0", store), 0, 1, timedelta(seconds=60))
     x = torch.arange(6.0, device="cuda", dtype=torch.bfloat16).reshape(2, 3)
     assert collectives.all_reduce(x.clone()).tolist() == x.tolist()
     assert collectives.all_gather(x).tolist() == x.tolist()
