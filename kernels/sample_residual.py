@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from distributed_sparse.kernels import native
+
 SAMPLE, PILOT = 0, 1
 """Which draw of a row: the two are independent."""
 
@@ -36,7 +38,7 @@ def sample_residual(
     width where its exponent is odd, cycle walking back into range; round keys from Philox) maps 0, 1, 2, ... to ranks: its
     first ``num_samples`` values are the sample, so exactly as many, with no rejection. A rank becomes a position through the
     prefix counts of the chosen blocks (binary search), and a slot through the page table. Equal arguments give equal bits in
-    torch and in Triton, whatever the batch, its order, or which rank holds the head.
+    torch, in C++ and in Triton, whatever the batch, its order, or which rank holds the head.
 
     Key of Philox4x32-10 (`philox.py`): (seed low, seed high). Counter: (i, sample index, position, 1 | draw << 4 | layer << 8 |
     global KV head << 20) for the i-th four round keys; the lowest 4 bits tell this use from token sampling (0).
@@ -61,6 +63,8 @@ def sample_residual(
     """
     if page_table.is_cuda:
         from distributed_sparse.kernels.sample_residual_triton import sample_residual_triton as impl
+    elif page_table.device.type == "cpu" and native.library() is not None:
+        from distributed_sparse.kernels.sample_residual_native import sample_residual_native as impl
     else:
         from distributed_sparse.kernels.sample_residual_torch import sample_residual_torch as impl
     return impl(

@@ -104,13 +104,7 @@ STEP_COLUMNS = ("step_p50", "shard_p50", "gap_p50", "overhead_p50", "driver_p50"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code: 0 done, 1 a result was wrong or an engine failed, 2 bad usage, 130 interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (settings, run, text) in _commands().items():
-        _add_settings(commands.add_parser(name, help=text, description=text), settings, run)
-    given = vars(parser.parse_args(arguments))
+    given = parse(arguments)
     command, run, json_file, plot = (given.pop(name) for name in ("command", "run", "json", "plot"))
     try:
         if plot:
@@ -129,6 +123,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     return FAILED if any("wrong" in row for row in rows) else 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """What the command line says; SystemExit(2) where it cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (settings, run, text) in _commands().items():
+        _add_settings(commands.add_parser(name, help=text, description=text), settings, run)
+    return vars(parser.parse_args(arguments))
 
 
 def _commands() -> dict[str, tuple[type, Run, str]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,3 +212,31 @@ def test_a_plot_without_matplotlib_is_refused_before_the_work(
 def test_nothing_measured_is_nothing_to_draw(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing was measured, so there is nothing to draw"):
         plots.write_plot(tmp_path / "out.png", "kernels", [{"op": "attend dense", "unavailable": "out of memory"}], "kernels")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_script_that_measures_everything_says_only_what_the_command_line_takes(device: str, tmp_path: Path) -> None:
+    """Its commands are recorded instead of run; each is parsed. A part that fails keeps no other from being measured."""
+    (recorder := tmp_path / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$*" >> "$RECORDED"\n[ "$3" != layer ]\n')
+    recorder.chmod(0o755)
+    told = {"BENCH_PYTHON": str(recorder), "RECORDED": str(tmp_path / "recorded"), "NAME": "here", "PATH": os.environ["PATH"]}
+    script = Path(bench.__file__).with_name("bench.sh")
+    ended = subprocess.run(["bash", str(script), device], env=told, capture_output=True, text=True)
+    assert ended.returncode == 1, ended.stderr  # layer's
+    lines = [line.split() for line in (tmp_path / "recorded").read_text().splitlines()]
+    commands = [line[2:] for line in lines if line[:2] == ["-m", "launch.bench"]]
+    assert {command[0] for command in commands} == {
+        "kernels",
+        "layer",
+        "decode",
+        "serve",
+        *(["step"] if device == "cpu" else []),
+    }
+    files = []
+    for command in commands:
+        given = bench.parse(command)
+        assert given["device"] == device
+        files.append(given["json"])
+    assert len(set(files)) == len(files) and all("here" in Path(file).name for file in files)
+    assert subprocess.run(["bash", str(script), "tpu"], env=told, capture_output=True).returncode == 2
+    assert subprocess.run(["bash", str(script), device, "nothing"], env=told, capture_output=True).returncode == 2
