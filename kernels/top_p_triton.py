@@ -39,7 +39,7 @@ def _mean(low, high):
 
 @triton.jit
 def _mass(b_logit, b_weight, image):
-    return tl.sum(tl.where(b_logit >= _logit_of(image), b_weight, 0.0), axis=0)
+    return tl.sum((b_logit >= _logit_of(image)).to(tl.float32) * b_weight, axis=0)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _search_registers(p_logits, n, p, lowest, WIDTH: tl.constexpr):
 
 @triton.jit
 def _add_masses(b_mass, b_logit, b_weight, image):
-    return b_mass + tl.sum(tl.where(b_logit >= _logit_of(image), b_weight, 0.0), axis=0)
+    return b_mass + tl.sum((b_logit >= _logit_of(image)).to(tl.float32) * b_weight, axis=0)
 
 
 @triton.jit
@@ -239,7 +239,7 @@ def top_p_triton(
         SHORT=_ROW_TOKENS[0],
         LONG=_ROW_TOKENS[1],
         num_warps=8,
-        enable_fp_fusion=False,
+        enable_fp_fusion=True,
     )
     _top_p_list_kernel[(heads, batch)](
         logits,

@@ -254,12 +254,16 @@ def _tell(row: dict[str, Any]) -> None:
 
 
 def _step(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
-    from distributed_sparse.bench.step import StepSettings, bench_step
+    from distributed_sparse.bench import step
+    from distributed_sparse.client import EngineError
 
-    settings = StepSettings(**given)
-    row = bench_step(settings)
+    settings = step.StepSettings(**given)
+    try:
+        row = step.bench_step(settings)
+    except EngineError as error:
+        row = {"wrong": f"the engine failed: {error}"}
     print(f"Decode steps at tensor_parallel_size={settings.tensor_parallel_size}, batch {settings.batch}; medians in ms")
-    print_table([row], dict.fromkeys(STEP_COLUMNS, "{:.3f}"))
+    _print([row], dict.fromkeys(STEP_COLUMNS, "{:.3f}"), lambda row: "decode")
     return given, [row]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from distributed_sparse.bench import plots
+from distributed_sparse.bench import plots, step
 from distributed_sparse.bench.contestants import Engine
 from distributed_sparse.bench.ops import attention
 from distributed_sparse.client import EngineError
@@ -153,6 +153,17 @@ def test_decode_without_peers(tmp_path: Path) -> None:
     code, result = run([*decode_command(tiny_shape(tmp_path / "model")), "--peer=none", "--method=dense"], tmp_path)
     assert code == 0 and [row["contestant"] for row in result["rows"]] == ["dense"]
     assert "short sequence" in result["rows"][0]["checked"], "compared with transformers all the same"
+
+
+def test_step_tells_of_an_engine_that_fails_and_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(settings: step.StepSettings) -> dict[str, Any]:
+        raise EngineError("rank 1 has died")
+
+    monkeypatch.setattr(step, "bench_step", fail)
+    assert bench.main(["step"]) == 1
+    assert "wrong: decode: the engine failed: rank 1 has died" in capsys.readouterr().out
 
 
 def test_step_prints_its_medians(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
