@@ -4,19 +4,21 @@
 
 namespace {
 
-constexpr int WEIGHT_ROWS = 4;  // rows of weights, and of x, whose products are summed at a time
 constexpr int64_t ROWS_PER_TURN = 32;
+constexpr int64_t FETCHED = 32 * W;  // floats of a row that are on their way from memory
 
-template <int ROWS>
+// ROWS of x with WEIGHT_ROWS of weights (fewer: `weight_rows`).
+template <int ROWS, int WEIGHT_ROWS>
 void products(const float* x, const float* weight, int64_t inner, int64_t weight_rows, float* out, int64_t out_stride) {
     const float* from[WEIGHT_ROWS];
     for (int j = 0; j < WEIGHT_ROWS; ++j) from[j] = weight + (j < weight_rows ? j : 0) * inner;
     Vec sums[ROWS][WEIGHT_ROWS] = {};
     for (int64_t i = 0; i < inner; i += W) {
+        const int64_t later = i + FETCHED + (i + FETCHED < inner ? 0 : (WEIGHT_ROWS - 1) * inner);  // of the rows after these
         Vec weights[WEIGHT_ROWS];
         for (int j = 0; j < WEIGHT_ROWS; ++j) {
             weights[j] = load(from[j] + i);
-            __builtin_prefetch(from[j] + i + 16 * W, 0, 2);
+            __builtin_prefetch(from[j] + later, 0, 2);
         }
         for (int r = 0; r < ROWS; ++r) {
             const Vec values = load(x + r * inner + i);
@@ -35,16 +37,18 @@ extern "C" void linear_float32(const float* x, const float* weight, int64_t rows
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t turn = 0; turn < (size + ROWS_PER_TURN - 1) / ROWS_PER_TURN; ++turn) {
         const int64_t end = (turn + 1) * ROWS_PER_TURN < size ? (turn + 1) * ROWS_PER_TURN : size;
-        for (int64_t o = turn * ROWS_PER_TURN; o < end; o += WEIGHT_ROWS) {
-            const int64_t some = end - o < WEIGHT_ROWS ? end - o : WEIGHT_ROWS;
+        for (int64_t o = turn * ROWS_PER_TURN; rows == 1 && o < end; ++o)  // one after the other, as they lie
+            products<1, 1>(x, weight + o * inner, inner, 1, out + o, size);
+        for (int64_t o = turn * ROWS_PER_TURN; rows > 1 && o < end; o += 4) {
+            const int64_t some = std::min<int64_t>(end - o, 4);
             for (int64_t r = 0; r < rows; r += 4) {
                 const float* values = x + r * inner;
                 float* to = out + r * size + o;
                 switch (rows - r) {
-                    case 1: products<1>(values, weight + o * inner, inner, some, to, size); break;
-                    case 2: products<2>(values, weight + o * inner, inner, some, to, size); break;
-                    case 3: products<3>(values, weight + o * inner, inner, some, to, size); break;
-                    default: products<4>(values, weight + o * inner, inner, some, to, size);
+                    case 1: products<1, 4>(values, weight + o * inner, inner, some, to, size); break;
+                    case 2: products<2, 4>(values, weight + o * inner, inner, some, to, size); break;
+                    case 3: products<3, 4>(values, weight + o * inner, inner, some, to, size); break;
+                    default: products<4, 4>(values, weight + o * inner, inner, some, to, size);
                 }
             }
         }
