@@ -147,7 +147,12 @@ def recorded_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[StepRecorder]:
 def written_down(engine: SteppedShard, path: Path) -> dict[str, Counter[str]]:
     """What `planner/launches.py` and the policies say that a greedy step launches, by section as in `StepRecorder`."""
     model, policies = ModelConfig.from_pretrained(path), engine.shard.policies
-    expected = {f"layer {layer}": Counter(DENSE_ATTENTION) + Counter(own.launches) for layer, own in enumerate(policies)}
+    expected, seen = {}, set()
+    for layer, own in enumerate(policies):
+        expected[f"layer {layer}"] = Counter(DENSE_ATTENTION) + Counter(own.launches)
+        if repr(own.config) not in seen:
+            expected[f"layer {layer}"] += Counter(own.step_launches)
+        seen.add(repr(own.config))
     of_layer = Counter(LAYER) + (Counter(QK_NORM) if model.qk_norm else Counter())
     expected["rest"] = sum([of_layer] * len(policies), Counter(STEP))
     return expected
@@ -216,6 +221,24 @@ def test_other_methods_and_settings_launch_what_is_written_down_too(
         engine.shard.run(engine.decode_plan())
     layer = written_down(engine, path)["layer 1"]
     assert recorder.launched["layer 1"] == layer, f"launched: {recorder.launched['layer 1']}"
+
+
+@interpreted
+@pytest.mark.parametrize("method", ["quest", "twilight", "vattention", "window", "random"])
+def test_what_depends_on_the_batch_alone_is_made_by_the_first_of_the_sparse_layers(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, method, METHODS.get(method) or {"method": method, "token_budget": 64})
+    sizes: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64}
+    path = tiny_checkpoint(tmp_path, head_dim=64, max_position_embeddings=1024, **sizes)
+    engine = stepped(path, method)
+    engine.start([LONGEST[method], 48])
+    with recorded_step(monkeypatch) as recorder, torch.inference_mode():
+        engine.shard.run(engine.decode_plan())
+    first, second = (recorder.launched[f"layer {layer}"] for layer in (1, 2))
+    policy = engine.shard.policies[2]
+    assert first - second == Counter(policy.step_launches), f"only the first launches {first - second}"
+    assert second == Counter(DENSE_ATTENTION) + Counter(policy.launches), f"launched: {second}"
 
 
 @interpreted

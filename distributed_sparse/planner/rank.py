@@ -171,11 +171,9 @@ class RankOnPaper:
     def sparse_launches(self, context_len: int) -> int:
         """Kernels of a step on a GPU beside those: to select, to attend apart, and to count."""
         page_size = self.geometry.page_size
-        return sum(
-            sum(policy.launches.values())
-            for policy in self.policies
-            if policy.config.attended_tokens(context_len, page_size) != context_len
-        )
+        sparse = [own for own in self.policies if own.config.attended_tokens(context_len, page_size) != context_len]
+        of_settings = {repr(own.config): own.step_launches for own in sparse}
+        return sum(sum(own.launches.values()) for own in sparse) + sum(sum(own.values()) for own in of_settings.values())
 
     def why_eager(self, enforce_eager: bool) -> str | None:
         """Why a GPU's decode steps are not captured as CUDA graphs; None: they are."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from distributed_sparse.kernels.attend import attend
+from distributed_sparse.kernels.whole_rows import whole_rows
 from distributed_sparse.selection.metadata import Geometry, LayerCache, Metadata
 from distributed_sparse.timer import Timer
+
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -74,6 +77,16 @@ class DecodeBatch:
     max_context_len: int
     page_size: int
     trace: bool = False
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, name: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made by the first layer that asks for `name`: for what depends on the batch alone.
+
+        `name` must tell apart whatever else it depends on (settings that `layers` may override).
+        """
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +154,8 @@ class Policy(ABC):
     launches: Mapping[str, int] = MappingProxyType({"_count_attended_kernel": 1})
     """Kernels that a sparse layer's decode launches on a GPU beside a dense layer's, by name, torch's own as "aten": for
     planning alone. A method that does not say is planned with the one that counts what it read."""
+    step_launches: Mapping[str, int] = MappingProxyType({})
+    """And those of `DecodeBatch.once`: in each step the first sparse layer of such settings launches them, for all of them."""
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
         self.config = config
@@ -206,10 +221,14 @@ def page_budget(config: SparseConfig, token_budget: int, batch: DecodeBatch) -> 
     """
     budget = -(-token_budget // batch.page_size)
     capacity = max(budget, -(-(config.min_context - 1) // batch.page_size))
-    k = torch.full_like(batch.num_pages, budget)
-    if config.min_context > 0:
-        k = torch.where(batch.context_lens < config.min_context, batch.num_pages, k)
-    return k, min(capacity, batch.page_table.shape[1])
+
+    def make() -> Tensor:
+        k = torch.full_like(batch.num_pages, budget)
+        if config.min_context > 0:
+            k = torch.where(batch.context_lens < config.min_context, batch.num_pages, k)
+        return k
+
+    return batch.once(("page_budget", budget, config.min_context), make), min(capacity, batch.page_table.shape[1])
 
 
 def covers(config: SparseConfig, token_budget: int, batch: DecodeBatch) -> bool:
@@ -234,15 +253,12 @@ def slots_of(positions: Tensor, batch: DecodeBatch) -> Tensor:
     return table.gather(2, (positions // size).long()) * size + positions % size
 
 
-def token_selection(batch: DecodeBatch, tokens: Tensor, num_tokens: Tensor, is_dense: Tensor | None = None) -> Selection:
+def token_selection(batch: DecodeBatch, tokens: Tensor, num_tokens: Tensor, min_context: int = 0) -> Selection:
     """A selection of tokens in which rows that list their whole context are the identity page list: bitwise dense.
 
     Args:
         tokens, num_tokens: as of `Selection`.
-        is_dense: bool [B, H_kv] rows that are to be dense whatever they list.
+        min_context: rows of shorter contexts are dense, whatever they list.
     """
-    whole = num_tokens >= batch.context_lens[:, None]
-    if is_dense is not None:
-        whole = whole | is_dense
-    dense = dense_selection(batch, num_tokens.shape[1])
-    return Selection(dense.pages, dense.num_pages * whole, tokens, num_tokens * ~whole)
+    num_pages, num_tokens = whole_rows(num_tokens, batch.num_pages, batch.context_lens, min_context)
+    return Selection(dense_selection(batch, num_tokens.shape[1]).pages, num_pages, tokens, num_tokens)

@@ -144,9 +144,10 @@ class HashPolicy(TopKPolicy):
     launches = MappingProxyType(
         {
             **{"_append_signatures_kernel": 1, "_pack_signs_kernel": 1, "_hamming_scores_kernel": 1, "_top_k_pages_kernel": 1},
-            **{"_count_attended_kernel": 1, "aten": 28},
+            **{"_whole_rows_kernel": 1, "_count_attended_kernel": 1, "aten": 22},
         }
     )
+    step_launches = MappingProxyType({"aten": 2})
     config: HashConfig
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:

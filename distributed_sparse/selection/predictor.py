@@ -112,6 +112,7 @@ class TopKPolicy(Policy):
             scores,
             batch.context_lens,
             k * size,
+            batch,
             sinks=self.config.sink_pages * size,
             recent=self.config.recent_pages * size,
             capacity=capacity * size,
@@ -136,8 +137,10 @@ def best_pages(scores: Tensor, batch: DecodeBatch, k: Tensor, config: SparseConf
 
 
 def top_k_logical(
-    scores: Tensor, counts: Tensor, k: Tensor, *, sinks: int, recent: int, capacity: int
+    scores: Tensor, counts: Tensor, k: Tensor, batch: DecodeBatch, *, sinks: int, recent: int, capacity: int
 ) -> tuple[Tensor, Tensor]:
     """`top_k_pages` by logical index, of pages or of tokens: int32 [B, H_kv, capacity] ascending, counts int32 [B, H_kv]."""
-    identity = torch.arange(scores.shape[2], dtype=torch.int32, device=scores.device).expand(scores.shape[0], -1)
+    rows, width = scores.shape[0], scores.shape[2]
+    own = batch.once(("logical", width), lambda: torch.arange(width, dtype=torch.int32, device=scores.device))
+    identity = own.expand(rows, -1)
     return top_k_pages(scores, identity, counts, k, sink_pages=sinks, recent_pages=recent, capacity=capacity)

@@ -54,7 +54,8 @@ class QuestPolicy(TopKPolicy):
     """
 
     config_class = QuestConfig
-    launches = MappingProxyType({"_page_scores_kernel": 1, "_top_k_pages_kernel": 1, "_count_attended_kernel": 1, "aten": 1})
+    launches = MappingProxyType({"_page_scores_kernel": 1, "_top_k_pages_kernel": 1, "_count_attended_kernel": 1})
+    step_launches = MappingProxyType({"aten": 1})
     config: QuestConfig
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:

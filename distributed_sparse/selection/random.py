@@ -38,7 +38,8 @@ class RandomPolicy(TopKPolicy):
     """Forced pages, and others at random."""
 
     config_class = RandomConfig
-    launches = MappingProxyType({"_top_k_pages_kernel": 1, "_count_attended_kernel": 1, "aten": 170})  # Philox, word by word
+    launches = MappingProxyType({"_top_k_pages_kernel": 1, "_count_attended_kernel": 1, "aten": 169})  # Philox, word by word
+    step_launches = MappingProxyType({"aten": 1})
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
         super().__init__(config, geometry)

@@ -106,9 +106,16 @@ class TwilightPolicy(Policy):
         if self.selector is not None:
             self.metadata += self.selector.metadata
             self.graph_safe = self.selector.graph_safe
-        self.launches = {"_int4_logits_kernel": 1, "_top_p_kernel": 1, "_count_attended_kernel": 1, "aten": 6}
+        self.launches = {
+            "_int4_logits_kernel": 1,
+            "_top_p_threshold_kernel": 1,
+            "_top_p_list_kernel": 1,
+            "_whole_rows_kernel": 1,
+            "_count_attended_kernel": 1,
+        }
         if self.selector is not None:  # as of quest; another one's own kernels are more
-            self.launches |= {"_page_scores_kernel": 1, "_top_k_pages_kernel": 1, "aten": 12}
+            self.launches |= {"_page_scores_kernel": 1, "_top_k_pages_kernel": 1}
+            self.step_launches = {"aten": 6}
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
         config, heads = self.config, self.geometry.num_kv_heads
@@ -129,8 +136,7 @@ class TwilightPolicy(Policy):
                 sink_pages=config.sink_pages,
                 recent_pages=config.recent_pages,
             )
-        too_short = (batch.context_lens < config.min_context)[:, None]
-        selection = token_selection(batch, tokens, num_tokens, too_short)
+        selection = token_selection(batch, tokens, num_tokens, config.min_context)
         if batch.trace:
             candidates = Selection(pages, counts)
             selection.details = {
@@ -150,8 +156,12 @@ class TwilightPolicy(Policy):
         if self.selector is None or capacity is None:
             dense = dense_selection(batch, self.geometry.num_kv_heads)
             return dense.pages, dense.num_pages
-        k = (batch.context_lens.double() * config.candidate_fraction / size).ceil().to(torch.int32)
-        k = k.clamp_min(config.least_pages(size))
+        fraction, least = config.candidate_fraction, config.least_pages(size)
+
+        def make() -> Tensor:
+            return (batch.context_lens.double() * fraction / size).ceil().to(torch.int32).clamp_min(least)
+
+        k = batch.once(("candidates", fraction, least), make)
         with self.timer("score"):
             scores = self.selector.page_scores(q, cache, batch)
         with self.timer("top_k"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from distributed_sparse.kernels.residual_statistics import ResidualStatistics, residual_statistics
+from distributed_sparse.kernels.sample_plan import GUARANTEES, MIN_PILOT, SamplePlan, plan_pilot, plan_samples
 from distributed_sparse.kernels.sample_residual import PILOT, SAMPLE, sample_residual
 from distributed_sparse.selection.base import (
     DecodeBatch,
@@ -19,17 +21,12 @@ from distributed_sparse.selection.base import (
     attend_partially,
     dense_selection,
     slots_of,
-    token_selection,
 )
 from distributed_sparse.selection.hash import check_hash_weights
 from distributed_sparse.selection.metadata import Geometry, LayerCache
 from distributed_sparse.selection.predictor import top_k_logical
-from distributed_sparse.selection.sample_size import GUARANTEES, round_up, sample_size
 from distributed_sparse.selection.selector import SELECTORS, is_per_token, make_selector
 from distributed_sparse.validation import check_choice, check_float, check_int
-
-MIN_PILOT = 256
-"""Tokens of a pilot at least; a residual of fewer than twice as many is not sampled: the row is dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +102,19 @@ class VAttentionConfig(SparseConfig):
 class VAttentionPolicy(Policy):
     """Attends sinks, window and predicted top-k with weight 1; then a sample of the residual, each token for n_s / b.
 
-    The first part is attended here, for its result sizes the sample (`sample_size.py`), and handed on as `Selection.partial`.
+    The first part is attended here, for its result sizes the sample (`kernels/sample_plan.py`), and handed on as `partial`.
     A row whose sample would be too large to pay is dense; a sample is never truncated.
     """
 
     config_class = VAttentionConfig
+    launches = MappingProxyType(  # of the selector quest; another one's own kernels are more
+        {
+            **{"_page_scores_kernel": 1, "_top_k_pages_kernel": 1, "_attend_kernel": 1, "_combine_kernel": 1},
+            **{"_plan_pilot_kernel": 1, "_sample_residual_kernel": 2, "_residual_statistics_kernel": 1},
+            **{"_plan_samples_kernel": 1, "_count_attended_kernel": 1, "aten": 3},
+        }
+    )
+    step_launches = MappingProxyType({"aten": 6})
     graph_safe = True
     config: VAttentionConfig
 
@@ -117,11 +122,6 @@ class VAttentionPolicy(Policy):
         super().__init__(config, geometry)
         self.selector = make_selector(self.config.selector, geometry, self.config.hash_weights)
         self.metadata = self.selector.metadata
-        self.launches = {  # of the selector quest; another one's own kernels are more
-            **{"_page_scores_kernel": 1, "_top_k_pages_kernel": 1, "_attend_kernel": 1, "_combine_kernel": 1},
-            **{"_sample_residual_kernel": 2, "_residual_statistics_kernel": 1, "_count_attended_kernel": 1},
-            "aten": {"output": 115, "numerator_denominator": 114, "denominator": 80}[self.config.guarantee],
-        }
         self.graph_safe = self.selector.graph_safe
         # What is chosen, and cut out of the residual: pages, or single tokens.
         self.block, self.sinks, self.recent = self.config.choice(geometry.page_size)
@@ -133,32 +133,29 @@ class VAttentionPolicy(Policy):
         first = self._as_selection(chosen, num_chosen, batch)
         with self.timer("attend_chosen"):
             partial = attend_partially(q, cache, batch, first, self.geometry.scale)
-        n_s = batch.context_lens[:, None] - first.attended(batch.last_page_len, batch.page_size)  # [B, H_kv]
-        sampled = n_s >= 2 * MIN_PILOT
-        m = self.pilot_size(n_s) * sampled
+        n_s, m = plan_pilot(num_chosen, batch.context_lens, block_tokens=self.block, base_fraction=self.config.base_fraction)
         pilot = self.draw(chosen, num_chosen, m, cache, batch, PILOT, self._pilot_capacity(batch.max_context_len))
         statistics = self.estimate(q, cache, pilot, m, n_s, partial)
-        b = self.sample_sizes(statistics, n_s, m)
-        config, n = self.config, batch.context_lens[:, None]
-        fits = sampled & (2 * (n - n_s + b) <= n) & (n >= config.min_context)
-        if config.max_sample is not None:
-            fits = fits & (b <= config.max_sample)
-        count = b * fits
-        tokens = self.draw(chosen, num_chosen, count, cache, batch, SAMPLE, self._sample_capacity(batch.max_context_len))
-        selection = token_selection(batch, tokens, count, ~fits)
-        selection.log_weight = (n_s.float() / b.clamp_min(1)).log()
-        of_query_head = fits.repeat_interleave(self.geometry.group_size, 1)
-        selection.partial = (partial[0], partial[1].where(of_query_head, -torch.inf))
-        selection.partial_of = replace(first, num_pages=first.num_pages * fits)
-        if first.num_tokens is not None:
-            selection.partial_of.num_tokens = first.num_tokens * fits
-        selection.read_apart = m + (n - n_s) * ~fits  # the pilot; what was chosen before a row turned out dense
+        plan = self.plan(statistics, partial[1], num_chosen, n_s, m, batch)
+        most = self._sample_capacity(batch.max_context_len)
+        tokens = self.draw(chosen, num_chosen, plan.num_samples, cache, batch, SAMPLE, most)
+        of_pages, of_tokens = replace(first, num_pages=plan.num_chosen), replace(first, num_tokens=plan.num_chosen)
+        selection = Selection(
+            dense_selection(batch, self.geometry.num_kv_heads).pages,
+            plan.num_pages,
+            tokens,
+            plan.num_samples,
+            log_weight=plan.log_weight,
+            partial=(partial[0], plan.lse),
+            partial_of=of_pages if self.block > 1 else of_tokens,
+            read_apart=plan.read_apart,
+        )
         if batch.trace:
             selection.details = {
-                "chosen": (n - n_s).float(),
+                "chosen": (batch.context_lens[:, None] - n_s).float(),
                 "pilot": m.float(),
-                "budget": b.float(),
-                "is_dense": (~fits).float(),
+                "budget": plan.budget.float(),
+                "is_dense": (plan.num_samples == 0).float(),
                 **{name: value for name, value in statistics._asdict().items()},
             }
         return selection
@@ -169,18 +166,16 @@ class VAttentionPolicy(Policy):
         """Sinks, window and predicted top-k: logical pages or positions int32 [B, H_kv, F] ascending, counts [B, H_kv]."""
         counts = batch.context_lens if self.block == 1 else batch.num_pages
         fraction = self.config.top_k_fraction / self.block
-        k = (batch.context_lens.double() * fraction).ceil().to(torch.int32) + (self.sinks + self.recent)
-        capacity = math.ceil(batch.max_context_len * fraction) + self.sinks + self.recent
+        forced = self.sinks + self.recent
+        k = batch.once(
+            ("chosen", fraction, forced), lambda: (batch.context_lens.double() * fraction).ceil().to(torch.int32) + forced
+        )
+        capacity = math.ceil(batch.max_context_len * fraction) + forced
         with self.timer("score"):
             scores = self.selector.scores(q, cache, batch)
         capacity = min(capacity, scores.shape[2])
         with self.timer("top_k"):
-            return top_k_logical(scores, counts, k, sinks=self.sinks, recent=self.recent, capacity=capacity)
-
-    def pilot_size(self, num_residual: Tensor) -> Tensor:
-        """Tokens of the pilot, int32."""
-        share = (num_residual.double() * self.config.base_fraction).ceil().to(torch.int32)
-        return share.clamp_min(MIN_PILOT).minimum(num_residual)
+            return top_k_logical(scores, counts, k, batch, sinks=self.sinks, recent=self.recent, capacity=capacity)
 
     def draw(
         self, chosen: Tensor, num_chosen: Tensor, count: Tensor, cache: LayerCache, batch: DecodeBatch, draw: int, capacity: int
@@ -219,12 +214,31 @@ class VAttentionPolicy(Policy):
                 centred=self.config.guarantee == "output",
             )
 
-    def sample_sizes(self, statistics: ResidualStatistics, n_s: Tensor, m: Tensor) -> Tensor:
-        """The sample that each row needs, int32 [B, H_kv]; all of the residual where no smaller one will do."""
-        config, group = self.config, self.geometry.group_size
-        of_query_head = [count.repeat_interleave(group, 1) for count in (n_s, m)]
-        size = sample_size(config.guarantee, config.epsilon, config.delta, statistics, *of_query_head)
-        return round_up(size.unflatten(1, (-1, group)), m, n_s)
+    def plan(
+        self,
+        statistics: ResidualStatistics,
+        lse: Tensor,
+        num_chosen: Tensor,
+        num_residual: Tensor,
+        num_pilot: Tensor,
+        batch: DecodeBatch,
+    ) -> SamplePlan:
+        """What each row draws, and which rows go dense. lse: float32 [B, H_q] of the chosen part."""
+        config = self.config
+        return plan_samples(
+            statistics,
+            lse,
+            num_chosen,
+            num_residual,
+            num_pilot,
+            batch.num_pages,
+            batch.context_lens,
+            guarantee=config.guarantee,
+            epsilon=config.epsilon,
+            delta=config.delta,
+            min_context=config.min_context,
+            max_sample=config.max_sample,
+        )
 
     # ---- shapes that the host knows
 

@@ -85,7 +85,7 @@ class WindowPolicy(Policy):
     """
 
     config_class = WindowConfig
-    launches = MappingProxyType({"_count_attended_kernel": 1, "aten": 10})
+    step_launches = MappingProxyType({"aten": 10})
     graph_safe = True
     config: WindowConfig
 
@@ -93,10 +93,16 @@ class WindowPolicy(Policy):
         config, num_kv_heads = self.config, self.geometry.num_kv_heads
         if covers(config, config.token_budget, batch):
             return dense_selection(batch, num_kv_heads)
+        settings = ("window", config.token_budget, config.sink_pages, config.min_context)
+        pages, counts = batch.once(settings, lambda: self._listed(batch))
+        return Selection(pages[:, None].expand(-1, num_kv_heads, -1), counts[:, None].expand(-1, num_kv_heads))
+
+    def _listed(self, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
+        """Physical pages int32 [B, capacity] and their number int32 [B], the same for every KV head and layer."""
+        config = self.config
         k, capacity = page_budget(config, config.token_budget, batch)
         counts = torch.minimum(k, batch.num_pages)
-        entry = torch.arange(capacity, dtype=torch.int32, device=q.device)
+        entry = torch.arange(capacity, dtype=torch.int32, device=counts.device)
         logical = torch.where(entry < config.sink_pages, entry, (batch.num_pages - counts)[:, None] + entry)
         logical = logical.clamp_max(batch.page_table.shape[1] - 1)
-        pages = batch.page_table.gather(1, logical.long())
-        return Selection(pages[:, None].expand(-1, num_kv_heads, -1), counts[:, None].expand(-1, num_kv_heads))
+        return batch.page_table.gather(1, logical.long()), counts

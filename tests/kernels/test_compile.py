@@ -5,6 +5,8 @@ The interpreter accepts what the compiler refuses; this is where that shows.
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,12 +16,16 @@ from distributed_sparse.kernels.count_attended_triton import count_attended_trit
 from distributed_sparse.kernels.hamming_scores_triton import hamming_scores_triton
 from distributed_sparse.kernels.int4_logits_triton import int4_logits_triton
 from distributed_sparse.kernels.page_scores_triton import page_scores_triton
+from distributed_sparse.kernels.residual_statistics import ResidualStatistics
 from distributed_sparse.kernels.residual_statistics_triton import residual_statistics_triton
 from distributed_sparse.kernels.rms_norm_triton import add_rms_norm_triton, rms_norm_triton
+from distributed_sparse.kernels.sample_plan import GUARANTEES
+from distributed_sparse.kernels.sample_plan_triton import plan_pilot_triton, plan_samples_triton
 from distributed_sparse.kernels.sample_residual_triton import sample_residual_triton
 from distributed_sparse.kernels.signatures_triton import append_signatures_triton, pack_signs_triton
 from distributed_sparse.kernels.top_k_pages_triton import top_k_pages_triton
 from distributed_sparse.kernels.top_p_triton import top_p_triton
+from distributed_sparse.kernels.whole_rows_triton import whole_rows_triton
 from tests.support.kernels import ARCHITECTURES, assert_compiles, compile_launches
 
 HEAD_DIMS = [64, 96, 128, 256]
@@ -234,3 +240,25 @@ def test_count_attended_compiles(architecture, page_size):
     assert_compiles(count_attended_triton, *rows, architecture=architecture)
     every = dict.fromkeys(("num_tokens", "partial_num_pages", "partial_num_tokens", "read_apart"), counts)
     assert_compiles(count_attended_triton, *rows, **every, architecture=architecture)
+
+
+@pytest.mark.parametrize("guarantee", GUARANTEES)
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_plans_of_samples_compile(architecture, group, guarantee):
+    statistics = ResidualStatistics(*torch.ones(7, 2, 8 * group).unbind(0))
+    counts, lens = (integers(2, 8),) * 3, (integers(2),) * 2
+    settings = {"guarantee": guarantee, "epsilon": 0.1, "delta": 0.1, "min_context": 0, "max_sample": None}
+    lse = torch.ones(2, 8 * group)
+    assert_compiles(plan_samples_triton, statistics, lse, *counts, *lens, **settings, architecture=architecture)
+
+
+@pytest.mark.parametrize("block_tokens", [1, 16])
+def test_plans_of_pilots_compile_and_multiply_in_float64(architecture, block_tokens):
+    """A float argument of a kernel is float32: the host's own count of a pilot would differ."""
+    settings = {"block_tokens": block_tokens, "base_fraction": 0.02}
+    (launch,) = compile_launches(plan_pilot_triton, integers(2, 8), integers(2), **settings, architecture=architecture)
+    assert f"0d{struct.pack('>d', 0.02).hex().upper()}" in launch.ptx
+
+
+def test_whole_rows_compiles(architecture):
+    assert_compiles(whole_rows_triton, integers(2, 8), integers(2), integers(2), 100, architecture=architecture)

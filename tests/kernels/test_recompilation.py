@@ -26,12 +26,16 @@ from distributed_sparse.kernels.hamming_scores_triton import hamming_scores_trit
 from distributed_sparse.kernels.int4_logits_triton import int4_logits_triton
 from distributed_sparse.kernels.page_scores_triton import page_scores_triton
 from distributed_sparse.kernels.prefill_attend_triton import prefill_attend_triton
+from distributed_sparse.kernels.residual_statistics import ResidualStatistics
 from distributed_sparse.kernels.residual_statistics_triton import residual_statistics_triton
 from distributed_sparse.kernels.rms_norm_triton import add_rms_norm_triton, rms_norm_triton
+from distributed_sparse.kernels.sample_plan import GUARANTEES
+from distributed_sparse.kernels.sample_plan_triton import plan_pilot_triton, plan_samples_triton
 from distributed_sparse.kernels.sample_residual_triton import sample_residual_triton
 from distributed_sparse.kernels.signatures_triton import append_signatures_triton, pack_signs_triton
 from distributed_sparse.kernels.top_k_pages_triton import top_k_pages_triton
 from distributed_sparse.kernels.top_p_triton import top_p_triton
+from distributed_sparse.kernels.whole_rows_triton import whole_rows_triton
 
 BATCHES = [1, 2, 3, 4, 8, 16]
 WIDTHS = [1, 7, 16, 33, 100]  # pages of the longest context
@@ -149,7 +153,7 @@ def test_int4_logits_and_top_p_are_compiled_once(q_heads, kv_heads, dtype):
             for pages, listed in ((table, counts), (selected, counts.contiguous())):
                 logits = int4_logits_triton(q, key_codes, key_scales, pages, listed, last_page_len, 0.125)
                 top_p_triton(logits, pages, listed, last_page_len, 0.95, **forced)
-    assert_one_key_each(keys, "_int4_logits_kernel", "_top_p_kernel")
+    assert_one_key_each(keys, "_int4_logits_kernel", "_top_p_threshold_kernel", "_top_p_list_kernel")
 
 
 @on_every_shard
@@ -276,6 +280,29 @@ def test_residual_statistics_is_compiled_once(q_heads, kv_heads, dtype):
             for counts in (tokens[..., 0], tokens[..., 0].contiguous()):
                 residual_statistics_triton(q, k_pages, v_pages, tokens, counts, counts, partial, 0.125, centred=True)
     assert_one_key_each(keys, "_residual_statistics_kernel")
+
+
+@on_every_shard
+@pytest.mark.parametrize("guarantee", GUARANTEES)
+def test_plans_of_samples_are_compiled_once(q_heads, kv_heads, guarantee):
+    settings = {"guarantee": guarantee, "epsilon": 0.1, "delta": 0.1, "min_context": 0, "max_sample": None}
+    with recorded_keys() as keys:
+        for batch in BATCHES:
+            context, num_pages = index_rows(2, batch)
+            chosen = torch.ones(batch, kv_heads, dtype=torch.int32)
+            statistics = ResidualStatistics(*torch.ones(7, batch, q_heads).unbind(0))
+            n_s, m = plan_pilot_triton(chosen, context, block_tokens=PAGE_SIZE, base_fraction=0.02)
+            plan_samples_triton(statistics, torch.ones(batch, q_heads), chosen, n_s, m, num_pages, context, **settings)
+    assert_one_key_each(keys, "_plan_pilot_kernel", "_plan_samples_kernel")
+
+
+@on_every_shard
+def test_whole_rows_is_compiled_once(q_heads, kv_heads):
+    with recorded_keys() as keys:
+        for batch, min_context in product(BATCHES, (0, 1, 16)):
+            context, num_pages = index_rows(2, batch)
+            whole_rows_triton(torch.ones(batch, kv_heads, dtype=torch.int32), num_pages, context, min_context)
+    assert_one_key_each(keys, "_whole_rows_kernel")
 
 
 @on_every_shard

@@ -202,11 +202,72 @@ def test_forced_pages_stay_whole_and_may_exceed_the_row(implementation, sink_pag
     prune(implementation, candidates, 0.7, sink_pages=sink_pages, recent_pages=recent_pages)
 
 
-def test_the_longest_row_is_searched_in_tiles(implementation):
-    torch.manual_seed(8)
-    n = 8500 if implementation.is_interpreter else 33000
+def row_of_length(n: int, spread: float = 1.0) -> Candidates:
     width = -(-n // 16) * 16
-    prune(implementation, Candidates.of(torch.randn(1, 1, width).mul(8).round() / 8, [[n]]), 0.9)  # many ties across tiles
+    return Candidates.of(spread * torch.randn(1, 1, width), [[n]])
+
+
+@pytest.mark.parametrize("n", [1, 2047, 2048, 2049, 8191, 8192, 8193, 8500])
+def test_rows_about_the_lengths_at_which_the_search_changes_keep_their_smallest_set(implementation, n):
+    torch.manual_seed(8)
+    prune(implementation, row_of_length(n), 0.9)
+
+
+@pytest.mark.parametrize("spread", [0.01, 8.0])
+@pytest.mark.parametrize("n", [2000, 8200])
+def test_flat_and_peaked_rows_of_every_search_are_met_exactly(implementation, n, spread):
+    torch.manual_seed(13)
+    candidates = row_of_length(n, spread)
+    prune(implementation, candidates, 0.95)
+    candidates.logits += 60.0  # images of another density
+    prune(implementation, candidates, 0.5)
+
+
+@pytest.mark.parametrize("n", [2000, 8200])
+def test_a_crowd_of_almost_equal_logits_far_below_the_best_is_told_apart(implementation, n):
+    """Halving the range of the values leaves hundreds of them together."""
+    torch.manual_seed(14)
+    candidates = row_of_length(n)
+    candidates.logits[..., :n] = -4.0 - 1e-5 * torch.rand(n)
+    candidates.logits[..., n // 2] = 0.0
+    ((kept,),) = prune(implementation, candidates, 0.7)
+    assert 0.5 < kept.float().mean() < 0.75
+
+
+@pytest.mark.parametrize("n", [2000, 8200])
+def test_a_share_as_near_to_one_as_float32_goes_is_met(implementation, n):
+    torch.manual_seed(15)
+    prune(implementation, row_of_length(n, 3.0), 1 - 2**-24)
+
+
+def test_a_long_row_with_many_ties_is_searched_in_tiles(implementation):
+    torch.manual_seed(8)
+    candidates = row_of_length(8500 if implementation.is_interpreter else 33000, 8.0)
+    candidates.logits.round_().div_(8)
+    prune(implementation, candidates, 0.9)
+
+
+@pytest.mark.not_interpreted
+def test_rows_of_every_length_in_one_batch_keep_their_smallest_sets(implementation):
+    """On a GPU, every way to search runs beside the others."""
+    torch.manual_seed(16)
+    lengths = [[8192, 33008], [1500, 1516], [8201, 2057], [70000, 8192]]  # of a sequence, all end at the same slot
+    candidates = Candidates.of(2 * torch.randn(4, 8, 70016), lengths)
+    for p in (0.5, 0.85, 0.95, 0.999):
+        prune(implementation, candidates, p, sink_pages=1, recent_pages=1)
+
+
+@pytest.mark.implementations("interpreter")
+@pytest.mark.parametrize("page_size", [1, 2, 16])
+def test_logits_that_no_wide_load_can_reach_are_read_like_their_copy(implementation, page_size):
+    """Rows that start at odd places, an odd distance apart."""
+    torch.manual_seed(17)
+    candidates = Candidates.of(torch.randn(3, 2, 96), [[96, 96], [32, 32], [7, 7]], page_size)
+    expected = candidates.run(implementation, 0.8)
+    odd = torch.zeros(1 + 3 * 2 * 97)[1:].view(3, 2, 97)[..., :96]
+    candidates.logits = odd.copy_(candidates.logits)
+    for found, same in zip(candidates.run(implementation, 0.8), expected):
+        assert torch.equal(bits(found), bits(same))
 
 
 def test_one_list_expanded_over_all_heads_is_read_like_its_copy(implementation):
@@ -242,11 +303,12 @@ def test_a_row_keeps_the_same_tokens_in_any_batch_with_any_heads_and_any_list_wi
             assert torch.equal(bits(own_threshold[0]), bits(threshold[b, 3 * h : 3 * h + 3]))
 
 
-def test_a_nan_harms_no_other_row_and_no_count(implementation):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_nan_or_an_infinity_harms_no_other_row_and_no_count(implementation, value):
     torch.manual_seed(11)
     sound = Candidates.of(torch.randn(1, 4, 64), [[64, 64]])
     broken = Candidates(sound.logits.clone(), sound.pages, sound.num_pages, sound.last_page_len, 16)
-    broken.logits[0, 1, 9] = float("nan")
+    broken.logits[0, 1, 9] = value
     expected, counts, _ = sound.run(implementation, 0.8, recent_pages=1)
     tokens, broken_counts, _ = broken.run(implementation, 0.8, recent_pages=1)
     assert 16 <= broken_counts[0, 0] <= 64 and broken_counts[0, 1] == counts[0, 1]

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from distributed_sparse.kernels.attend import attend
 from distributed_sparse.kernels.residual_statistics import ResidualStatistics
+from distributed_sparse.kernels.sample_plan import plan_pilot
+from distributed_sparse.kernels.sample_plan_torch import round_up, sample_size
 from distributed_sparse.kernels.sample_residual import PILOT, SAMPLE
 from distributed_sparse.selection.base import DecodeBatch
 from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache
-from distributed_sparse.selection.sample_size import round_up, sample_size
 from distributed_sparse.selection.vattention import VAttentionConfig, VAttentionPolicy
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
@@ -216,12 +217,13 @@ def test_coverage_of_the_denominator_with_exact_statistics(distribution: str) ->
 
 def pilot_sizes(given: Context, own: VAttentionPolicy) -> Tensor:
     """The sample sizes int32 [DRAWS] that as many pilots ask for."""
-    m = own.pilot_size(given.num_residual)
-    pilots = draw(own, given, m[0].expand(DRAWS), PILOT)
-    n_s, counts = given.num_residual.expand(DRAWS, -1), m.expand(DRAWS, -1)
+    batch, chosen = given.of_seeds(DRAWS), given.num_chosen.expand(DRAWS, -1)
+    n_s, counts = plan_pilot(chosen, batch.context_lens, block_tokens=PAGE, base_fraction=own.config.base_fraction)
+    assert (n_s == given.num_residual).all()
+    pilots = draw(own, given, counts[:, 0], PILOT)
     partial = (given.partial[0].expand(DRAWS, -1, -1), given.partial[1].expand(DRAWS, -1))
     statistics = own.estimate(given.q.expand(DRAWS, -1, -1), given.cache, pilots[:, None], counts, n_s, partial)
-    return own.sample_sizes(statistics, n_s, counts)[:, 0]
+    return own.plan(statistics, partial[1], chosen, n_s, counts, batch).budget[:, 0]
 
 
 @pytest.mark.parametrize(("distribution", "epsilon", "delta"), PILOT_CASES)
