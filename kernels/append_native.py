@@ -1,4 +1,4 @@
-"""append on a CPU with `cpp/append.cpp`: float32 without a low-bit copy, as for dense and Quest; the rest goes to torch."""
+"""append on a CPU with `cpp/append.cpp`: float32, all that is kept of a key in one pass; half precision goes to torch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def append_native(
 ) -> None:
     """See `distributed_sparse.kernels.append.append`."""
     runs = (pages, starts, offsets, counts)
-    if k.dtype != torch.float32 or key_codes is not None:
-        append_torch(k, v, *runs, k_pages, v_pages, page_min_max, key_codes, key_scales, key_offset)
+    metadata = (page_min_max, key_codes, key_scales, key_offset)
+    if k.dtype != torch.float32:
+        append_torch(k, v, *runs, k_pages, v_pages, *metadata)
     else:
-        _run(None, k, v, None, None, runs, k_pages, v_pages, page_min_max)
+        _run(None, k, v, None, None, runs, k_pages, v_pages, *metadata, return_keys=False)
 
 
 def rotary_append_native(
@@ -52,10 +53,10 @@ def rotary_append_native(
 ) -> tuple[Tensor, Tensor | None]:
     """See `distributed_sparse.kernels.append.rotary_append`."""
     runs = (pages, starts, offsets, counts)
-    if k.dtype != torch.float32 or key_codes is not None or return_keys:
-        metadata = (page_min_max, key_codes, key_scales, key_offset)
+    metadata = (page_min_max, key_codes, key_scales, key_offset)
+    if k.dtype != torch.float32:
         return rotary_append_torch(q, k, v, cos, sin, *runs, k_pages, v_pages, *metadata, return_keys=return_keys)
-    return _run(q, k, v, cos.contiguous(), sin.contiguous(), runs, k_pages, v_pages, page_min_max), None
+    return _run(q, k, v, cos.contiguous(), sin.contiguous(), runs, k_pages, v_pages, *metadata, return_keys=return_keys)
 
 
 def _run(
@@ -68,13 +69,20 @@ def _run(
     k_pages: Tensor,
     v_pages: Tensor,
     page_min_max: Tensor | None,
-) -> Tensor:
-    """The rotated q, or an empty tensor where there is none."""
-    assert k_pages.is_contiguous() and v_pages.is_contiguous()
-    assert page_min_max is None or page_min_max.is_contiguous()
+    key_codes: Tensor | None,
+    key_scales: Tensor | None,
+    key_offset: Tensor | None,
+    *,
+    return_keys: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The rotated q, or an empty tensor where there is none, and with ``return_keys`` the rotated k."""
+    for written in (k_pages, v_pages, page_min_max, key_codes, key_scales):
+        assert written is None or written.is_contiguous()
+    assert (key_codes is None) == (key_scales is None)
     q, k, v = _of_heads(q) if q is not None else None, _of_heads(k), _of_heads(v)
     pages, starts, offsets, counts = (x.int().contiguous() for x in runs)
     turned = torch.empty(q.shape if q is not None else 0)
+    turned_keys = torch.empty(k.shape) if return_keys else None
     native.run(
         "rotary_append_float32",
         q,
@@ -98,9 +106,14 @@ def _run(
         k_pages,
         v_pages,
         page_min_max,
+        8 * key_codes.shape[3] // k.shape[2] if key_codes is not None else 0,
+        key_codes,
+        key_scales,
+        key_offset.float().contiguous() if key_codes is not None and key_offset is not None else None,
         turned,
+        turned_keys,
     )
-    return turned
+    return turned, turned_keys
 
 
 def _of_heads(x: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from distributed_sparse.kernels import native
+
 
 def int4_logits(
     q: Tensor,
@@ -34,6 +36,8 @@ def int4_logits(
     """
     if q.is_cuda:
         from distributed_sparse.kernels.int4_logits_triton import int4_logits_triton as impl
+    elif native.serves(q):
+        from distributed_sparse.kernels.int4_logits_native import int4_logits_native as impl
     else:
         from distributed_sparse.kernels.int4_logits_torch import int4_logits_torch as impl
     return impl(q, key_codes, key_scales, pages, num_pages, last_page_len, scale)

@@ -32,7 +32,7 @@ DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 def library() -> ctypes.CDLL | None:
     """The kernels of this machine, or None where they cannot be built (said once, as a warning).
 
-    Set DISTRIBUTED_SPARSE_NATIVE=0 to do without them.
+    DISTRIBUTED_SPARSE_NATIVE=0 does without them.
     """
     if os.environ.get("DISTRIBUTED_SPARSE_NATIVE", "1") == "0":
         return None
@@ -45,8 +45,17 @@ def library() -> ctypes.CDLL | None:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the kernels of `cpp/` take a tensor: it lies on the CPU, and its rows are of a multiple of 16 elements."""
-    return x.device.type == "cpu" and x.shape[-1] % 16 == 0 and library() is not None
+    """Whether the kernels of `cpp/` take a tensor: it lies on the CPU, and its rows are of a multiple of 16 elements.
+
+    On processors without AVX-512 they do not: compilers take vectors of 16 floats through memory there, and torch is faster.
+    """
+    return x.device.type == "cpu" and x.shape[-1] % 16 == 0 and has_wide_vectors() and library() is not None
+
+
+@functools.cache
+def has_wide_vectors() -> bool:
+    """Whether a register of this processor holds 16 floats; or DISTRIBUTED_SPARSE_NATIVE=1 asks for the kernels anyway."""
+    return os.environ.get("DISTRIBUTED_SPARSE_NATIVE") == "1" or "avx512f" in _processor().split()
 
 
 def run(name: str, *arguments: Tensor | int | float | None) -> None:

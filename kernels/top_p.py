@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from distributed_sparse.kernels import native
+
 
 def top_p(
     logits: Tensor,
@@ -41,6 +43,8 @@ def top_p(
     """
     if logits.is_cuda:
         from distributed_sparse.kernels.top_p_triton import top_p_triton as impl
+    elif native.serves(logits):
+        from distributed_sparse.kernels.top_p_native import top_p_native as impl
     else:
         from distributed_sparse.kernels.top_p_torch import top_p_torch as impl
     return impl(

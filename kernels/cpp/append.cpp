@@ -1,4 +1,5 @@
-// append: rotary embedding of a step's queries and keys, and where keys and values go in the cache (append.py).
+// append: rotary embedding of a step's queries and keys, where keys and values go in the cache, and the keys' low-bit copy
+// (append.py).
 
 #include "vectors.h"
 
@@ -13,7 +14,7 @@ namespace {
 #endif
 
 // x [dim] with each channel pair (i, i + dim / 2) turned by its token's angle; no angles: as it is. -0 becomes +0. With no
-// fused multiply-add, so that keys have the bits that torch gives to them where a method keeps more than this file knows.
+// fused multiply-add: the bits are those that torch gives.
 EACH_PRODUCT_ROUNDED void turn(const float* x, const float* cos, const float* sin, int64_t dim, float* out) {
     ROUND_EACH_PRODUCT
     const int64_t half = dim / 2;
@@ -24,15 +25,51 @@ EACH_PRODUCT_ROUNDED void turn(const float* x, const float* cos, const float* si
     }
 }
 
+// The low-bit copy of a key [dim], `offset` (null: nothing) taken from it: codes [dim * bits / 8], scales [2]. Differences and
+// quotients alone, which no machine fuses: the bits are those that torch gives.
+void quantise(const float* key, const float* offset, int64_t dim, int64_t bits, uint8_t* codes, Float16* scales) {
+    static thread_local std::vector<uint8_t> parts;
+    parts.resize(dim);
+    const auto shifted = [&](int64_t i) { return offset ? load(key + i) - load(offset + i) : load(key + i); };
+    Vec lowest = shifted(0), highest = lowest;
+    for (int64_t i = W; i < dim; i += W) {
+        const Vec x = shifted(i);
+        lowest = x < lowest ? x : lowest;
+        highest = x > highest ? x : highest;
+    }
+    float low = lowest[0], high = highest[0];
+    for (int j = 1; j < W; ++j) low = std::min(low, lowest[j]), high = std::max(high, highest[j]);
+    const float levels = (1 << bits) - 1;
+    scales[0] = half_of_float((high - low) / levels);
+    scales[1] = half_of_float(low);
+    const float scale = float_of_half(scales[0]), minimum = float_of_half(scales[1]);  // what a reader will decode with
+    for (int64_t i = 0; i < dim; i += W) {
+        Vec code = (shifted(i) - minimum) / scale + 0.5f;
+        code = code > 0.0f ? code : Vec{};  // a NaN too
+        code = code < levels ? code : Vec{} + levels;
+        const IntVec whole = __builtin_convertvector(scale == 0.0f ? Vec{} : code, IntVec);
+        const ShortVec shorts = __builtin_convertvector(whole, ShortVec);  // GCC 12 narrows by 2 in one go, not by 4
+        const ByteVec bytes = __builtin_convertvector(shorts, ByteVec);
+        memcpy(&parts[i], &bytes, sizeof bytes);
+    }
+    const int64_t width = dim * bits / 8;
+    memcpy(codes, parts.data(), width);
+    for (int64_t part = 1; part < 8 / bits; ++part)
+        for (int64_t i = 0; i < width; ++i) codes[i] |= parts[part * width + i] << (part * bits);
+}
+
 }  // namespace
 
 // Rotates and appends, as append.py tells. Rows of q, k and v lie `stride` elements apart, their heads side by side.
-// Null: q (nothing to rotate), cos and sin (keys are rotated already), page_min_max.
+// Null: q (nothing to rotate), cos and sin (keys are rotated already), page_min_max, key_codes and key_scales, key_offset,
+// turned_keys (nobody reads them).
 extern "C" void rotary_append_float32(const float* q, int64_t q_stride, const float* k, int64_t k_stride, const float* v,
                                       int64_t v_stride, const float* cos, const float* sin, const int32_t* pages,
                                       const int32_t* starts, const int32_t* offsets, const int32_t* counts, int64_t runs,
                                       int64_t num_tokens, int64_t q_heads, int64_t heads, int64_t dim, int64_t page_size,
-                                      float* k_pages, float* v_pages, float* page_min_max, float* turned, int64_t threads) {
+                                      float* k_pages, float* v_pages, float* page_min_max, int64_t bits, uint8_t* key_codes,
+                                      Float16* key_scales, const float* key_offset, float* turned, float* turned_keys,
+                                      int64_t threads) {
     constexpr int64_t FEW = 64;  // tokens that are not worth waking threads up for
 #pragma omp parallel num_threads(threads) if (threads > 1 && num_tokens > FEW)
     {
@@ -51,6 +88,10 @@ extern "C" void rotary_append_float32(const float* q, int64_t q_stride, const fl
                     float* key = k_pages + slot * dim;
                     turn(k + n * k_stride + h * dim, angles[0], angles[1], dim, key);
                     memcpy(v_pages + slot * dim, v + n * v_stride + h * dim, dim * sizeof(float));
+                    if (turned_keys) memcpy(turned_keys + (n * heads + h) * dim, key, dim * sizeof(float));
+                    if (key_codes)
+                        quantise(key, key_offset ? key_offset + h * dim : nullptr, dim, bits, key_codes + slot * dim * bits / 8,
+                                 key_scales + slot * 2);
                     if (!page_min_max) continue;
                     const bool anew = offsets[r] + j == 0;
                     for (int64_t i = 0; i < dim; ++i) {

@@ -21,6 +21,7 @@ typedef float Vec __attribute__((vector_size(W * 4)));
 typedef int32_t IntVec __attribute__((vector_size(W * 4)));
 typedef uint32_t BitVec __attribute__((vector_size(W * 4)));
 typedef uint16_t ShortVec __attribute__((vector_size(W * 2)));
+typedef uint8_t ByteVec __attribute__((vector_size(W)));
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef float Vec4 __attribute__((vector_size(16)));
 
@@ -43,11 +44,35 @@ inline BitVec load_bits(const void* from) {
 
 inline Vec load(const Bfloat16* from) { return (Vec)(load_bits(from) << 16); }
 
-inline Vec load(const Float16* from) {
-    const BitVec half = load_bits(from), rest = half & 0x7fff;
+// Of 16 numbers of half precision, their bits in the lower halves.
+inline Vec float_of_half(BitVec half) {
+    const BitVec rest = half & 0x7fff;
     const Vec scaled = (Vec)(rest << 13) * 0x1p112f;  // the exponents differ by 112; right for subnormals too
     const BitVec infinite = (BitVec)(rest >= 0x7c00) & 0x7f800000;
     return (Vec)((BitVec)scaled | infinite | (half & 0x8000) << 16);
+}
+
+inline float float_of_half(Float16 half) { return float_of_half(BitVec{} + half.bits)[0]; }
+
+inline Vec load(const Float16* from) { return float_of_half(load_bits(from)); }
+
+// Rounded to nearest, ties to even.
+inline Float16 half_of_float(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    uint32_t rest;
+    if (bits >= 0x47800000) {  // 65536, infinity, NaN
+        rest = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
+    } else if (bits < 0x38800000) {  // subnormal: a float32 next to 1/2 has the same unit in its last place
+        const float next = std::fabs(x) + 0.5f;
+        memcpy(&rest, &next, sizeof rest);
+        rest -= 0x3f000000;
+    } else {  // the exponents differ by 112; what is rounded up may carry into the exponent
+        rest = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+    }
+    return {uint16_t(sign | rest)};
 }
 
 inline void store(float* to, Vec x) { memcpy(to, &x, sizeof x); }
@@ -82,6 +107,19 @@ inline Vec sums_of(const Vec x[W]) {
                   SHUFFLE(fours[i], fours[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     return SHUFFLE(twos[0], twos[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
            SHUFFLE(twos[0], twos[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+// Of four vectors, each four by four: out[g] has the g-th four of every one. (Through memory, 16 bytes written at a time and 64
+// read wait for each other.)
+inline void turn_fours(const Vec x[4], Vec out[4]) {
+    const Vec a = SHUFFLE(x[0], x[1], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const Vec b = SHUFFLE(x[2], x[3], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const Vec c = SHUFFLE(x[0], x[1], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    const Vec d = SHUFFLE(x[2], x[3], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    out[0] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    out[1] = SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    out[2] = SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    out[3] = SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
 // e^x for x <= 0; 0 below -87. Cody and Waite's reduction, then the series to x^7: within 2 ulp.

@@ -16,6 +16,9 @@ import torch
 
 from tests.support.kernels import IMPLEMENTATIONS, INTERPRETED, Implementation, poisoned_memory
 
+FILES = {"rotary_append": "append"}
+"""Ops that lie in another one's file."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "implementations(*names): run on these implementations alone")
@@ -28,7 +31,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("implementations")
     names = marker.args if marker else [implementation.name for implementation in IMPLEMENTATIONS]
     op = metafunc.module.__name__.rpartition(".test_")[2]
-    if importlib.util.find_spec(f"distributed_sparse.kernels.{op}_native") is None:
+    if importlib.util.find_spec(f"distributed_sparse.kernels.{FILES.get(op, op)}_native") is None:
         names = [name for name in names if name != "native"]
     on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
     parameters = [

@@ -7,18 +7,25 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from distributed_sparse.kernels import native
-from distributed_sparse.kernels.append_native import rotary_append_native
+from distributed_sparse.kernels.append_native import append_native, rotary_append_native
 from distributed_sparse.kernels.append_torch import rotary_append_torch
 from distributed_sparse.kernels.attend import attend
 from distributed_sparse.kernels.attend_native import attend_native
 from distributed_sparse.kernels.attend_torch import attend_torch
+from distributed_sparse.kernels.int4_logits_native import int4_logits_native
 from distributed_sparse.kernels.page_scores_native import page_scores_native
-from distributed_sparse.kernels.reference import attend_reference
+from distributed_sparse.kernels.reference import attend_reference, int4_logits_reference, top_p_reference
+from distributed_sparse.kernels.residual_statistics_native import residual_statistics_native
+from distributed_sparse.kernels.residual_statistics_torch import residual_statistics_torch
+from distributed_sparse.kernels.sample_residual_native import sample_residual_native
+from distributed_sparse.kernels.sample_residual_torch import sample_residual_torch
+from distributed_sparse.kernels.top_p_native import top_p_native
 from tests.support.kernels import TOLERANCE, assert_near, bits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,6 +159,21 @@ def test_the_variable_turns_it_off_without_a_word(
     assert not caplog.records and not fresh.exists()
 
 
+@pytest.mark.parametrize(("flags", "told", "expected"), [("avx2", "", False), ("avx512f", "", True), ("avx2", "1", True)])
+def test_a_processor_without_wide_vectors_is_left_to_torch_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, flags: str, told: str, expected: bool
+) -> None:
+    monkeypatch.setattr(native, "_processor", lambda: f"flags : {flags}")
+    monkeypatch.setenv("DISTRIBUTED_SPARSE_NATIVE", told)
+    native.has_wide_vectors.cache_clear()
+    try:
+        assert native.serves(torch.zeros(1, 64)) == expected
+        case = dense_case(70)
+        assert torch.equal(attend(*case, 0.1), attend_native(*case, 0.1) if expected else attend_torch(*case, 0.1))
+    finally:
+        native.has_wide_vectors.cache_clear()
+
+
 def test_a_home_that_cannot_be_written_is_no_obstacle(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (no_folder := tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(no_folder))
@@ -189,19 +211,169 @@ def test_exponentials_of_every_size_are_right() -> None:
     assert_near(out, expected, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("key_bits", [2, 4, 8])
 @pytest.mark.parametrize("dim", [16, 80, 128])
-def test_queries_and_keys_are_turned_to_the_bits_that_torch_turns_them_to(dim: int) -> None:
-    """A method that keeps low-bit keys is served by torch: under a covering budget it is bitwise dense all the same."""
+def test_an_append_has_the_bits_of_torchs_with_all_that_is_kept_of_a_key(dim: int, key_bits: int) -> None:
+    """Queries, keys (in their pages, and as they are returned), their min and max, their low-bit copy."""
     torch.manual_seed(0)
     q, k, v = torch.randn(70, 4, dim), torch.randn(70, 2, dim), torch.randn(70, 2, dim)
-    angles = 100 * torch.randn(70, dim // 2)
+    angles, offset = 100 * torch.randn(70, dim // 2), torch.randn(2, dim)
     runs = [
         torch.tensor(column, dtype=torch.int32) for column in ([1, 2, 3, 4, 5], [0, 16, 32, 48, 64], [0] * 5, [16] * 4 + [6])
     ]
     found = []
     for function in (rotary_append_native, rotary_append_torch):
         caches = [torch.zeros(6, 2, 16, dim), torch.zeros(6, 2, 16, dim), torch.zeros(6, 2, 2, dim)]
-        turned, _ = function(q, k, v, angles.cos(), angles.sin(), *runs, *caches)
-        found.append([turned + 0.0, *caches])
+        copy = [torch.zeros(6, 2, 16, dim * key_bits // 8, dtype=torch.uint8), torch.zeros(6, 2, 16, 2, dtype=torch.half)]
+        turned = function(q, k, v, angles.cos(), angles.sin(), *runs, *caches, *copy, offset, return_keys=True)
+        found.append([*(x + 0.0 for x in turned), *caches, copy[0].int(), copy[1]])
     for ours, theirs in zip(*found):
         assert torch.equal(bits(ours), bits(theirs))
+
+
+def test_minima_of_every_size_are_rounded_to_half_precision_as_torch_rounds() -> None:
+    """Keys without spread: every half that exists, those halfway between two, their neighbours, and what overflows."""
+    halves = torch.arange(0x7C00, dtype=torch.int16).view(torch.half).float()
+    halfway = (halves[1:] + halves[:-1]) / 2
+    more = torch.tensor([65519.996, 65520.0, 65536.0, 1e30, torch.inf])
+    values = torch.cat(
+        [halves, halfway, halfway.nextafter(torch.tensor(0.0)), halfway.nextafter(torch.tensor(torch.inf)), more]
+    )
+    values = torch.cat([values, -values])
+    pages = -(-len(values) // 16)
+    k = torch.zeros(pages * 16, 1, 16)
+    k[: len(values)] = values[:, None, None]
+    starts = torch.arange(pages, dtype=torch.int32) * 16
+    caches = [torch.empty(pages, 1, 16, 16) for _ in range(2)]
+    codes, scales = torch.empty(pages, 1, 16, 8, dtype=torch.uint8), torch.empty(pages, 1, 16, 2, dtype=torch.half)
+    append_native(k, k, starts // 16, starts, starts * 0, starts * 0 + 16, *caches, None, codes, scales)
+    minima = scales.flatten(0, 2)[: len(values), 1]
+    assert torch.equal(bits(minima), bits((values + 0.0).half()))  # -0.0 is stored as +0.0
+
+
+@pytest.mark.parametrize(("dim", "key_bits"), [(16, 4), (16, 8), (32, 2), (48, 2), (48, 8), (80, 4), (96, 2), (112, 8)])
+def test_codes_of_any_whole_number_of_bytes_are_multiplied(dim: int, key_bits: int) -> None:
+    """Few bytes, or no multiple of a vector: none past the last token's are read."""
+    q, copy, rows = candidates(dim=dim, key_bits=key_bits)
+    assert_near(int4_logits_native(q, *copy, *rows, 0.1), int4_logits_reference(q, *copy, *rows, 0.1), 2e-6)
+
+
+def candidates(batch: int = 2, dim: int = 64, key_bits: int = 4) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple]:
+    """q, a low-bit copy, and scattered pages, their numbers, tokens in the last one; of 2 KV heads of 6 query heads."""
+    torch.manual_seed(0)
+    codes = torch.randint(256, (100, 2, 16, dim * key_bits // 8), dtype=torch.uint8)
+    scales = torch.stack([0.1 * torch.rand(100, 2, 16), -torch.rand(100, 2, 16)], dim=-1).half()
+    pages = torch.stack([torch.randperm(100)[:70] for _ in range(2 * batch)]).view(batch, 2, 70).int()
+    rows = (pages, torch.tensor([[70, 41], [1, 0]], dtype=torch.int32), torch.tensor([5, 16], dtype=torch.int32))
+    return torch.randn(batch, 12, dim), (codes, scales), rows
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_candidates_are_estimated_and_pruned_alike_at_any_number_of_threads_and_alone(threads: int) -> None:
+    q, copy, rows = candidates()
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for n, some in ((1, slice(0, 2)), (threads, slice(0, 2)), (threads, slice(0, 1))):
+            torch.set_num_threads(n)
+            own = [x[some] for x in rows]
+            logits = int4_logits_native(q[some], *copy, *own, 0.1)
+            tokens, counts, least = top_p_native(logits, *own, 0.2, page_size=16, sink_pages=1, recent_pages=1)
+            kept = [tokens[0, h, : counts[0, h]] for h in range(2)]
+            assert all(32 < len(x) < (pages - 1) * 16 + 5 for x, pages in zip(kept, (70, 41)))  # more than what is forced
+            found.append([bits(logits[0]), bits(least[0]), counts[0], *kept])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], other))
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 0.3, 3.0, 30.0, 300.0])
+def test_the_pruned_set_is_the_exact_one_and_not_within_the_rounding_of_float32(spread: float) -> None:
+    """Shares of the mass are asked for that one token more or less would bring by 1e-10 alone."""
+    torch.manual_seed(1)
+    rows = (torch.arange(3125, dtype=torch.int32)[None, None], *(torch.tensor(x).int() for x in ([[3125]], [9])))
+    n = 3125 * 16 - 7
+    logits = spread * torch.randn(1, 8, 50000) + torch.tensor([0.0, 1e3]).repeat(4)[:, None]
+    logits[..., n:] = torch.nan
+    logits[:, 2] = logits[:, 2].round()  # ties
+    logits[:, 3, 77] = 1e4  # all others lie in the last bin
+    mass = logits[0, 0, :n].double().softmax(0).sort(descending=True).values.cumsum(0)
+    close = [min(float(mass[k]) + by, 0.999999) for k in (0, 20, 2500, 25000) for by in (-1e-10, 1e-10)]
+    for p in (0.05, 0.95, *close):
+        _, _, threshold = top_p_native(logits, *rows, p, page_size=16, sink_pages=0, recent_pages=0)
+        exact = torch.stack([row[top_p_reference(row, p)].min() for row in logits[0, :, :n]])
+        assert torch.equal(threshold[0], exact)
+
+
+def sampled(block: int) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a sample of 3 sequences of 2 KV heads: more than a piece, chosen runs, ranks beyond the prefix table."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([40_000, 700, 1], dtype=torch.int32)
+    blocks = -(-lengths // block)
+    kept = torch.tensor([[min(900, int(n) - 2), 0] for n in blocks]).clamp_min(1).int()
+    chosen = torch.zeros(3, 2, int(kept.max()), dtype=torch.int32)
+    for b, n in enumerate(blocks.tolist()):
+        for h in range(2):
+            others = torch.randperm(n - 1)[: kept[b, h] - 1]
+            chosen[b, h, : kept[b, h]] = torch.cat([others, torch.tensor([n - 1])]).sort().values
+    chosen[0, 0, :400] = torch.arange(400)
+    chosen[0, 0, 400 : kept[0, 0]] = torch.arange(int(blocks[0]) - int(kept[0, 0]) + 400, int(blocks[0]))
+    count = ((blocks[:, None] - kept) * block).clamp_max(5000)
+    table = torch.stack([torch.randperm(2500) for _ in range(3)]).int()
+    return (chosen, kept, table, lengths, count, torch.randint(2**32, (4, 3))), {"block_tokens": block, "page_size": 16}
+
+
+@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_sample_is_that_of_torch_at_any_number_of_threads(threads: int, block: int) -> None:
+    arguments, options = sampled(block)
+    options |= {"layer": 3, "first_kv_head": 5, "draw": 1, "capacity": 5001}
+    expected = sample_residual_torch(*arguments, **options)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        slots = sample_residual_native(*arguments, **options)
+    finally:
+        torch.set_num_threads(before)
+    counts = arguments[4]
+    assert counts.max() > 4000 and counts.min() == 0
+    for b in range(3):
+        for h in range(2):
+            assert torch.equal(slots[b, h, : counts[b, h]], expected[b, h, : counts[b, h]])
+
+
+def pilots(group: int = 6, dim: int = 48) -> tuple:
+    """The arguments of statistics of 2 sequences of 2 KV heads: pilots of several chunks, of less than one, and of nothing."""
+    torch.manual_seed(0)
+    caches = [torch.randn(60, 2, 16, dim) for _ in range(2)]
+    tokens = torch.stack([torch.randperm(960) for _ in range(4)]).view(2, 2, 960).int()
+    m = torch.tensor([[300, 129], [5, 0]], dtype=torch.int32)
+    partial = (torch.randn(2, 2 * group, dim), torch.rand(2, 2 * group))
+    return torch.randn(2, 2 * group, dim), *caches, tokens, m, 9 * m, partial, 0.1
+
+
+@pytest.mark.parametrize(("group", "dim"), [(1, 16), (5, 80), (7, 112), (9, 48)])
+def test_statistics_of_groups_and_heads_of_any_size_equal_those_of_torch(group: int, dim: int) -> None:
+    case = pilots(group, dim)
+    for ours, theirs in zip(residual_statistics_native(*case, centred=True), residual_statistics_torch(*case, centred=True)):
+        assert_near(ours[0], theirs[0], 1e-4)
+        assert_near(ours[1, :group], theirs[1, :group], 1e-3)
+        assert ours[1, group:].isnan().all()
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_statistics_have_the_same_bits_at_any_number_of_threads_and_alone(threads: int) -> None:
+    """A row is all one thread's, or its chunks are shared: by the numbers of rows and threads."""
+    q, k, v, tokens, m, n_s, (out, lse), scale = pilots()
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for n, some in ((1, slice(0, 2)), (threads, slice(0, 2)), (threads, slice(0, 1))):
+            torch.set_num_threads(n)
+            own = (q[some], k, v, tokens[some], m[some], n_s[some], (out[some], lse[some]), scale)
+            found.append([bits(x[0]) for x in residual_statistics_native(*own, centred=True)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], other))
