@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from distributed_sparse.kernels import native
+
 GRAM_ROWS = 128
 """Pilot tokens that the trace of the squared covariance is taken from, at most."""
 
@@ -62,6 +64,8 @@ def residual_statistics(
     """
     if q.is_cuda:
         from distributed_sparse.kernels.residual_statistics_triton import residual_statistics_triton as impl
+    elif native.serves(q):
+        from distributed_sparse.kernels.residual_statistics_native import residual_statistics_native as impl
     else:
         from distributed_sparse.kernels.residual_statistics_torch import residual_statistics_torch as impl
     return impl(q, k_pages, v_pages, tokens, num_tokens, num_residual, partial, scale, centred=centred)

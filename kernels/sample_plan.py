@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from distributed_sparse.kernels import native
 from distributed_sparse.kernels.residual_statistics import ResidualStatistics
 
 MIN_PILOT = 256
@@ -102,6 +103,8 @@ def plan_samples(
     """
     if num_chosen.is_cuda:
         from distributed_sparse.kernels.sample_plan_triton import plan_samples_triton as impl
+    elif num_chosen.device.type == "cpu" and native.library() is not None:
+        from distributed_sparse.kernels.sample_plan_native import plan_samples_native as impl
     else:
         from distributed_sparse.kernels.sample_plan_torch import plan_samples_torch as impl
     return impl(

@@ -99,6 +99,13 @@ def quantile(probability: float) -> float:
     return NormalDist().inv_cdf(probability)
 
 
+def bound_quantiles(guarantee: str, delta: float) -> tuple[float, float, float]:
+    """What a kernel takes: of the denominator's bound, of the output's or the numerator's, and of what raises a variance."""
+    of_denominator = 1 - delta / 2 if guarantee == "denominator" else 1 - delta / 4
+    of_output = 1 - delta if guarantee == "output" else 1 - delta / 4
+    return quantile(of_denominator), quantile(of_output), quantile(0.99)
+
+
 def _norm_sq(statistics: ResidualStatistics, n_s: Tensor, m: Tensor, factor: Tensor) -> Tensor:
     """||factor * N||^2 without what the pilot's own noise e adds to it, at about its 99% lower bound; not positive: unknown.
 

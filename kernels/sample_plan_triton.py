@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distributed_sparse.kernels.residual_statistics import ResidualStatistics
 from distributed_sparse.kernels.sample_plan import GUARANTEES, MIN_PILOT, ROUND_TO, SamplePlan
-from distributed_sparse.kernels.sample_plan_torch import quantile
+from distributed_sparse.kernels.sample_plan_torch import bound_quantiles
 
 _BLOCK_ROWS = 128
 
@@ -217,7 +217,7 @@ def plan_samples_triton(
     log_weight = torch.empty(batch, heads, dtype=torch.float32, device=lse.device)
     of_dense = torch.empty(batch, heads * group, dtype=torch.float32, device=lse.device)
     if batch:
-        of_output = 1 - delta if guarantee == "output" else 1 - delta / 4
+        z, z_out, z99 = bound_quantiles(guarantee, delta)
         _plan_samples_kernel[(batch * heads,)](
             *statistics,
             lse,
@@ -238,9 +238,9 @@ def plan_samples_triton(
             torch.iinfo(torch.int32).max if max_sample is None else max_sample,
             GUARANTEE=GUARANTEES.index(guarantee),
             EPSILON=epsilon,
-            Z=quantile(1 - delta / 2) if guarantee == "denominator" else quantile(1 - delta / 4),
-            Z_OUT=quantile(of_output),
-            Z99=quantile(0.99),
+            Z=z,
+            Z_OUT=z_out,
+            Z99=z99,
             ROUND_TO=ROUND_TO,
             G=group,
             BLOCK_G=triton.next_power_of_2(group),

@@ -8,7 +8,8 @@ namespace {
 
 constexpr int ROUNDS = 8, MIN_WIDTH = 6;  // of sample_residual.py
 constexpr uint32_t USE = 1;               // SAMPLE_RESIDUAL of philox.py
-constexpr int PIECE_SAMPLES = 512;        // of a row, drawn together
+constexpr int PIECE_SAMPLES = 1024;       // of a row, drawn together
+constexpr int PREFIX_ENTRIES = 1024;      // of the table of prefix counts
 
 // Philox4x32-10 (Salmon et al., SC 2011).
 void philox(uint32_t k0, uint32_t k1, const uint32_t counter[4], uint32_t out[4]) {
@@ -99,22 +100,31 @@ void draw(const Bijection& bijection, uint32_t first, int count, uint32_t num_re
     }
 }
 
-// How many chosen blocks lie before the rank-th block that is not chosen, for 16 ranks. Chosen block j has chosen[j] - j others
-// before it: as many as have at most `rank` of them.
-void chosen_before(const int32_t* chosen, int32_t num_chosen, const int32_t ranks[W], int32_t before[W]) {
-    for (int j = 0; j < W; ++j) before[j] = 0;
-    int32_t open = num_chosen;  // before[j] .. before[j] + open are possible
-    while (open > 1) {
-        const int32_t half = open / 2;
-        for (int j = 0; j < W; ++j) {
-            const int32_t last = before[j] + half - 1;
-            before[j] += chosen[last] - last <= ranks[j] ? half : 0;
+// How many chosen blocks lie before a block that is not chosen. Chosen block j has chosen[j] - j others before it: as many lie
+// before the rank-th other as have at most `rank` of them. A table of the counts at every 2^shift-th rank starts the search.
+struct Prefix {
+    const int32_t* chosen;
+    int32_t num_chosen;
+    int shift;
+    int32_t counts[PREFIX_ENTRIES];
+
+    Prefix(const int32_t* chosen, int32_t num_chosen, int32_t num_others) : chosen(chosen), num_chosen(num_chosen), shift(0) {
+        while ((num_others - 1) >> shift >= PREFIX_ENTRIES) ++shift;
+        const int32_t entries = ((num_others - 1) >> shift) + 1;
+        int32_t filled = 0;
+        for (int32_t j = 0; j < num_chosen && filled < entries; ++j) {
+            const int64_t before = chosen[j] - j, end = std::min<int64_t>(((before - 1) >> shift) + 1, entries);
+            while (filled < end) counts[filled++] = j;
         }
-        open -= half;
+        while (filled < entries) counts[filled++] = num_chosen;
     }
-    if (open)
-        for (int j = 0; j < W; ++j) before[j] += chosen[before[j]] - before[j] <= ranks[j];
-}
+
+    int32_t at(int32_t rank) const {
+        int32_t j = counts[rank >> shift];
+        while (j < num_chosen && chosen[j] - j <= rank) ++j;
+        return j;
+    }
+};
 
 }  // namespace
 
@@ -140,19 +150,14 @@ extern "C" void sample_residual(const int32_t* chosen, int64_t chosen_stride, in
             draw(Bijection(key, use, num_residual), first, count, num_residual, ranks);
 
             const int32_t* own = chosen + b * chosen_stride + h * chosen_head_stride;
+            const Prefix prefix(own, num_chosen[row], num_blocks - num_chosen[row]);
             const int32_t* pages = table + b * table_stride;
             int32_t* to = slots + row * capacity + first;
-            for (int32_t i = 0; i < count; i += W) {
-                const int32_t some = std::min(W, count - i);
-                int32_t blocks[W], before[W], found[W];
-                for (int j = 0; j < W; ++j) blocks[j] = int32_t(ranks[j < some ? i + j : i] >> block_bits);
-                chosen_before(own, num_chosen[row], blocks, before);
-                for (int j = 0; j < W; ++j) {
-                    const int32_t within = int32_t(ranks[j < some ? i + j : i]) & (int32_t(block_tokens) - 1);
-                    const int32_t position = (blocks[j] + before[j]) << block_bits | within;
-                    found[j] = pages[position >> page_bits] << page_bits | (position & (int32_t(page_size) - 1));
-                }
-                memcpy(to + i, found, some * sizeof(int32_t));
+            for (int32_t i = 0; i < count; ++i) {
+                const int32_t rank = int32_t(ranks[i]), block = rank >> block_bits;
+                const int32_t within = rank & (int32_t(block_tokens) - 1);
+                const int32_t position = (block + prefix.at(block)) << block_bits | within;
+                to[i] = pages[position >> page_bits] << page_bits | (position & (int32_t(page_size) - 1));
             }
         }
 }

@@ -132,7 +132,8 @@ def draw(own: VAttentionPolicy, given: Context, sizes: Tensor, kind: int) -> Ten
     seeds = len(sizes)
     chosen, counts = given.chosen.expand(seeds, -1, -1), given.num_chosen.expand(seeds, -1)
     batch, most = given.of_seeds(seeds), int(sizes.max())
-    return own.draw(chosen, counts, sizes[:, None], given.cache, batch, kind, most)[:, 0]
+    slots = own.draw(chosen, counts, sizes[:, None], given.cache, batch, kind, most)[:, 0]
+    return slots.masked_fill(torch.arange(most) >= sizes[:, None], 0)  # past the count any bits
 
 
 def sums(given: Context, drawn: list[Tensor], each: list[float]) -> tuple[Tensor, Tensor]:
