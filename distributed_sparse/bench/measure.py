@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distributed_sparse.kernels.huge_pages import zeros
+
 FLUSH_BYTES = 1 << 30
 """Read on a GPU before every timed call: it empties the L2, and takes longer than the host needs to queue the call."""
 
@@ -162,14 +164,13 @@ def _captured(function: Callable[[int], object], rotation: int, device: torch.de
 
 def read_bandwidth(device: torch.device, num_bytes: int = 1 << 29, repeats: int = 7) -> float:
     """Bytes per second at which this process reads memory: the sum over a buffer far larger than any cache."""
-    buffer = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
+    buffer = zeros((num_bytes // 4,), torch.float32, device).fill_(1)  # in such pages as weights and cache lie in
     return num_bytes / time_in_turn({"read": lambda _: buffer.sum()}, repeats, device)["read"].median
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int = 1 << 29, repeats: int = 7) -> float:
     """Bytes per second, read and written together, at which this process copies such a buffer."""
-    source = torch.ones(num_bytes // 8, dtype=torch.float32, device=device)
-    target = torch.zeros_like(source)
+    source, target = (zeros((num_bytes // 8,), torch.float32, device).fill_(1) for _ in range(2))
     return num_bytes / time_in_turn({"copy": lambda _: target.copy_(source)}, repeats, device)["copy"].median
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distributed_sparse.bench.layer import Inputs, LayerSettings, make_inputs
 from distributed_sparse.bench.measure import Times, time_in_turn
+from distributed_sparse.kernels.huge_pages import zeros
 from distributed_sparse.kernels.linear import linear
 from distributed_sparse.kernels.rms_norm import add_rms_norm
 from distributed_sparse.planner.hardware import MEASURED, Hardware, Interconnect, Protocol, Rate
@@ -241,7 +242,7 @@ def _seconds(name: str, times: Times, parts: int = 1) -> Rate:
 
 def _reading() -> Rate:
     """Of memory that no processor cache holds."""
-    buffer = torch.ones(BUFFER_BYTES // torch.float32.itemsize)
+    buffer = zeros((BUFFER_BYTES // torch.float32.itemsize,), torch.float32, CPU).fill_(1)
     return _per_second("reading", BUFFER_BYTES, time_in_turn({"read": lambda _: buffer.sum()}, REPEATS, CPU)["read"])
 
 
@@ -254,7 +255,7 @@ def _layer_matrices(rank: RankOnPaper) -> list[tuple[int, int]]:
 def _matrices(rank: RankOnPaper, batch: int) -> tuple[Rate, Rate]:
     """Bytes per second that a layer's matrices reach with one row, and operations per second with a row per sequence."""
     dtype, shapes = rank.geometry.dtype, _layer_matrices(rank)
-    layers = [[torch.full(shape, 0.01, dtype=dtype) for shape in shapes] for _ in range(CACHES)]
+    layers = [[zeros(shape, dtype, CPU).fill_(0.01) for shape in shapes] for _ in range(CACHES)]
     inputs = {rows: [torch.ones(rows, width, dtype=dtype) for _, width in shapes] for rows in (1, batch)}
 
     def run(number: int, rows: int) -> None:
