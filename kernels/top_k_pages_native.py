@@ -1,4 +1,4 @@
-"""top_k_pages on a CPU with `cpp/top_k_pages.cpp`: a row's k-th score by partial sorting, then one pass in order."""
+"""top_k_pages on a CPU with `cpp/top_k_pages.cpp`: a row's k-th score by bisection, then one pass in order."""
 
 from __future__ import annotations
 

@@ -2,10 +2,29 @@
 
 #include "vectors.h"
 
-#include <functional>
-
 // The logical pages of every row that top_k_pages.py chooses, as physical ids. T is float or int32_t.
 namespace {
+
+// Integers in the order of the scores; -0 and +0 are one, and NaN is the largest.
+int32_t key_of(int32_t score) { return score; }
+int32_t key_of(float score) {
+    int32_t bits;
+    const float zero = score + 0.0f;
+    memcpy(&bits, &zero, sizeof bits);
+    return score == score ? bits ^ (bits >> 31 & 0x7fffffff) : std::numeric_limits<int32_t>::max();
+}
+
+// By halving the range that holds it: counting is a few instructions per vector, where sorting jumps about.
+int32_t kth_largest(const int32_t* keys, int64_t count, int64_t k) {
+    int64_t low = std::numeric_limits<int32_t>::min(), high = int64_t(std::numeric_limits<int32_t>::max()) + 1;
+    while (high - low > 1) {  // at least k keys reach `low`, fewer `high`
+        const int32_t middle = int32_t(low + (high - low) / 2);
+        int32_t reached = 0;
+        for (int64_t i = 0; i < count; ++i) reached += keys[i] >= middle;
+        (reached >= k ? low : high) = middle;
+    }
+    return int32_t(low);
+}
 
 template <class T>
 void top_k_pages(const T* scores, const int32_t* table, int64_t table_stride, const int32_t* num_pages, const int32_t* k,
@@ -13,7 +32,7 @@ void top_k_pages(const T* scores, const int32_t* table, int64_t table_stride, co
                  int32_t* pages, int32_t* counts, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < batch * heads; ++row) {
-        static thread_local std::vector<T> sorted;
+        static thread_local std::vector<int32_t> keys;
         const int64_t b = row / heads, n = num_pages[b], kept = k[b] < n ? k[b] : n;
         // Forced pages: all of a row that keeps everything; else the newest first, then the sinks, as far as k goes.
         const int64_t recent = kept == n ? n : (kept < recent_pages ? kept : recent_pages);
@@ -25,16 +44,14 @@ void top_k_pages(const T* scores, const int32_t* table, int64_t table_stride, co
         for (int64_t i = 0; i < sinks; ++i) *to++ = ids[i];
         if (chosen > 0) {
             const T* own = scores + row * most_pages;
-            const int64_t end = n - recent;
-            const auto value = [&](int64_t p) -> T { return own[p] == own[p] ? own[p] : std::numeric_limits<T>::infinity(); };
-            sorted.clear();
-            for (int64_t p = sinks; p < end; ++p) sorted.push_back(value(p));
-            std::nth_element(sorted.begin(), sorted.begin() + (chosen - 1), sorted.end(), std::greater<T>());
-            const T threshold = sorted[chosen - 1];
+            const int64_t middle = n - recent - sinks;
+            keys.resize(middle);
+            for (int64_t i = 0; i < middle; ++i) keys[i] = key_of(own[sinks + i]);
+            const int32_t threshold = kth_largest(keys.data(), middle, chosen);
             int64_t room = chosen;
-            for (int64_t p = sinks; p < end; ++p) room -= value(p) > threshold;
-            for (int64_t p = sinks; p < end; ++p)
-                if (value(p) > threshold || (value(p) == threshold && room-- > 0)) *to++ = ids[p];
+            for (int64_t i = 0; i < middle; ++i) room -= keys[i] > threshold;
+            for (int64_t i = 0; i < middle; ++i)
+                if (keys[i] > threshold || (keys[i] == threshold && room-- > 0)) *to++ = ids[sinks + i];
         }
         for (int64_t i = n - recent; i < n; ++i) *to++ = ids[i];
     }
