@@ -5,6 +5,7 @@ The interpreter accepts what the compiler refuses; this is where that shows.
 
 from __future__ import annotations
 
+import re
 import struct
 
 import pytest
@@ -160,6 +161,26 @@ def test_int4_logits_compiles(architecture, dim, bits, dtype):
     rows = (integers(2, 8, 128), integers(2, 8), integers(2))
     q = torch.zeros(2, 32, dim, dtype=dtype)
     assert_compiles(int4_logits_triton, q, *low_bit_copy(bits, dim), *rows, 0.125, architecture=architecture)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 8, 9, 16])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_int4_logits_compiles_for_every_kind_of_group(architecture, dim, group, dtype):
+    rows = (integers(2, 2, 128), integers(2, 2), integers(2))
+    q = torch.zeros(2, 2 * group, dim, dtype=dtype)
+    assert_compiles(int4_logits_triton, q, *low_bit_copy(4, dim, heads=2), *rows, 0.125, architecture=architecture)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "dim"), [(2, 128), (4, 64), (4, 96), (4, 128), (4, 256)])
+def test_codes_become_numbers_where_they_are_loaded_and_without_conversions(architecture, bits, dim, dtype):
+    """Converting integers, or moving the numbers between threads, takes longer than reading the codes."""
+    rows = (integers(2, 8, 128), integers(2, 8), integers(2))
+    q = torch.zeros(2, 32, dim, dtype=dtype)
+    (launch,) = compile_launches(int4_logits_triton, q, *low_bit_copy(bits, dim), *rows, 0.125, architecture=architecture)
+    assert not re.search(r"cvt\.r[nz]\.b?f(16|32)\.[us]\d", launch.ptx)
+    assert launch.shared < 64 * 16 * 4  # the words of one step
 
 
 def test_float32_estimates_take_no_tf32_product(architecture):

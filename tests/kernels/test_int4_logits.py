@@ -80,6 +80,22 @@ def test_what_lies_past_the_last_token_of_a_page_is_never_read_into_a_logit(impl
 
 
 @pytest.mark.parametrize("key_bits", BITS)
+@pytest.mark.parametrize("dim", [64, 80])
+def test_codes_may_begin_at_any_byte_and_take_any_number_of_bytes(implementation, dim, key_bits):
+    torch.manual_seed(8)
+    copy = Copy.random(4, 2, dim, 16, key_bits)
+    shape = copy.key_codes.shape
+    shifted = torch.empty(copy.key_codes.numel() + 1, dtype=torch.uint8, device=implementation.device)[1:].view(shape)
+    shifted.copy_(copy.key_codes)
+    pages, num_pages = lists([[3, 2]], 3)
+    last = torch.tensor([5], dtype=torch.int32)
+    q = torch.randn(1, 4, dim).half()
+    result = estimate(implementation, q, Copy(shifted, copy.key_scales), pages, num_pages, last)
+    expected = int4_logits_reference(q, copy.key_codes, copy.key_scales, pages, num_pages, last, dim**-0.5)
+    assert_near(result, expected, RATIO)
+
+
+@pytest.mark.parametrize("key_bits", BITS)
 def test_keys_of_scale_zero_estimate_their_minimum_alone(implementation, key_bits):
     torch.manual_seed(2)
     copy = Copy.random(3, 1, 64, 16, key_bits)
