@@ -47,7 +47,7 @@ kernels() { measure kernels-@ kernels; }
 decode_cpu() { measure decode-@ decode; }
 tensor_parallel_cpu() { measure decode-@-tp decode --tensor-parallel-size 1,2 --threads 1 --peer none --rounds 9; }
 ttft_cpu() { measure ttft-@ decode --context= --ttft 8192 --method dense; }
-serve_cpu() { measure serve-@ serve --request-rate 1,2,inf; }
+serve_cpu() { measure serve-@ serve --request-rate 0.25,0.5,inf --max-num-batched-tokens 512; }
 layer_cpu() {
   measure layer-@-2-threads layer --threads 2 --repeats 31
   measure layer-@-2-threads-defaults layer --threads 2 --top-k-fraction 0.05 --base-fraction 0.02 --heavy-tokens 16 --heavy-logit 10

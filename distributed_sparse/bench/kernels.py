@@ -76,9 +76,10 @@ def bench_kernels(
         told: is given each row as soon as it is there.
 
     Returns:
-        Rows of "op", "implementation" ("torch", "triton" or a peer's name; of a peer's variants the fastest), the point, and
-        either median ms with its 10th and 90th percentile, "launched" (`Times.launched`), "MB" (read and written, by the op's
-        formula), "bytes_ms" (their time at the measured copy bandwidth), "bandwidth_share", "TFLOP_per_s" where operations are
+        Rows of "op", "implementation" ("triton", or "cpu": C++ where the op has it, else torch; or a peer's name, of its
+        variants the fastest), the point, and either median ms with its 10th and 90th percentile, "launched"
+        (`Times.launched`), "MB" (read and written, by the op's formula), "bytes_ms" (their time at the measured copy
+        bandwidth), "bandwidth_share", "TFLOP_per_s" where operations are
         the limit, "over_ours" (a peer's time over the op's own) and "checked"; or "unavailable", why it could not be measured;
         or "wrong", how it differs from the reference, or how it failed.
     """
@@ -90,7 +91,7 @@ def bench_kernels(
         ops = [op for op in (OPS[name](shape) for name in settings.ops) if _is_new(op, done)]
         point = {name: getattr(shape, name) for name in GRID}
         for row in _bench_point(ops, shape, settings, bandwidth):
-            implementation = row.setdefault("implementation", "triton" if device.type == "cuda" else "torch")
+            implementation = row.setdefault("implementation", "triton" if device.type == "cuda" else "cpu")
             row |= {name: value for name, value in point.items() if name in OPS[row["op"]].axes}
             row |= {"dtype": settings.dtype, "copy_bandwidth_GB_per_s": bandwidth / 1e9}
             rows.append({"op": row.pop("op"), "implementation": implementation, **row})

@@ -31,7 +31,7 @@ SMALL = KernelSettings(
     caches=2,
     repeats=1,
 )
-OWN = "torch"
+OWN = "cpu"
 
 
 @pytest.fixture(autouse=True)
