@@ -79,9 +79,9 @@ def bench_kernels(
         Rows of "op", "implementation" ("triton", or "cpu": C++ where the op has it, else torch; or a peer's name, of its
         variants the fastest), the point, and either median ms with its 10th and 90th percentile, "launched"
         (`Times.launched`), "MB" (read and written, by the op's formula), "bytes_ms" (their time at the measured copy
-        bandwidth), "bandwidth_share", "TFLOP_per_s" where operations are
-        the limit, "over_ours" (a peer's time over the op's own) and "checked"; or "unavailable", why it could not be measured;
-        or "wrong", how it differs from the reference, or how it failed.
+        bandwidth), "bandwidth_share", "TFLOP_per_s" where operations are the limit, "over_ours" (a peer's time over the op's
+        own) and "checked"; or "unavailable", why it could not be measured; or "wrong", how it differs from the reference, or
+        how it failed.
     """
     device = torch.device(settings.device)
     bandwidth = copy_bandwidth(device)

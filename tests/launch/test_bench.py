@@ -66,7 +66,7 @@ def test_a_wrong_kernel_is_named_its_speed_is_not_printed_and_the_exit_code_says
     monkeypatch.setattr(attention, "attend", lambda q, **_: torch.randn_like(q))
     assert bench.main([*KERNELS, "--ops=attend dense,rms_norm", "--context=512"]) == 1
     printed = capsys.readouterr().out
-    assert "wrong: attend dense torch context=512 batch=1 page_size=16: attend dense: RMS error" in printed
+    assert "wrong: attend dense cpu context=512 batch=1 page_size=16: attend dense: RMS error" in printed
     assert [line.split()[0] for line in printed.splitlines() if "1.00x" in line] == ["rms_norm"]
 
 
