@@ -390,9 +390,9 @@ def test_what_a_survivor_still_says_of_the_last_generation_is_not_taken_for_new(
     group = started()
     before = pids(group)
     group.send(StepPlan(step=0, generation=0))
+    assert group.collect(20.0)[0].tokens == [3, 0]
     group.send(StepPlan(step=stand_in.LATE_STEP, generation=0))
     group.send(StepPlan(step=stand_in.QUIET_STEP, generation=0))
-    assert group.collect(20.0)[0].tokens == [3, 0]
     with pytest.raises(ShardFailure, match="told to fail"):
         group.collect(20.0)  # rank 0 answers it, and the next one, when it has slept
     group.rebuild()
