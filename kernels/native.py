@@ -6,6 +6,7 @@ Where there is no compiler, the torch formulations of the same ops do the work: 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -15,7 +16,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -79,7 +82,7 @@ def _passed(argument: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c
 def _built() -> Path:
     """The path of the shared library; compiled unless this source, compiler and processor have been met before.
 
-    It appears under its name at once and whole, so any number of processes may build it side by side.
+    Of processes that want it at once one builds it. It appears under its name at once and whole.
 
     Raises:
         FileNotFoundError: there is no compiler.
@@ -96,13 +99,27 @@ def _built() -> Path:
     folder = _cache_folder()
     if (path := folder / name).exists():
         return path
-    with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as building:
+    with _alone_in(folder), tempfile.TemporaryDirectory(dir=folder, prefix="building-") as building:
+        if path.exists():  # by another process, meanwhile
+            return path
         compiled, linked = [Path(building, f"{source.stem}.o") for source in sources], Path(building, name)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # of waiting: compilers are processes
             commands = ([*compiler, *FLAGS, "-c", str(source), "-o", str(out)] for source, out in zip(sources, compiled))
             list(pool.map(_output_of, commands))
         _output_of([*compiler, "-shared", *map(str, compiled), "-o", str(linked), str(runtime) if runtime else "-fopenmp"])
         return linked.replace(path)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Inside, no other process is; where the file system has no locks (some networks' have none) there is no such promise."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
 def _output_of(command: list[str]) -> str:

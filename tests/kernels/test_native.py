@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,7 +34,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache of libraries, and a process that has loaded none."""
+    """An empty cache of libraries, a process that has loaded none, and few sources to build one of."""
+    (sources := tmp_path / "cpp").mkdir()
+    for name in ("vectors.h", "rms_norm.cpp", "meet.cpp"):
+        shutil.copy(native.SOURCES / name, sources)
+    monkeypatch.setattr(native, "SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("DISTRIBUTED_SPARSE_NATIVE", raising=False)
     native.library.cache_clear()
@@ -121,11 +126,20 @@ def test_it_is_built_once_and_found_again(fresh: Path) -> None:
     assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [modified]
 
 
-def test_processes_that_build_at_once_all_get_it_whole(fresh: Path) -> None:
+def test_of_processes_that_want_it_at_once_one_builds_and_all_get_it_whole(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler, said = tmp_path / "compiler", tmp_path / "said"
+    compiler.write_text(f'#!/bin/sh\necho " $@ " >> {said}\nexec {native._compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
     told = "import torch; from distributed_sparse.kernels import native; assert native.library() is not None"
     processes = [subprocess.Popen([sys.executable, "-c", told], cwd=ROOT) for _ in range(3)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
     assert [path.suffix for path in fresh.iterdir()] == [".so"]
+    compiled = [line.split(" -c ")[1].split()[0] for line in said.read_text().splitlines() if " -c " in line]
+    sources = (ROOT / "kernels" / "cpp").glob("*.cpp")
+    assert sorted(Path(name).name for name in compiled) == sorted(path.name for path in sources)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +177,7 @@ def test_the_variable_turns_it_off_without_a_word(
 def test_a_processor_without_wide_vectors_is_left_to_torch_unless_told_otherwise(
     monkeypatch: pytest.MonkeyPatch, flags: str, told: str, expected: bool
 ) -> None:
+    assert native.library() is not None  # not one of the other processor's
     monkeypatch.setattr(native, "_processor", lambda: f"flags : {flags}")
     monkeypatch.setenv("DISTRIBUTED_SPARSE_NATIVE", told)
     native.has_wide_vectors.cache_clear()
