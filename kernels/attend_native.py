@@ -28,11 +28,11 @@ def attend_native(
     batch, num_q_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     queries = (q.float() * scale).contiguous()
-    pages, num_pages, last_page_len = _listed(pages), num_pages.int(), last_page_len.int().contiguous()
+    pages, num_pages, last_page_len = native.listed(pages), num_pages.int(), last_page_len.int().contiguous()
     if tokens is None or num_tokens is None:
         tokens = num_tokens = None
     else:
-        tokens, num_tokens = _listed(tokens), num_tokens.int()
+        tokens, num_tokens = native.listed(tokens), num_tokens.int()
     weight = None if log_weight is None else log_weight.float().contiguous()
     parts = (None, None) if partial is None else (partial[0].float().contiguous(), partial[1].float().contiguous())
     out, lse = torch.empty(batch, num_q_heads, head_dim), torch.empty(batch, num_q_heads)
@@ -67,8 +67,3 @@ def attend_native(
         lse,
     )
     return (out, lse) if return_lse else out.to(q.dtype)
-
-
-def _listed(entries: Tensor) -> Tensor:
-    """int32 with consecutive entries side by side; strides over sequences and heads are free."""
-    return entries.int() if entries.stride(2) == 1 else entries.int().contiguous()

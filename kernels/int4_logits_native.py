@@ -23,7 +23,7 @@ def int4_logits_native(
     _, heads, page_size, width = key_codes.shape
     most_pages = pages.shape[2]
     queries, last_page_len = q.float().contiguous(), last_page_len.int().contiguous()
-    pages, num_pages = pages.int() if pages.stride(2) == 1 else pages.int().contiguous(), num_pages.int()
+    pages, num_pages = native.listed(pages), num_pages.int()
     logits = torch.empty(batch, num_q_heads, most_pages * page_size)
     native.run(
         "int4_logits_float32",

@@ -61,6 +61,11 @@ def has_wide_vectors() -> bool:
     return os.environ.get("DISTRIBUTED_SPARSE_NATIVE") == "1" or "avx512f" in _processor().split()
 
 
+def listed(entries: Tensor) -> Tensor:
+    """int32 with consecutive entries side by side, as the kernels read a list; all other strides are free."""
+    return entries.int() if entries.stride(-1) == 1 else entries.int().contiguous()
+
+
 def run(name: str, *arguments: Tensor | int | float | None) -> None:
     """Call a kernel of `cpp/` with the addresses of tensors, a null pointer for None, int64_t for int, float for float.
 

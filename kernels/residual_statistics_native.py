@@ -27,7 +27,7 @@ def residual_statistics_native(
     batch, num_q_heads, dim = q.shape
     _, heads, page_size, _ = k_pages.shape
     queries = (q.float() * scale).contiguous()
-    tokens = tokens.int() if tokens.stride(2) == 1 else tokens.int().contiguous()
+    tokens = native.listed(tokens)
     num_tokens, num_residual = num_tokens.int().contiguous(), num_residual.int().contiguous()
     out, lse = (x.float().contiguous() for x in partial)
     result = torch.empty(len(ResidualStatistics._fields), batch, num_q_heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from statistics import NormalDist
 
 import torch
@@ -94,6 +95,7 @@ def round_up(size: Tensor, num_pilot: Tensor, num_residual: Tensor) -> Tensor:
     return rounded.to(torch.int32).minimum(num_residual)
 
 
+@functools.cache
 def quantile(probability: float) -> float:
     """Of the standard normal distribution."""
     return NormalDist().inv_cdf(probability)

@@ -25,7 +25,7 @@ def sample_residual_native(
 ) -> Tensor:
     """See `distributed_sparse.kernels.sample_residual.sample_residual`."""
     batch, heads, _ = chosen.shape
-    chosen, page_table = (x.int() if x.stride(-1) == 1 else x.int().contiguous() for x in (chosen, page_table))
+    chosen, page_table = native.listed(chosen), native.listed(page_table)
     num_chosen, context_lens, num_samples = (x.int().contiguous() for x in (num_chosen, context_lens, num_samples))
     random_key = random_key.long().contiguous()
     slots = torch.empty(batch, heads, capacity, dtype=torch.int32)

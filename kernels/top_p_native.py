@@ -23,7 +23,7 @@ def top_p_native(
     batch, num_q_heads, width = logits.shape
     heads = num_pages.shape[1]
     logits, last_page_len = logits.contiguous(), last_page_len.int().contiguous()
-    pages, num_pages = pages.int() if pages.stride(2) == 1 else pages.int().contiguous(), num_pages.int()
+    pages, num_pages = native.listed(pages), num_pages.int()
     tokens = torch.empty(batch, heads, width, dtype=torch.int32)
     num_tokens = torch.empty(batch, heads, dtype=torch.int32)
     threshold = torch.empty(batch, num_q_heads)

@@ -139,7 +139,8 @@ class VAttentionPolicy(Policy):
         plan = self.plan(statistics, partial[1], num_chosen, n_s, m, batch)
         most = self._sample_capacity(batch.max_context_len)
         tokens = self.draw(chosen, num_chosen, plan.num_samples, cache, batch, SAMPLE, most)
-        of_pages, of_tokens = replace(first, num_pages=plan.num_chosen), replace(first, num_tokens=plan.num_chosen)
+        in_pages = self.block > 1
+        listed = replace(first, num_pages=plan.num_chosen) if in_pages else replace(first, num_tokens=plan.num_chosen)
         selection = Selection(
             dense_selection(batch, self.geometry.num_kv_heads).pages,
             plan.num_pages,
@@ -147,7 +148,7 @@ class VAttentionPolicy(Policy):
             plan.num_samples,
             log_weight=plan.log_weight,
             partial=(partial[0], plan.lse),
-            partial_of=of_pages if self.block > 1 else of_tokens,
+            partial_of=listed,
             read_apart=plan.read_apart,
         )
         if batch.trace:
