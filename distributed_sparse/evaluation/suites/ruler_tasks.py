@@ -191,7 +191,7 @@ def _in_essays(rng: random.Random, words: Sequence[str], count: int, needles: Se
     """The first `count` words of the essays, again from the start where they run out, with needles between sentences."""
     rounds, rest = divmod(count, len(words))
     sentences = split_sentences(" ".join([*words] * rounds + [*words[:rest]]))
-    places = sorted(int(len(sentences) * depth / 100) for depth in rng.sample(DEPTHS, len(needles)))
+    places = sorted(int(len(sentences) * (depth / 100)) for depth in rng.sample(DEPTHS, len(needles)))
     pieces, used = [], 0
     for place, one in zip(places, needles, strict=True):
         pieces += [" ".join(sentences[used:place]), one]
