@@ -28,10 +28,10 @@ from distributed_sparse.config import EngineConfig
 from distributed_sparse.llm import EngineError
 from tests.support.checkpoints import tiny_checkpoint, transformers_model
 from tests.support.engine import make_llm
+from tests.support.patience import WAIT_S
 from tests.support.text_checkpoint import byte_level_bos_tokenizer, text_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-WAIT_S = 30.0
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 PROMPTS = [[1, 5, 6, 7], [1, 50, 60, 70, 80], [1, 200], [1, *range(100, 140)]]
@@ -87,7 +87,7 @@ def decode(llm: LLM, token_ids: list[int], **options: Any) -> Any:
 def run_python(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **(env or {})},
+        cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, env={**os.environ, **(env or {})},
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import WAIT_S
+
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = "distributed_sparse"
 IMPORT_RAY = {f"{ENGINE}/{name}.py" for name in ("driver/actor", "driver/group", "driver/exporter", "shard/actor")}
@@ -32,7 +34,9 @@ def run_python(*arguments: str, cwd: Path = ROOT, path: str | None = None) -> st
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if path is not None:
         environment["PYTHONPATH"] = path
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=WAIT_S
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -20,6 +20,7 @@ from distributed_sparse.evaluation.recall_model import save_recall_checkpoint
 from distributed_sparse.evaluation.suites import SUITES
 from launch.evaluate import main
 from tests.support.checkpoints import tiny_checkpoint
+from tests.support.patience import WAIT_S
 from tests.support.text_checkpoint import text_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,7 +189,7 @@ def test_an_interrupt_leaves_a_directory_to_go_on_from(configs: dict[str, str], 
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.evaluate", *command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + WAIT_S
     while (not results.exists() or not results.read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -18,6 +18,7 @@ import distributed_sparse
 from distributed_sparse import CompletionOutput, EngineConfig, Logprob, RequestOutput, SamplingParams
 from distributed_sparse.metrics import RequestMetrics
 from launch.generate import Row, main, make_row, read_rows, row_out
+from tests.support.patience import WAIT_S
 from tests.support.text_checkpoint import byte_level_bos_tokenizer, text_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -275,7 +276,7 @@ def test_a_wrong_call_is_refused_before_an_engine_is_made(
 
 
 def run(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, **kwargs)
 
 
 @pytest.mark.parametrize("how", [["-m", "launch.generate"], ["launch/generate.py"]])
@@ -331,7 +332,7 @@ def test_ctrl_c_ends_a_real_run_cleanly(tiny_run: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launch.generate", "--config", tiny_run, "--prompts-file", rows, "--output", str(output)]
     process = subprocess.Popen([*command, "--max-tokens", "50"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + WAIT_S
         while not (output.exists() and output.read_text()):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
