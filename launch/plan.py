@@ -208,7 +208,7 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
         "tpot_ms": row["tpot_s"] * 1e3,
         "limit": row["limit_speedup"],
         "speedup": row["tpot_speedup"],
-        "": "does not pay" if row["pays"] is False else "",
+        "": "does not fit" if not held["fits"] else "does not pay" if row["pays"] is False else "",
     }
 
 
@@ -239,7 +239,12 @@ def _print_rates(devices: dict[int, dict[str, Hardware]]) -> None:
 def _print_losses(rows: Sequence[dict[str, Any]]) -> None:
     losses = does_not_pay(rows)
     if not losses:
-        print("Every sparse method is expected to pay at every point.")
+        pays = any(row["pays"] for row in rows)
+        print(
+            "Every sparse method is expected to pay at every point that fits."
+            if pays
+            else "No point with a sparse method fits."
+        )
         return
     print("Where it does not pay (expected TPOT no shorter than dense):")
     for row in losses:
