@@ -93,6 +93,8 @@ SERVE_COLUMNS = {
     "duration": "{:.2f}",
     "request_throughput": "{:.2f}",
     "output_throughput": "{:.1f}",
+    "min_output_throughput": "{:.1f}",
+    "max_output_throughput": "{:.1f}",
     "total_token_throughput": "{:.1f}",
 }
 SERVE_LATENCIES = {"method": "{}", "request_rate": "{}"} | {
@@ -275,7 +277,7 @@ def _serve(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
     print(
         f"{settings.num_prompts} requests of {settings.random_input_len} + {settings.random_output_len} tokens to "
         f"{settings.model} on {settings.device}, {settings.tensor_parallel_size} ranks; arrivals wait for no completion. "
-        "Throughput per second, latencies in ms"
+        f"The median of {settings.rounds} rounds; throughput per second, latencies in ms"
     )
     _print(rows, SERVE_COLUMNS, _served)
     measured = [row for row in rows if row.get("mean_ttft_ms") is not None]
