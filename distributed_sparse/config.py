@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.validation import check_bool, check_choice, check_float, check_int, check_keys, check_string, shown
+from distributed_sparse.validation import (
+    check_bool,
+    check_choice,
+    check_dtype,
+    check_float,
+    check_int,
+    check_keys,
+    check_string,
+    shown,
+)
 
 if TYPE_CHECKING:
     from distributed_sparse.selection import SparseConfig
@@ -31,7 +40,7 @@ class EngineConfig:
         max_num_batched_tokens: tokens of one step, decode and prefill chunks together.
         gpu_memory_utilization: share of a GPU's memory for weights, cache and buffers, in (0, 1].
         kv_cache_memory_bytes: bytes of KV pages and their metadata per rank; None: profiled on a GPU, a default on CPU.
-        dtype: "auto" (the checkpoint's), "float32", "float16" or "bfloat16".
+        dtype: "auto" (the checkpoint's), "float32", "float16" or "bfloat16"; torch.float32, "half", "bf16", ... as in vLLM.
         device: "auto", "cpu" or "cuda".
         seed: the engine's seed; requests without one derive theirs from it.
         load_format: "auto" (safetensors) or "dummy" (random weights).
@@ -108,7 +117,7 @@ class EngineConfig:
         if self.kv_cache_memory_bytes is not None:
             put_int("kv_cache_memory_bytes", 1, "give bytes per rank (4 GiB is 4294967296), or leave it out")
 
-        check_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
+        put("dtype", check_dtype("dtype", self.dtype))
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
         put_int("seed", 0, "give an unsigned 63-bit number", (1 << 63) - 1)
         check_choice("load_format", self.load_format, ("auto", "dummy"))

@@ -21,7 +21,7 @@ from distributed_sparse.driver.detokenizer import Detokenizer
 from distributed_sparse.driver.shard_group import ShardFailure
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
-from distributed_sparse.model.limits import resolve_max_model_len
+from distributed_sparse.model.limits import resolve_eos_token_ids, resolve_max_model_len
 from distributed_sparse.model.sharding import check_divisibility
 from distributed_sparse.output_builder import OutputBuilder, block_arrays
 from distributed_sparse.outputs import RequestOutput, ScoreOutput
@@ -74,7 +74,7 @@ class LLM:
             vocab_size=model.vocab_size,
             num_layers=model.num_hidden_layers,
             num_kv_heads=model.num_key_value_heads,
-            eos_token_ids=model.eos_token_ids,
+            eos_token_ids=resolve_eos_token_ids(model, self.tokenizer),
             max_model_len=self.max_model_len,
         )
         try:

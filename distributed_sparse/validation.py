@@ -60,6 +60,19 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
+_DTYPES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def check_dtype(name: str, value: Any) -> str:
+    """ "auto", "float32", "float16" or "bfloat16", also for its other names: torch.float32, "torch.float32", "half", "bf16"."""
+    text = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
+    text = text.lower().removeprefix("torch.")
+    dtype = _DTYPES.get(text, text)
+    if dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise ValueError(f"{name}={shown(value)} is not supported; use one of 'auto', 'float32', 'float16', 'bfloat16'")
+    return dtype
+
+
 def check_int(name: str, value: Any, low: int, high: int | None = None, *, remedy: str) -> int:
     """`value` as an int in `low..high` (both included, `high` None: no limit); bools and floats are refused."""
     if isinstance(value, bool) or not isinstance(value, Integral):

@@ -30,7 +30,7 @@ from distributed_sparse.planner.memory import DEFAULT_RESERVE_BYTES
 from distributed_sparse.planner.plan import Grid, HardwareOf, does_not_pay, plan
 from distributed_sparse.planner.rank import RankOnPaper
 from distributed_sparse.selection import POLICIES
-from distributed_sparse.validation import check_choice, check_float, shown
+from distributed_sparse.validation import check_choice, check_dtype, check_float, shown
 from launch.lifetime import FAILED, INTERRUPTED, USAGE
 
 COLUMNS = {
@@ -117,7 +117,7 @@ def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, Hardware
     if args.gpu != MEASURED and args.measure:
         raise ValueError(f"--measure times this machine's CPUs, no {args.gpu}; leave it out, or plan for --gpu {MEASURED}")
     model = _model(args.model)
-    dtype = resolve_dtype(check_choice("dtype", args.dtype, ("auto", "float32", "float16", "bfloat16")), model.dtype)
+    dtype = resolve_dtype(check_dtype("dtype", args.dtype), model.dtype)
     grid = Grid(
         tensor_parallel_sizes=args.tensor_parallel_size,
         contexts=args.context,

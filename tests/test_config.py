@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distributed_sparse.config import EngineConfig, load_run_config, read_yaml
 from distributed_sparse.validation import check_keys
@@ -69,7 +70,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"gpu_memory_utilization": float("nan")}, r"gpu_memory_utilization=nan must be finite"),
     ({"kv_cache_memory_bytes": 0}, r"kv_cache_memory_bytes=0 must be >= 1; give bytes per rank"),
     ({"kv_cache_memory_bytes": 1e9}, r"kv_cache_memory_bytes=1000000000.0 must be an integer, not float"),
-    ({"dtype": "fp16"}, r"dtype='fp16' is not known; use one of 'auto', 'float32', 'float16', 'bfloat16'"),
+    ({"dtype": "fp8"}, r"dtype='fp8' is not supported; use one of 'auto', 'float32', 'float16', 'bfloat16'"),
     ({"device": "tpu"}, r"device='tpu' is not known; use one of 'auto', 'cpu', 'cuda'"),
     ({"seed": -1}, r"seed=-1 must be in 0..9223372036854775807"),
     ({"load_format": "pt"}, r"load_format='pt' is not known; use one of 'auto', 'dummy'"),
@@ -104,6 +105,20 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_a_wrong_value_is_refused_with_key_value_and_remedy(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig.from_dict({"model": "m", **given})
+
+
+def test_a_dtype_may_have_the_names_that_vllm_and_torch_give_it() -> None:
+    names: dict[str, list[Any]] = {
+        "auto": ["auto"],
+        "float32": ["float32", "float", "fp32", "torch.float32", torch.float32],
+        "float16": ["float16", "half", "fp16", "torch.half", torch.float16, torch.half],
+        "bfloat16": ["bfloat16", "bf16", "BF16", "torch.bfloat16", torch.bfloat16],
+    }
+    for name, spellings in names.items():
+        assert {EngineConfig(model="m", dtype=spelling).dtype for spelling in spellings} == {name}
+    for wrong in (torch.int8, torch.float64, None, True, 16, ["half"], "", "torch"):
+        with pytest.raises(ValueError, match=r"dtype=.* is not supported; use one of 'auto'"):
+            EngineConfig(model="m", dtype=wrong)
 
 
 def test_every_key_has_a_wrong_value_that_is_tested() -> None:

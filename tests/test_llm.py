@@ -147,6 +147,20 @@ def test_every_eos_of_the_generation_config_ends_an_output(tmp_path: Path, alone
         assert tokens(llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]) == alone[0]
 
 
+def test_the_tokenizers_own_eos_ends_an_output_beside_the_checkpoints(tmp_path: Path, alone: list[list[int]]) -> None:
+    text_checkpoint(tmp_path)
+    tokenizer = byte_level_bos_tokenizer()
+    prompt, own = next((p, o) for p, o in zip(PROMPTS, alone) if any(token < len(tokenizer) for token in o[1:]))
+    end = next(token for token in own[1:] if token < len(tokenizer))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.save_pretrained(tmp_path)
+    with make_llm(tmp_path, **SETTINGS) as llm:
+        ended = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)[0].outputs[0]
+        assert (ended.token_ids, ended.finish_reason) == (own[: own.index(end) + 1], "stop")
+        later = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=12, min_tokens=12), use_tqdm=False)[0]
+        assert len(tokens(later)) == 12 and end not in tokens(later)[:-1]
+
+
 def test_a_request_that_is_refused_leaves_the_others_of_its_list_alone(llm: LLM, alone: list[list[int]]) -> None:
     wrong: list[Any] = [[331], [], [1, -1], None, 3.5, [1] * 250, "\ud800"]
     prompts = [item for pair in zip(wrong, PROMPTS * 2) for item in pair]
