@@ -319,9 +319,11 @@ def test_rows_that_pad_a_captured_shape_are_nobodys_to_every_kernel(
         kept: list[Tensor] = []
         monkeypatch.setattr(engine.shard.model, "logits", keeping(logits, kept))
         with recorded_step(monkeypatch) as recorder, poisoned_memory(), torch.inference_mode():
-            _, tokens = engine.shard.run(engine.decode_plan())
-        assert recorder.waits == [] and tokens is not None
-        found.append((kept[0][:3], tokens.tolist(), engine.shard.attention.rows, engine.shard.attention.bytes_read))
+            _, on_device = engine.shard.run(engine.decode_plan())
+        assert recorder.waits == []
+        found.append(
+            (kept[0][:3], on_device["tokens"].tolist(), engine.shard.attention.rows, engine.shard.attention.bytes_read)
+        )
     assert kept[0].shape[0] == 4
     assert error_ratio(found[1][0], found[0][0]) < 1e-5
     assert found[1][1:] == found[0][1:]

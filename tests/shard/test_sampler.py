@@ -51,7 +51,7 @@ def draws_of(setups: list[SlotSetup], positions: list[int], vocab_size: int) -> 
 
 def sample(logits: Tensor, setups: list[SlotSetup], positions: list[int]) -> Tensor:
     """One token per row, as `setups` say."""
-    return sample_draws(logits, draws_of(setups, positions, logits.shape[1]))
+    return sample_draws(logits, draws_of(setups, positions, logits.shape[1]))[0]
 
 
 def masked_by(logits: Tensor, setups: list[SlotSetup]) -> Tensor:
