@@ -454,9 +454,7 @@ def test_a_chunk_holds_whole_pages_of_every_page_size():
         *(("listed token", 1), ("partial", 40)),
     ],
 )
-def test_a_row_that_attends_a_nan_is_nan_and_no_other_row_is(
-    implementation: Implementation, where: str, tokens: int
-) -> None:
+def test_a_row_that_attends_a_nan_is_nan_and_no_other_row_is(implementation: Implementation, where: str, tokens: int) -> None:
     """Else a sequence whose keys are NaN would go on with plausible numbers."""
     torch.manual_seed(21)
     pages = -(-tokens // 16)
