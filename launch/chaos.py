@@ -33,6 +33,7 @@ from distributed_sparse.chaos.report import SoakReport, as_dict, as_text, verdic
 from distributed_sparse.chaos.soak import Soak, SoakOptions
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.evaluation.recall_model import ensure_recall_checkpoint
+from distributed_sparse.reporting.results import plain
 from launch.lifetime import FAILED, TERMINATED, USAGE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = _run(config, options, report)
     print(as_text(report))
     if args.output:
-        Path(args.output).write_text(json.dumps(as_dict(report), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(plain(as_dict(report), digits=None), indent=2, allow_nan=False)
+        Path(args.output).write_text(text + "\n", encoding="utf-8")
     return status or (FAILED if verdict(report) else 0)
 
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from distributed_sparse.config import EngineConfig, load_run_config
 from distributed_sparse.outputs import RequestOutput
+from distributed_sparse.reporting.results import plain
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.tokenizer import apply_chat
 from distributed_sparse.validation import check_keys, shown
@@ -195,7 +196,7 @@ def _write_rows(llm: "LLM", rows: list[Row], out: IO[str], window: int) -> int:
                 break
             written = row_out(*_finished(*submitted.popleft()))
             failed += "error" in written
-            print(json.dumps(written, ensure_ascii=False), file=out, flush=True)
+            print(json.dumps(plain(written, digits=None), ensure_ascii=False, allow_nan=False), file=out, flush=True)
             bar.update()
     if failed:
         print(f"{failed} of {len(rows)} rows failed; see their 'error'", file=sys.stderr)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from distributed_sparse.reporting.results import plain
+
 
 def print_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
     """Print rows; `columns` maps a row's key to a format ("{:.2f}"), and gives the order."""
@@ -27,7 +29,8 @@ def write_json(path: str | Path, benchmark: str, settings: dict[str, Any], rows:
     """Write a benchmark's result with all that is needed to repeat it."""
     result = {"benchmark": benchmark, "settings": settings, "environment": environment(), "rows": rows}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(plain(result, digits=None), indent=2, allow_nan=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def environment() -> dict[str, Any]:

@@ -166,6 +166,8 @@ class Loaded(Message):
 
     rank: int
     device: str
+    dtype: str
+    """Of weights and cache, such as "float16"."""
     kv_heads: tuple[int, int]
     """This rank's KV heads: first, and one past the last."""
     weight_bytes: int
@@ -247,13 +249,25 @@ class ShardReport(Part):
     """Seconds spent in profile steps, in ms per step: select, attend, all_reduce."""
 
 
+class BadLogits(Part):
+    """Logits of one sequence that are NaN or infinite: its request ends."""
+
+    slot: int
+    position: int
+    """Of the token that was read."""
+    value: float
+    """What the best logit is, or the token's hidden state."""
+
+
 class StepResult(Message):
-    """What a rank did. Only rank 0 fills tokens and log-probabilities; every rank its traces."""
+    """What a rank did. Only rank 0 fills tokens, bad logits and log-probabilities; every rank its traces."""
 
     step: int
     rank: int
     tokens: list[int] = []
-    """One per entry of every `samples` list: decode rows in order, then prefill chunks in order."""
+    """One per entry of every `samples` list: decode rows in order, then prefill chunks in order. Always ids of the vocabulary:
+    where the logits are bad, the step that is already queued behind this one needs one, too."""
+    bad_logits: list[BadLogits] = []
     logprobs: list[LogprobBlock | None] = []
     """Beside each of `tokens` (empty if no slot wants any)."""
     prompt_logprobs: list[LogprobBlock] = []

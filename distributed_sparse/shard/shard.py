@@ -29,7 +29,7 @@ from distributed_sparse.shard.graphs import DecodeGraphs, DecodeShapes, dense_un
 from distributed_sparse.shard.inputs import StepInputs
 from distributed_sparse.shard.memory import check_kernels, max_pages
 from distributed_sparse.shard.pending import PendingStep
-from distributed_sparse.shard.readout import LOGPROB_ROWS, ReadOut
+from distributed_sparse.shard.readout import LOGPROB_ROWS, ReadOut, fill_result, nan_logprobs
 from distributed_sparse.shard.sampler import Draws, logprob_block, sample
 from distributed_sparse.shard.slots import SlotTable
 from distributed_sparse.shard.step_work import StepWork
@@ -96,6 +96,7 @@ class Shard:
         return Loaded(
             rank=self.spec.rank,
             device=str(self.device),
+            dtype=str(dtype).removeprefix("torch."),
             kv_heads=(sizes.first_key_value_head, sizes.first_key_value_head + sizes.num_key_value_heads),
             weight_bytes=weights.nbytes,
             page_bytes=sum(self.page_bytes),
@@ -207,16 +208,16 @@ class Shard:
         """
         with self._on_device():
             work = StepWork(self.device)
-            result, tokens = self.run(plan)
+            result, on_device = self.run(plan)
             if plan.report:
                 result.report = self._report()
-            return work.pending(result, tokens)
+            return work.pending(result, on_device, lambda fetched: fill_result(result, plan, fetched))
 
-    def run(self, plan: StepPlan) -> tuple[StepResult, Tensor | None]:
+    def run(self, plan: StepPlan) -> tuple[StepResult, dict[str, Tensor]]:
         """The step itself: pages, forward pass, sampling.
 
         Returns:
-            What the host knows of the result; on rank 0 the tokens that were drawn, int64 [R], if any were.
+            What the host knows of the result; on rank 0 what `fill_result` takes of it from the device.
         """
         timer = self.attention.timer
         timer.enabled = plan.profile
@@ -225,7 +226,7 @@ class Shard:
         with timer("shard"):
             return self._run(plan)
 
-    def _run(self, plan: StepPlan) -> tuple[StepResult, Tensor | None]:
+    def _run(self, plan: StepPlan) -> tuple[StepResult, dict[str, Tensor]]:
         result = StepResult(step=plan.step, rank=self.spec.rank)
         shape = self.graphs.shapes.of(plan) if self.graphs is not None else None
         changes = self.slots.take_in(plan)
@@ -235,7 +236,7 @@ class Shard:
             if changes:
                 self._apply(self.inputs.upload(changes))
             self.collectives.barrier()
-            return result, None
+            return result, {}
         layout = lay_out(plan, self.slots, self.config.page_size, None if shape is None else shape.num_rows)
         readout = ReadOut.of(plan)
         draws = {}
@@ -251,9 +252,13 @@ class Shard:
         else:
             assert self.graphs is not None
             hidden, logits = self.graphs.run(shape, layout, views)
-        tokens = self._sample(readout, views, hidden, logits, result)
+        on_device = self._sample(readout, views, hidden, logits, result)
         self._prompt_logprobs(readout, views, hidden, result)
-        return result, tokens
+        if self.spec.rank == 0 and any(part.num_tokens > 1 or not part.samples for part in plan.parts):
+            # Rows that nothing is sampled from: one pass over them, as the sum of a row is finite only where all of it is.
+            num_rows = sum(part.num_tokens for part in plan.parts)
+            on_device["row_sums"] = hidden[:num_rows].sum(-1, dtype=torch.float32)
+        return result, on_device
 
     def _apply(self, views: Mapping[str, Tensor]) -> None:
         """New pages into the device's page table; then pages copied."""
@@ -275,20 +280,26 @@ class Shard:
 
     def _sample(
         self, readout: ReadOut, views: Mapping[str, Tensor], hidden: Tensor, logits: Tensor | None, result: StepResult
-    ) -> Tensor | None:
-        """Rank 0 samples and broadcasts, so ranks never diverge; every rank keeps the tokens as the next step's input."""
+    ) -> dict[str, Tensor]:
+        """Rank 0 samples and broadcasts, so ranks never diverge; every rank keeps the tokens as the next step's input.
+
+        Returns:
+            On rank 0 the tokens int64 [R] that were drawn, and their scores float32 [R], if any were.
+        """
         if not readout.rows.size:
-            return None
+            return {}
         if logits is None:
             logits = self.model.logits(readout.distinct_rows(hidden, views))
         else:
             logits = readout.distinct_rows(logits, views)
         tokens = torch.empty(len(readout.rows), dtype=torch.int64, device=self.device)
+        on_device = {}
         if self.spec.rank == 0:
             if "drawn_places" in views:
                 logits = logits.index_select(0, views["drawn_places"])
             draws = {name.removeprefix("draws."): views[name] for name in views if name.startswith("draws.")}
-            tokens = sample(logits, Draws(**draws))
+            tokens, on_device["scores"] = sample(logits, Draws(**draws))
+            on_device["tokens"] = tokens
             num_best = self.slots.sampling.logprobs[readout.slots].tolist()
             if max(num_best) >= 0:
                 result.logprobs = [
@@ -297,9 +308,10 @@ class Shard:
                         zip(readout.slots.tolist(), readout.positions.tolist(), num_best)
                     )
                 ]
+                result.bad_logits += [bad for block in result.logprobs if block is not None for bad in nan_logprobs(block)]
         tokens = self.collectives.broadcast(tokens)
         self.slots.remember(views["drawn_slots"], tokens)
-        return tokens if self.spec.rank == 0 else None
+        return on_device
 
     def _prompt_logprobs(self, readout: ReadOut, views: Mapping[str, Tensor], hidden: Tensor, result: StepResult) -> None:
         """Log-probabilities of prompt tokens; every rank takes part, in blocks of rows, rank 0 keeps them."""
@@ -308,7 +320,9 @@ class Shard:
             if self.spec.rank == 0:
                 tokens = views["targets"][block.first_target : block.first_target + block.num_rows]
                 best, full_width = max(block.num_best, 0), block.num_best < 0
-                result.prompt_logprobs.append(logprob_block(block.slot, block.position, logits, tokens, best, full_width))
+                found = logprob_block(block.slot, block.position, logits, tokens, best, full_width)
+                result.prompt_logprobs.append(found)
+                result.bad_logits += nan_logprobs(found)
 
     def _report(self) -> ShardReport:
         attention = self.attention

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from distributed_sparse.config import EngineConfig
+from distributed_sparse.driver.admission import derived_seed
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.detokenizer import Detokenizer
-from distributed_sparse.driver.driver import Driver, derived_seed
+from distributed_sparse.driver.driver import Driver
 from distributed_sparse.driver.in_process import InProcessGroup
 from distributed_sparse.driver.messages import StepPlan
 from distributed_sparse.driver.shard_group import ShardFailure
