@@ -1,5 +1,6 @@
 """The client's tokenizer: text and chat messages to token ids. Back to text is `driver/detokenizer.py`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from distributed_sparse.validation import shown
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 _DOWNLOADED = ("config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "tekken.json", "special_tokens_map.json",
-               "added_tokens.json", "chat_template*")  # fmt: skip
+               "added_tokens.json", "chat_template*", "additional_chat_templates/*")  # fmt: skip
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerFast | None":
@@ -30,14 +32,62 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast | None":
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
+        if (folder / "tokenizer.json").is_file():
+            return _load_tokenizer_json(folder)
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(
             f"tokenizer={path!r}: its files cannot be read ({error}); give a folder with tokenizer.json"
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer={path!r} has no fast implementation; save it as tokenizer.json first")
     return tokenizer
+
+
+def _load_tokenizer_json(folder: Path) -> "PreTrainedTokenizerFast":
+    """tokenizer.json as it stands, with the special tokens' names and the chat template of the other files.
+
+    AutoTokenizer would rebuild normalizer, pre-tokenizer and decoder from `tokenizer_class` and drop those of tokenizer.json.
+    """
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.no_truncation()
+    backend.no_padding()
+    # transformers gets an empty backend: it would add tokens to it that tokenizer.json does not have, and change others.
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), tokenizer_object=Tokenizer(models.BPE()))
+    _add_declared_tokens(backend, tokenizer)
+    tokenizer._tokenizer = backend
+    legacy_template = folder / "chat_template.json"
+    if tokenizer.chat_template is None and legacy_template.is_file():
+        tokenizer.chat_template = json.loads(legacy_template.read_text(encoding="utf-8"))["chat_template"]
+    return tokenizer
+
+
+def _add_declared_tokens(backend: "Tokenizer", tokenizer: Any) -> None:
+    """Add what only tokenizer_config.json, special_tokens_map.json or added_tokens.json declare, where its id is certain.
+
+    An added token needs the id that it is declared with, a special token one in the vocabulary. A special token without an id
+    loses its name: it would become an id that the model does not have, or the unknown token's.
+    """
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token_id, token in sorted(tokenizer.init_kwargs["added_tokens_decoder"].items()):
+        own_id = backend.token_to_id(token.content)
+        if token.content not in known and (token_id == own_id or (own_id is None and token_id == _next_id(backend))):
+            backend.add_tokens([token])
+            known.add(token.content)
+    for content in {*tokenizer.special_tokens_map.values(), *tokenizer.extra_special_tokens} - known:
+        if backend.token_to_id(content) is not None:
+            backend.add_special_tokens([content])
+    for name, content in tokenizer.special_tokens_map.items():
+        if backend.token_to_id(content) is None:
+            setattr(tokenizer, name, None)
+
+
+def _next_id(backend: "Tokenizer") -> int:
+    """The id that a new token would get."""
+    return max(backend.get_vocab().values(), default=-1) + 1
 
 
 def _download(hub_id: str) -> Path:
