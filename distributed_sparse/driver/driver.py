@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate, SampleUpdate, TraceUpdate
-from distributed_sparse.driver.detokenizer import CompletionText, Detokenizer, StopChecker
+from distributed_sparse.driver.detokenizer import Detokenizer
 from distributed_sparse.driver.engine_metrics import AttendedDensity, EngineMetrics
 from distributed_sparse.driver.messages import LogprobBlock, ShardReport, StepPlan, StepResult
 from distributed_sparse.driver.pages import PageAllocator
@@ -157,9 +157,9 @@ class Driver:
         self._requests[request.request_id] = request
         if self._detokenizer is not None and not request.score:
             for sequence in request.sequences:
-                stream = self._detokenizer.new_stream(request.prompt_token_ids)
-                checker = StopChecker(params.stop, params.include_stop_str_in_output, params.min_tokens)
-                sequence.text = CompletionText(stream, checker)
+                sequence.text = self._detokenizer.new_completion(
+                    request.prompt_token_ids, params.stop, params.include_stop_str_in_output, params.min_tokens
+                )
         return None
 
     def abort(self, request_ids: list[str], error: str | None = None) -> list[RequestUpdate]:
@@ -356,13 +356,11 @@ class Driver:
             self.metrics.count("prompt_tokens", metrics.num_prompt_tokens)
         metrics.num_output_tokens = max(metrics.num_output_tokens, count)
         stops_here = token in request.stop_token_ids and count > params.min_tokens
-        stop_string = None
-        if sequence.text is not None and (not stops_here or params.include_stop_str_in_output):
-            stop_string = sequence.text.append(token)
-        if stops_here:
-            self.scheduler.finish(sequence, "stop", token if token in params.stop_token_ids else None)
-        elif stop_string is not None:
-            self.scheduler.finish(sequence, "stop", stop_string)
+        text, stop_reason = sequence.text, None
+        if text is not None and (not stops_here or params.include_stop_str_in_output or text.may_stop_at(token)):
+            stop_reason = text.append(token)
+        if stops_here or stop_reason is not None:
+            self.scheduler.finish(sequence, "stop", token if stops_here and token in params.stop_token_ids else stop_reason)
         elif count == request.max_tokens:
             self.scheduler.finish(sequence, "length")
 
