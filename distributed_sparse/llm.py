@@ -28,7 +28,14 @@ from distributed_sparse.outputs import RequestOutput, ScoreOutput
 from distributed_sparse.request_validation import validate_request
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.selection import layer_configs
-from distributed_sparse.tokenizer import apply_chat, encode_prompt, load_tokenizer, tokenizer_json
+from distributed_sparse.tokenizer import (
+    apply_chat,
+    doubled_bos,
+    encode_prompt,
+    find_chat_template,
+    load_tokenizer,
+    tokenizer_json,
+)
 from distributed_sparse.trace import parse_trace
 from distributed_sparse.validation import shown
 
@@ -70,6 +77,7 @@ class LLM:
         self.tokenizer = load_tokenizer(config.tokenizer or str(path))
         text = tokenizer_json(self.tokenizer) if self.tokenizer is not None else None
         self._detokenizer = Detokenizer(text) if text is not None else None
+        self._warned_of_bos = False
         info = ModelInfo(
             vocab_size=model.vocab_size,
             num_layers=model.num_hidden_layers,
@@ -141,17 +149,26 @@ class LLM:
             messages: one conversation, or a list of them; a message is {"role": ..., "content": ...}.
             template_args: for `apply_chat`: add_generation_prompt, continue_final_message, and what the template takes.
 
+        Returns:
+            One output per conversation. In a list, a malformed one has `error` set and the others go on.
+
         Raises:
-            ValueError: no tokenizer, no template, or malformed messages.
+            ValueError: no tokenizer, no template, arguments that it cannot have, or a single conversation is malformed.
         """
         tokenizer = self._need_tokenizer("chat")
+        find_chat_template(tokenizer, template_args)
         if not isinstance(messages, Sequence) or isinstance(messages, str):
             raise ValueError(
                 f"messages={shown(messages)} must be a list of {{'role': ..., 'content': ...}}, or a list of those"
             )
-        if messages and isinstance(messages[0], Mapping):
+        if messages and not any(isinstance(conversation, (list, tuple)) for conversation in messages):
             return self.generate(apply_chat(tokenizer, cast(Any, messages), **template_args), sampling_params, use_tqdm)
-        prompts = [apply_chat(tokenizer, cast(Any, conversation), **template_args) for conversation in messages]
+        prompts: list[Any] = []
+        for conversation in messages:
+            try:
+                prompts.append(apply_chat(tokenizer, cast(Any, conversation), **template_args))
+            except ValueError as error:
+                prompts.append(error)
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None) -> Stream:
@@ -307,9 +324,12 @@ class LLM:
     def _prepare(self, prompt: Any, params: SamplingParams, request_id: str | None) -> tuple[NewRequest, OutputBuilder]:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params={shown(params)} must be a SamplingParams; write SamplingParams(max_tokens=16)")
+        if isinstance(prompt, ValueError):  # what `chat` has to say of a conversation
+            raise prompt
         text = prompt if isinstance(prompt, str) else None
         if text is not None:
             token_ids = encode_prompt(self._need_tokenizer("a text prompt"), text)
+            self._warn_of_doubled_bos(token_ids)
         elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
             token_ids = list(prompt)
         else:
@@ -329,6 +349,15 @@ class LLM:
             traces=self.config.trace,
             score=request.score,
         )
+
+    def _warn_of_doubled_bos(self, token_ids: list[int]) -> None:
+        if not self._warned_of_bos and (bos := doubled_bos(self._need_tokenizer("a text prompt"), token_ids)) is not None:
+            self._warned_of_bos = True
+            logger.warning(
+                "a text prompt begins with %r, and the tokenizer adds another one; leave it out of the text, or give token ids "
+                "(or messages to chat). Said once, for all prompts of this engine",
+                bos,
+            )
 
     def _need_tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:

@@ -34,6 +34,10 @@ NOT_SUPPORTED = {
     "extra_args": "remove it; nothing reads it",
 }
 
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARACTERS = 16_384
+"""Of all stop strings together: the Driver spends 2 us on each before the request's first token."""
+
 MIN_TEMPERATURE = 1e-5  # below it logits / temperature leaves float32's range
 
 
@@ -49,7 +53,8 @@ class SamplingParams:
         min_p: keep tokens with at least this share of the most likely one's probability, in [0, 1].
         max_tokens: most tokens to generate, at least 1; None: as many as max_model_len has room for.
         min_tokens: before so many tokens neither end-of-sequence, `stop_token_ids` nor `stop` end the output.
-        stop: strings (one, or a list) that end the output; needs a tokenizer.
+        stop: strings (one, or a list of at most 64) that end the output; needs a tokenizer. One that holds a special token,
+            such as "<|im_end|>", ends it at that token.
         stop_token_ids: tokens that end the output, beside the checkpoint's end-of-sequence tokens.
         include_stop_str_in_output: keep what stopped in the text.
         ignore_eos: go on past the checkpoint's end-of-sequence tokens.
@@ -173,7 +178,14 @@ def _checked_stop(stop: Any) -> list[str]:
     for string in strings:
         if not isinstance(string, str) or not string:
             raise ValueError(f"stop holds {shown(string)}; every stop string must be a non-empty str")
-    return list(dict.fromkeys(strings))
+    distinct = list(dict.fromkeys(strings))
+    if len(distinct) > MAX_STOP_STRINGS:
+        raise ValueError(f"stop holds {len(distinct)} strings, over the limit of {MAX_STOP_STRINGS}; give fewer")
+    if (length := sum(map(len, distinct))) > MAX_STOP_CHARACTERS:
+        raise ValueError(
+            f"stop holds {length} characters, over the limit of {MAX_STOP_CHARACTERS}; give fewer or shorter strings"
+        )
+    return distinct
 
 
 def _checked_stop_token_ids(token_ids: Any) -> list[int]:

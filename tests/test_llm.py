@@ -241,6 +241,39 @@ def test_a_conversation_that_cannot_be_answered_raises(llm: LLM) -> None:
             llm.chat(wrong, GREEDY, use_tqdm=False)  # type: ignore[arg-type]
 
 
+def test_of_several_conversations_a_malformed_one_fails_alone(llm: LLM) -> None:
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    for wrong, error in (
+        (image, "of type 'image_url' is not supported"),
+        ([{"role": "user"}], "has no 'content'"),
+        ([], "must be a non-empty list"),
+        ("hello", "messages='hello' must be a non-empty list"),
+        (CONVERSATION[0], "must be a non-empty list"),
+        (None, "messages=None must be a non-empty list"),
+        ([None], r"messages[0]=None must be a mapping"),
+    ):
+        outputs = llm.chat([wrong, CONVERSATION, wrong], GREEDY, use_tqdm=False)  # type: ignore[list-item]
+        assert [output.error is None for output in outputs] == [False, True, False]
+        assert error in str(outputs[0].error) and outputs[0].finished
+        assert decode(llm, outputs[1].prompt_token_ids) == "<s>[user]the fox\n[assistant]"
+    with pytest.raises(ValueError, match="of type 'image_url' is not supported"):
+        llm.chat(image, GREEDY, use_tqdm=False)
+    with pytest.raises(ValueError, match="needs add_generation_prompt=False"):
+        llm.chat([CONVERSATION, CONVERSATION], GREEDY, use_tqdm=False, continue_final_message=True)
+
+
+def test_text_that_brings_its_own_bos_is_warned_of_once(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(llm, "_warned_of_bos", False)
+    llm.generate(["the fox", [1, 1, 5]], GREEDY, use_tqdm=False)
+    llm.chat(CONVERSATION, GREEDY, use_tqdm=False)
+    assert "another one" not in caplog.text
+    for _ in range(2):
+        llm.generate(["<s>the fox", "<s>the dog"], GREEDY, use_tqdm=False)
+    assert caplog.text.count("a text prompt begins with '<s>', and the tokenizer adds another one; leave it out") == 1
+
+
 def test_without_a_tokenizer_token_ids_work_and_text_is_refused(tmp_path: Path) -> None:
     with make_llm(tiny_checkpoint(tmp_path), **SETTINGS) as llm:
         (output,) = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)

@@ -138,6 +138,18 @@ def test_a_request_that_the_engine_cannot_run_is_refused_with_the_remedy(prompt:
         check(prompt, SamplingParams(**given))
 
 
+def test_too_many_or_too_long_stop_strings_are_refused_with_both_numbers() -> None:
+    stop = [f"stop {i}" for i in range(64)]
+    assert SamplingParams(stop=[*stop, *stop]).stop == stop
+    with pytest.raises(ValueError, match="stop holds 65 strings, over the limit of 64; give fewer"):
+        SamplingParams(stop=[*stop, "one more"])
+    with pytest.raises(ValueError, match="stop holds 10000 strings, over the limit of 64"):
+        SamplingParams().updated({"stop": [str(i) for i in range(10_000)]})
+    assert SamplingParams(stop="x" * 16_384).stop
+    with pytest.raises(ValueError, match="stop holds 16385 characters, over the limit of 16384; give fewer or shorter strings"):
+        SamplingParams(stop=["x" * 16_384, "y"])
+
+
 def test_stop_strings_need_a_tokenizer() -> None:
     check([1], SamplingParams(stop="x"))
     with pytest.raises(ValueError, match=r"stop=\['x'\] needs a tokenizer, which this model has not; use stop_token_ids"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest
-from distributed_sparse.driver.detokenizer import CompletionText, Detokenizer, StopChecker
+from distributed_sparse.driver.detokenizer import Detokenizer
 from distributed_sparse.driver.sequence import Request
 from distributed_sparse.metrics import RequestMetrics
 from distributed_sparse.request_validation import validate_request
@@ -66,9 +66,9 @@ class Admission:
         )
         if self._detokenizer is not None and not request.score:
             for sequence in request.sequences:
-                stream = self._detokenizer.new_stream(request.prompt_token_ids)
-                checker = StopChecker(params.stop, params.include_stop_str_in_output, params.min_tokens)
-                sequence.text = CompletionText(stream, checker)
+                sequence.text = self._detokenizer.new_completion(
+                    request.prompt_token_ids, params.stop, params.include_stop_str_in_output, params.min_tokens
+                )
         return request
 
 

@@ -365,13 +365,11 @@ class Driver:
             self.metrics.count("prompt_tokens", metrics.num_prompt_tokens)
         metrics.num_output_tokens = max(metrics.num_output_tokens, count)
         stops_here = token in request.stop_token_ids and count > params.min_tokens
-        stop_string = None
-        if sequence.text is not None and (not stops_here or params.include_stop_str_in_output):
-            stop_string = sequence.text.append(token)
-        if stops_here:
-            self.scheduler.finish(sequence, "stop", token if token in params.stop_token_ids else None)
-        elif stop_string is not None:
-            self.scheduler.finish(sequence, "stop", stop_string)
+        text, stop_reason = sequence.text, None
+        if text is not None and (not stops_here or params.include_stop_str_in_output or text.may_stop_at(token)):
+            stop_reason = text.append(token)
+        if stops_here or stop_reason is not None:
+            self.scheduler.finish(sequence, "stop", token if stops_here and token in params.stop_token_ids else stop_reason)
         elif count == request.max_tokens:
             self.scheduler.finish(sequence, "length")
 

@@ -312,14 +312,18 @@ def test_a_prompt_gives_the_same_tokens_as_text_in_a_file_and_as_token_ids(tiny_
         {"prompt": token_ids},
         {"prompt": [331]},
         {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
     )
     output = tmp_path / "out.jsonl"
     done = run("-m", "launch.generate", "--config", tiny_run, "--prompts-file", rows, "--output", str(output))
     assert done.returncode == 0, done.stderr
-    text, tokens, wrong, chat = read_jsonl(output.read_text())
+    text, tokens, wrong, chat, chat_of_parts, image = read_jsonl(output.read_text())
     assert text["outputs"] == tokens["outputs"]
     assert len(text["outputs"][0]["token_ids"]) == 12 == len(chat["outputs"][0]["token_ids"])
+    assert chat_of_parts["outputs"] == chat["outputs"]
     assert "outside the vocabulary of 331 tokens" in wrong["error"]
+    assert "content part" in image["error"] and "of type 'image_url' is not supported" in image["error"]
 
     done = run("launch/generate.py", "--config", tiny_run, "--prompt", "the quick", encoding="utf-8")
     assert done.returncode == 0, done.stderr
