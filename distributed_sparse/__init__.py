@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
+from distributed_sparse.prompts import TextPrompt, TokensPrompt
 from distributed_sparse.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
+    "TextPrompt",
+    "TokensPrompt",
 ]
 
 

@@ -3,9 +3,9 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
@@ -20,6 +20,7 @@ from distributed_sparse.validation import (
     check_string,
     shown,
 )
+from distributed_sparse.vllm_names import ENGINE, drop_neutral
 
 if TYPE_CHECKING:
     from distributed_sparse.selection import SparseConfig
@@ -48,7 +49,8 @@ class EngineConfig:
         async_scheduling: plan and send a step before the result of the last one is in, so that ranks need not wait for it.
         page_size: tokens per KV page: 16, 32 or 64.
         distributed_executor_backend: "auto", "ray" or "uni" (one rank in this process).
-        sparse: the selection method and its keys, told apart by `method`; None is dense.
+        sparse: the selection method and its keys, told apart by `method`; None is dense. A method's name
+            alone stands for the method with its default keys.
         trace: record what decode attention missed, beside dense attention over the same cache (`CompletionOutput.trace`;
             `SamplingParams.trace_steps` says of which steps). For study: a traced step reads the whole cache.
         startup_timeout_s: seconds until every rank must be ready.
@@ -78,7 +80,7 @@ class EngineConfig:
     async_scheduling: bool = True
     page_size: int = 16
     distributed_executor_backend: str = "auto"
-    sparse: dict[str, Any] | None = field(default=None)
+    sparse: dict[str, Any] | None = None
     trace: bool = False
     startup_timeout_s: float = 600.0
     step_timeout_s: float | None = None
@@ -133,7 +135,9 @@ class EngineConfig:
                 f"distributed_executor_backend='uni' holds one rank, but tensor_parallel_size={self.tensor_parallel_size}; "
                 "use 'ray' or tensor_parallel_size=1"
             )
-        if self.sparse is not None:
+        if isinstance(self.sparse, str):
+            put("sparse", {"method": self.sparse})
+        elif self.sparse is not None:
             if not isinstance(self.sparse, Mapping):
                 raise ValueError(f"sparse={shown(self.sparse)} must be a mapping; write sparse: {{method: quest, ...}}")
             put("sparse", dict(self.sparse))
@@ -173,13 +177,18 @@ class EngineConfig:
     def from_dict(cls, given: Mapping[str, Any], where: str = "engine configuration") -> "EngineConfig":
         """An EngineConfig of the keys in `given`; `where` names their origin in errors.
 
+        vLLM's arguments that this engine lacks are accepted at values that change nothing; None leaves a key at its default
+        where it has no meaning of its own (`max_num_seqs=None`).
+
         Raises:
             ValueError: for an unknown key (with the nearest valid one), a missing model, or a wrong value.
         """
-        check_keys(given, [f.name for f in fields(cls)], where)
-        if "model" not in given:
+        own = drop_neutral(given, ENGINE, {"page_size": cls.page_size, **given}, f"{where}: ")
+        check_keys(own, [f.name for f in fields(cls)], where)
+        if "model" not in own:
             raise ValueError(f"{where}: key 'model' is missing; give a local checkpoint folder or a hub id")
-        return cls(**given)
+        takes_none = [f.name for f in fields(cls) if f.name == "model" or type(None) in get_args(f.type)]
+        return cls(**{name: value for name, value in own.items() if value is not None or name in takes_none})
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> "EngineConfig":
@@ -205,7 +214,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
         sampling = {}
     if not isinstance(sampling, dict):
         raise ValueError(f"{path}: sampling={shown(sampling)} must be a mapping; write sampling: {{temperature: 0, ...}}")
-    check_keys(run, [*(f.name for f in fields(EngineConfig)), "sampling"], str(path))
+    check_keys([key for key in run if key not in ENGINE], [*(f.name for f in fields(EngineConfig)), "sampling"], str(path))
     try:
         params = SamplingParams.from_dict(sampling)
     except ValueError as error:

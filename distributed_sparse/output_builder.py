@@ -70,7 +70,7 @@ class OutputBuilder:
             output.finished, output.metrics, output.error = True, update.metrics, update.error
             self.error_kind = update.error_kind
             if update.error_kind == "invalid":
-                output.outputs = []
+                output.outputs = output.outputs[:1]
             for completion in output.outputs:
                 if completion.finish_reason is None:
                     completion.finish_reason = "error" if update.error else "abort"

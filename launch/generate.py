@@ -4,20 +4,21 @@
     python -m launch.generate --config configs/demo.yaml --prompts-file in.jsonl --output out.jsonl
 
 A row in: {"prompt": str or list of token ids} or {"messages": [{"role", "content"}, ...]}, and optionally "id" and
-"sampling_params". A row out has the same "id" (else its line's number) and "outputs", or "error": a bad row stops no other.
+"sampling_params". A row out has the same "id" (else its line's number) and "outputs", or "error": a bad row stops no other,
+and the exit code is 1.
 """
 
 import argparse
-import json
+import contextlib
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from io import RawIOBase
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if not __package__:  # run as a file: let the repository root take the place of launch/ on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -26,47 +27,33 @@ from tqdm import tqdm
 
 from distributed_sparse.config import EngineConfig, load_run_config
 from distributed_sparse.outputs import RequestOutput
-from distributed_sparse.reporting.results import plain
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.tokenizer import apply_chat
-from distributed_sparse.validation import check_keys, shown
 from launch.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm, show_log
+from launch.rows import Row, json_line, make_row, read_file, row_out, write_line
 
 if TYPE_CHECKING:
     from distributed_sparse import LLM
     from distributed_sparse.llm import Stream
 
-ROW_KEYS = ("id", "prompt", "messages", "sampling_params")
-
-
-@dataclass
-class Row:
-    """One row of the input: a prompt or messages with its sampling parameters, or what went wrong with it."""
-
-    id: Any
-    prompt: str | list[int] | None = None
-    messages: list[dict[str, Any]] | None = None
-    params: SamplingParams | None = None
-    error: str | None = None
-    engine_failed: bool = False
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the process's exit code: 0 done (rows may hold errors), 1 the prompt or the
-    engine failed, 2 bad usage, 130 interrupted.
+    """Run the command line; the process's exit code: 0 done, 1 the prompt or some rows failed or could not be written, 2 bad
+    usage, 130 interrupted.
     """
     args = _parser().parse_args(argv)
+    if sys.stderr is None:  # closed (2>&-): what print writes for it would go to stdout, among the rows
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         config, params = load_run_config(args.config, args.set)
         params = params.updated(_sampling_flags(args))
         if args.prompt is not None:
             rows = [make_row({"prompt": args.prompt}, 1, params, args.chat)]
         else:
-            with open(args.prompts_file, encoding="utf-8") as lines:
-                rows = list(read_rows(lines, params, args.chat))
-        output = open(args.output, "w", encoding="utf-8") if args.output else nullcontext(sys.stdout)  # noqa: SIM115
+            rows = read_file(args.prompts_file, params, args.chat)
+        output = _open_output(args.output, args.prompts_file)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(str(error))
         return USAGE
 
     try:
@@ -76,9 +63,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # who read the rows has left; what Python flushes at its exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OutputFailed as error:
+        _complain(str(error))
         return FAILED
+
+
+class OutputFailed(Exception):
+    """The file or stdout takes no more: a full disk, or a reader that has left."""
+
+    def __init__(self, error: OSError, what_is_there: str) -> None:
+        super().__init__(f"the output cannot be written: {error.strerror or error}; {what_is_there}")
+
+
+def _open_output(path: str | None, source: str | None) -> AbstractContextManager[RawIOBase]:
+    """Where rows go, unbuffered: a file, emptied, or stdout."""
+    if path is None:
+        if sys.stdout is None:
+            raise ValueError("standard output is closed; give --output")
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # of text that the terminal cannot show
+        buffer = sys.stdout.buffer
+        return nullcontext(cast(RawIOBase, getattr(buffer, "raw", buffer)))
+    if source is not None and os.path.exists(path) and os.path.samefile(path, source):
+        raise ValueError(f"--output {path} is the file of the prompts, which it would replace; choose another")
+    return open(path, "wb", buffering=0)
+
+
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be full too
+        print(f"error: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,78 +126,54 @@ def _sampling_flags(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def read_rows(lines: Iterable[str], params: SamplingParams, chat: bool) -> Iterator[Row]:
-    """The rows of a JSONL file; a line that is no valid row becomes a Row with an error. Empty lines are left out."""
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            given = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield Row(number, error=f"line {number} is not JSON: {error}")
-        else:
-            yield make_row(given, number, params, chat)
-
-
-def make_row(given: Any, number: int, params: SamplingParams, chat: bool) -> Row:
-    """One parsed row; `number` is its line, the id of a row without one, and `params` are its defaults."""
-    if not isinstance(given, dict):
-        return Row(number, error=f"line {number}: {shown(given)} is not an object; write {{'prompt': ...}}")
-    row = Row(given.get("id", number), prompt=given.get("prompt"), messages=given.get("messages"))
-    try:
-        check_keys(given, ROW_KEYS, f"line {number}")
-        row.params = params.updated(given["sampling_params"]) if "sampling_params" in given else params
-        if (row.prompt is None) == (row.messages is None):
-            raise ValueError("give either 'prompt' or 'messages'")
-        if row.prompt is not None and not isinstance(row.prompt, (str, list)):
-            raise ValueError(f"prompt={shown(row.prompt)} must be a str or a list of token ids")
-        if chat and row.prompt is not None:
-            if not isinstance(row.prompt, str):
-                raise ValueError("--chat needs text or messages, not token ids; leave --chat out")
-            row.messages = [{"role": "user", "content": row.prompt}]
-    except ValueError as error:
-        row.error = str(error)
-    return row
-
-
-def _generate(config: EngineConfig, rows: list[Row], out: IO[str], streaming: bool) -> int:
+def _generate(config: EngineConfig, rows: list[Row], out: RawIOBase, streaming: bool) -> int:
     from distributed_sparse import LLM
 
     try:
         llm = LLM.from_config(config)
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(str(error))
         return USAGE
     with llm:
         if streaming:
-            return _stream_one(llm, rows[0], out)
+            return _stream_one(llm, rows[0])
         return _write_rows(llm, rows, out, window=8 * config.max_num_seqs)
 
 
-def _stream_one(llm: "LLM", row: Row, out: IO[str]) -> int:
+def _stream_one(llm: "LLM", row: Row) -> int:
     """Print the one prompt's text as it comes; several completions (`n`) are printed one after the other at the end."""
-    printed, last = 0, None
+    printed, last, error = 0, None, None
     try:
         for last in _submit(llm, row):
             if len(last.outputs) == 1:
                 text = last.outputs[0].text
-                print(text[printed:], end="", file=out, flush=True)
+                _show(text[printed:])
                 printed = len(text)
         error = last.error if last is not None else None
-    except (ValueError, RuntimeError) as raised:
-        error = str(raised)
-    if last is not None and len(last.outputs) > 1:
-        print("\n\n".join(f"[{completion.index}] {completion.text}" for completion in last.outputs), end="", file=out)
+    except OutputFailed:
+        raise
+    except Exception as raised:
+        error = _reason(raised)
     if last is not None:
-        print(file=out, flush=True)
+        several = last.outputs if len(last.outputs) > 1 else []
+        _show("\n\n".join(f"[{completion.index}] {completion.text}" for completion in several) + "\n")
     if error is not None:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(error)
     return FAILED if error is not None else 0
 
 
-def _write_rows(llm: "LLM", rows: list[Row], out: IO[str], window: int) -> int:
+def _show(text: str) -> None:
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what Python flushes at its exit must not fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputFailed(error, "the text is not complete") from error
+
+
+def _write_rows(llm: "LLM", rows: list[Row], out: RawIOBase, window: int) -> int:
     """Generate all rows, at most `window` of them submitted at a time, and write each, in order, as soon as it is finished."""
-    failed = 0
+    written = failed = 0
     submitted: deque[tuple[Row, Stream | None]] = deque()
     to_come = iter(rows)
     with tqdm(total=len(rows), unit="row", disable=None) as bar:  # None: only on a terminal
@@ -194,13 +182,22 @@ def _write_rows(llm: "LLM", rows: list[Row], out: IO[str], window: int) -> int:
                 submitted.append((row, _submit_or_note(llm, row)))
             if not submitted:
                 break
-            written = row_out(*_finished(*submitted.popleft()))
-            failed += "error" in written
-            print(json.dumps(plain(written, digits=None), ensure_ascii=False, allow_nan=False), file=out, flush=True)
+            finished = row_out(*_finished(*submitted.popleft()))
+            try:
+                write_line(out, json_line(finished))
+            except OSError as error:
+                raise OutputFailed(error, f"{written} of {len(rows)} rows are written") from error
+            written += 1
+            failed += "error" in finished
             bar.update()
     if failed:
-        print(f"{failed} of {len(rows)} rows failed; see their 'error'", file=sys.stderr)
-    return FAILED if any(row.engine_failed for row in rows) else 0
+        _complain(f"{failed} of {len(rows)} rows failed; see their 'error'")
+    return FAILED if failed else 0
+
+
+def _reason(error: Exception) -> str:
+    """What a user reads of an error: its text alone, where it is one that is raised for users."""
+    return str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
 
 
 def _submit(llm: "LLM", row: Row) -> "Stream":
@@ -219,8 +216,8 @@ def _submit(llm: "LLM", row: Row) -> "Stream":
 def _submit_or_note(llm: "LLM", row: Row) -> "Stream | None":
     try:
         return _submit(llm, row)
-    except (ValueError, RuntimeError) as error:
-        row.error, row.engine_failed = str(error), isinstance(error, RuntimeError)
+    except Exception as error:  # whatever is wrong with this row must not lose the others
+        row.error = _reason(error)
         return None
 
 
@@ -230,32 +227,9 @@ def _finished(row: Row, stream: "Stream | None") -> tuple[Row, RequestOutput | N
     try:
         for step in stream or ():
             output = step
-    except (ValueError, RuntimeError) as error:
-        row.error, row.engine_failed = str(error), isinstance(error, RuntimeError)
+    except Exception as error:
+        row.error = _reason(error)
     return row, output
-
-
-def row_out(row: Row, output: RequestOutput | None) -> dict[str, Any]:
-    """The row that is written for one that was read: its outputs and times, or its error with what came before it."""
-    written: dict[str, Any] = {"id": row.id}
-    error = row.error or (output.error if output is not None else None)
-    if error is not None:
-        written["error"] = error
-    if output is None:
-        return written
-    written["num_prompt_tokens"] = len(output.prompt_token_ids)
-    written["outputs"] = [
-        {name: value for name, value in asdict(completion).items() if value is not None} for completion in output.outputs
-    ]
-    if output.prompt_logprobs is not None:
-        written["prompt_logprobs"] = [
-            None if position is None else {token: asdict(logprob) for token, logprob in position.items()}
-            for position in output.prompt_logprobs
-        ]
-    if output.metrics is not None:
-        metrics = output.metrics
-        written["metrics"] = {"ttft": metrics.ttft, "tpot": metrics.tpot, "latency": metrics.latency}
-    return written
 
 
 if __name__ == "__main__":

@@ -40,6 +40,14 @@ def test_only_the_model_must_be_given() -> None:
         EngineConfig.from_dict({})
 
 
+def test_a_methods_name_alone_is_the_method_with_its_defaults(tmp_path: Path) -> None:
+    config = EngineConfig.from_dict({"model": "m", "sparse": "quest"})
+    assert config == EngineConfig.from_yaml(write(tmp_path, "model: m\nsparse: quest\n"))
+    assert config.resolve_sparse() == EngineConfig(model="m", sparse={"method": "quest"}).resolve_sparse()
+    with pytest.raises(ValueError, match=r"sparse.method='qest' is not known; use one of .*'quest'"):
+        EngineConfig.from_dict({"model": "m", "sparse": "qest"}).resolve_sparse()
+
+
 def test_a_config_crosses_to_another_process_unchanged() -> None:
     config = EngineConfig(model="m", sparse={"method": "quest", "token_budget": 64}, step_timeout_s=3)
     assert pickle.loads(pickle.dumps(config)) == config
@@ -88,7 +96,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"distributed_executor_backend": "uni", "tensor_parallel_size": 2},
         r"'uni' holds one rank, but tensor_parallel_size=2; use 'ray' or tensor_parallel_size=1",
     ),
-    ({"sparse": "quest"}, r"sparse='quest' must be a mapping; write sparse: \{method: quest, ...\}"),
+    ({"sparse": ["quest"]}, r"sparse=\['quest'\] must be a mapping; write sparse: \{method: quest, ...\}"),
     ({"startup_timeout_s": 0}, r"startup_timeout_s=0 must be finite, > 0"),
     ({"step_timeout_s": -1}, r"step_timeout_s=-1 must be finite, > 0; .*leave it out"),
     (
