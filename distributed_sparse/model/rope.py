@@ -106,6 +106,11 @@ class Rope:
             past = config.original_max_position_embeddings + 1
             self._long_inv_freq = init(config.to_transformers(), None, seq_len=past)[0].to(device)
 
+    @property
+    def uses_lengths(self) -> bool:
+        """Whether `cos_sin` depends on `rope_lengths`."""
+        return self.config.rope_type in ("dynamic", "longrope")
+
     def cos_sin(self, positions: Tensor, rope_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of each token's angles, the attention factor folded in. No host synchronisation.
 
