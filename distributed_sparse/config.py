@@ -48,6 +48,9 @@ class EngineConfig:
         enforce_eager: no CUDA graphs.
         async_scheduling: plan and send a step before the result of the last one is in, so that ranks need not wait for it.
         page_size: tokens per KV page: 16, 32 or 64.
+        prefill_store: a folder, on every rank's node, that keeps K, V and final hidden states of each prefill chunk. A later
+            engine of the same weights reads them there instead of computing the chunk, whatever its method and page size;
+            tokens and log-probabilities are the same bits. None: no chunk is kept. (See `shard/prefill_store.py`.)
         distributed_executor_backend: "auto", "ray" or "uni" (one rank in this process).
         sparse: the selection method and its keys, told apart by `method`; None is dense. A method's name
             alone stands for the method with its default keys.
@@ -79,6 +82,7 @@ class EngineConfig:
     enforce_eager: bool = False
     async_scheduling: bool = True
     page_size: int = 16
+    prefill_store: str | None = None
     distributed_executor_backend: str = "auto"
     sparse: dict[str, Any] | None = None
     trace: bool = False
@@ -95,12 +99,15 @@ class EngineConfig:
         def put_int(name: str, low: int, remedy: str, high: int | None = None) -> None:
             put(name, check_int(name, getattr(self, name), low, high, remedy=remedy))
 
-        for name in ("model", "tokenizer"):
+        for name in ("model", "tokenizer", "prefill_store"):
             if isinstance(getattr(self, name), os.PathLike):
                 put(name, os.fspath(getattr(self, name)))
         check_string("model", self.model, "give a local checkpoint folder or a hub id")
         if self.tokenizer is not None:
             check_string("tokenizer", self.tokenizer, "give a folder or a hub id, or leave it out to take the model's")
+        if self.prefill_store is not None:
+            check_string("prefill_store", self.prefill_store, "give a folder, or leave it out to keep nothing")
+            put("prefill_store", os.path.abspath(os.path.expanduser(self.prefill_store)))
 
         put_int("tensor_parallel_size", 1, "give the number of ranks that share the heads, 1 for no sharding")
         if self.max_model_len is not None:

@@ -65,6 +65,7 @@ class Driver:
         self._max_in_flight = 1
         self._next_step = 0
         self._steps = 0
+        self._prefill_tokens = Counter(computed=0, from_store=0)
         self._reports: list[ShardReport | None] = []
         self._ranks: list[RankInfo] = []
         self._times = StepTimes(config.step_timeout_s)
@@ -265,6 +266,8 @@ class Driver:
         received = time.monotonic()
         self._sent.popleft()
         self._steps += bool(plan.parts)
+        from_store = results[0].prefill_from_store
+        self._prefill_tokens.update(computed=plan.num_prefill_tokens - from_store, from_store=from_store)
         for result in results:
             if result.report is not None:
                 self._reports[result.rank] = result.report
@@ -445,6 +448,7 @@ class Driver:
             "generation": self.group.generation,
             "requests": {"running": running, "waiting": waiting, **self._counts},
             "pages": {"total": self.allocator.total, "used": self.allocator.used, "reserved": self.allocator.reserved},
+            "prefill_tokens": dict(self._prefill_tokens),
             "ranks": [rank.as_dict() for rank in self._ranks],
             "attention": attention_stats(reports),
             "all_reduce": {

@@ -114,6 +114,11 @@ class StepPlan(Message):
         return [*self.decode, *self.prefill]
 
     @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of all prompt chunks."""
+        return sum(chunk.num_tokens for chunk in self.prefill)
+
+    @property
     def num_numbers(self) -> int:
         """Tokens and pages that it names: what its size on the wire grows with, beside its rows."""
         tokens = sum(len(chunk.tokens) + len(chunk.targets or ()) for chunk in self.prefill)
@@ -277,6 +282,8 @@ class StepResult(Message):
     """When the rank began with the plan, on its machine's monotonic clock."""
     step_ms: float = 0.0
     report: ShardReport | None = None
+    prefill_from_store: int = 0
+    """Prompt tokens of the plan that were read from the prefill store and not computed; the same on every rank."""
 
 
 class Failed(Message):

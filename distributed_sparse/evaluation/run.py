@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -116,7 +117,17 @@ class Evaluation:
         return {"suite": self.suite.name, self.suite.name: self.suite.options(), "engine": engine, "options": options}
 
     def run(self, results: Results) -> None:
-        """Do what `results` lacks. Each unit is kept as soon as it is finished."""
+        """Do what `results` lacks. Each unit is kept as soon as it is finished.
+
+        All engines share one prefill store, so that a prompt is prefilled once and not by every method: the configuration's,
+        else a folder in the results directory that is deleted at the end.
+        """
+        given = self.config.prefill_store
+        with nullcontext(given) if given else TemporaryDirectory(prefix="prefill-", dir=results.directory) as folder:
+            self._prefill_store = folder
+            self._run(results)
+
+    def _run(self, results: Results) -> None:
         groups = list(self.groups)
         with tqdm(unit="unit", disable=None) as bar:
             runs: list[tuple[Settings, list[str]]] = [(settings, groups) for settings in (self.dense, *self.methods)]
@@ -191,7 +202,7 @@ class Evaluation:
     def _session(self, settings: Settings, trace: bool) -> Iterator[Session]:
         from distributed_sparse import LLM
 
-        config = dataclasses.replace(self.config, sparse=settings, trace=trace)
+        config = dataclasses.replace(self.config, sparse=settings, trace=trace, prefill_store=self._prefill_store)
         with (self._open_engine or LLM.from_config)(config) as llm:
             yield Session(llm, self.options.table_bytes)
 

@@ -54,6 +54,7 @@ class Engines:
     def __init__(self) -> None:
         self.open = self.most_open = 0
         self.methods: list[tuple[str, bool]] = []
+        self.prefilled: list[dict[str, int]] = []
 
     @contextmanager
     def __call__(self, config: EngineConfig) -> Iterator[LLM]:
@@ -61,10 +62,11 @@ class Engines:
         self.methods.append((config.sparse["method"], config.trace))
         self.open += 1
         self.most_open = max(self.most_open, self.open)
-        settings = {name: getattr(config, name) for name in ("sparse", "trace", *ENGINE)}
+        settings = {name: getattr(config, name) for name in ("sparse", "trace", "prefill_store", *ENGINE)}
         try:
             with make_llm(config.model, config.tensor_parallel_size, **settings) as llm:
                 yield llm
+                self.prefilled.append(llm.stats()["prefill_tokens"])
         finally:
             self.open -= 1
 
@@ -223,6 +225,18 @@ def test_generated_answers_are_compared_at_the_dense_runs_tokens(text: str, tmp_
     last = len(example.token_ids) + len(dense[0]["token_ids"]) - 2
     assert trace["positions"][-1] == last and len(trace["positions"]) == 3
     assert trace["positions"][0] >= len(example.token_ids) - 1  # the steps that say the answer
+
+
+def test_every_prompt_is_prefilled_by_the_dense_run_alone(text: str, tmp_path: Path) -> None:
+    """Answered in batches, compared one by one and traced: the other engines find all of it, and nothing is left behind."""
+    suite = PasskeySuite(lengths=(300,), depths=(0.2, 0.8), samples=2, max_tokens=3)
+    given = evaluation(text, suite, parse_methods(["quest,tova"], [48]), RunOptions(trace_examples=1, batch=3, controls=False))
+    run(tmp_path, given)
+    dense, *others = given._open_engine.prefilled
+    assert dense["computed"] > 4 * 200
+    assert [engine["computed"] for engine in others] == [0, 0]
+    assert others[0]["from_store"] == others[1]["from_store"] == sum(dense.values())
+    assert not list(tmp_path.glob("prefill-*"))
 
 
 def test_a_table_that_is_too_large_is_not_made_but_the_text_is_still_scored(text: str, tmp_path: Path) -> None:
