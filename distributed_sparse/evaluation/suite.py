@@ -122,8 +122,9 @@ def check_lengths(suite: str, lengths: Sequence[int], longest_output: int, model
     for length in lengths:
         check_int(f"{suite}: length", length, least, remedy="give tokens of the prompt")
         if length + longest_output > model.max_model_len:
+            answer = f" and {longest_output} tokens of answer are" if longest_output else " is"
             raise ValueError(
-                f"{suite}: length={length} and {longest_output} tokens of answer are over max_model_len={model.max_model_len}; "
+                f"{suite}: length={length}{answer} over max_model_len={model.max_model_len}; "
                 f"use at most {model.max_model_len - longest_output}, or raise max_model_len"
             )
 

@@ -7,7 +7,8 @@ from distributed_sparse.evaluation.suites.passkey import PasskeySuite
 from distributed_sparse.evaluation.suites.ppl import PplSuite
 from distributed_sparse.evaluation.suites.profile import ProfileSuite
 from distributed_sparse.evaluation.suites.recall import RecallSuite
+from distributed_sparse.evaluation.suites.ruler import RulerSuite
 
 SUITES: dict[str, type[Suite]] = {
-    suite.name: suite for suite in (RecallSuite, NeedleSuite, PasskeySuite, PplSuite, LongBenchSuite, ProfileSuite)
+    suite.name: suite for suite in (RecallSuite, NeedleSuite, PasskeySuite, PplSuite, LongBenchSuite, RulerSuite, ProfileSuite)
 }
