@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from distributed_sparse import SamplingParams
 from distributed_sparse.client import EngineError
+from distributed_sparse.commands.generate import main
 from distributed_sparse.llm import LLM
 from distributed_sparse.outputs import RequestOutput
-from launch.generate import main
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import make_llm
 from tests.support.prompts import random_tokens

@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distributed_sparse.reporting.results import plain
 
 
@@ -35,8 +33,11 @@ def write_json(path: str | Path, benchmark: str, settings: dict[str, Any], rows:
 
 def environment() -> dict[str, Any]:
     """Machine, versions, git commit and command."""
+    import torch
+
+    program = Path(sys.argv[0]).stem
     return {
-        "command": " ".join(["python -m", *(Path(sys.argv[0]).stem.join(["launch.", ""]), *sys.argv[1:])]),
+        "command": " ".join([program if program == "distributed-sparse" else f"python -m launch.{program}", *sys.argv[1:]]),
         "commit": git_commit(),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),

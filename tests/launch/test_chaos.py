@@ -17,7 +17,7 @@ from distributed_sparse.chaos.faults import Fault
 from distributed_sparse.chaos.outcome import COMPLETED, LOST, Outcome
 from distributed_sparse.chaos.processes import MARK, left_after
 from distributed_sparse.chaos.report import SoakReport
-from launch import chaos
+from distributed_sparse.commands import chaos
 from tests.support.patience import WAIT_S
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from distributed_sparse.commands import demo
 from distributed_sparse.evaluation.recall_model import ensure_recall_checkpoint
-from launch import demo
 from tests.support.patience import WAIT_S
 
 ROOT = Path(__file__).resolve().parents[2]

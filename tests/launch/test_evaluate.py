@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from distributed_sparse import LLM
+from distributed_sparse.commands.evaluate import main
 from distributed_sparse.evaluation.recall_model import save_recall_checkpoint
 from distributed_sparse.evaluation.suites import SUITES
-from launch.evaluate import main
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.patience import WAIT_S
 from tests.support.text_checkpoint import text_checkpoint

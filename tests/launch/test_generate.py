@@ -17,9 +17,9 @@ import pytest
 
 import distributed_sparse
 from distributed_sparse import CompletionOutput, EngineConfig, Logprob, RequestOutput, SamplingParams
+from distributed_sparse.commands.generate import main
+from distributed_sparse.commands.rows import Row, json_line, make_row, read_rows, row_out
 from distributed_sparse.metrics import RequestMetrics
-from launch.generate import main
-from launch.rows import Row, json_line, make_row, read_rows, row_out
 from tests.support.patience import WAIT_S
 from tests.support.text_checkpoint import byte_level_bos_tokenizer, text_checkpoint
 

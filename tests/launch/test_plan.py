@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from distributed_sparse.commands import plan
 from distributed_sparse.planner import measure
 from distributed_sparse.planner.hardware import Hardware, Rate
 from distributed_sparse.planner.rank import RankOnPaper
-from launch import plan
 
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 LLAMA = str(MODELS / "llama-3.1-8b")
