@@ -108,6 +108,11 @@ def test_a_template_that_tests_for_no_content_sees_that_there_is_none() -> None:
     assert text_of(template, [{"role": "user", "content": "None of it"}, CALL]) == "[user]None of it\n[call]fox\n"
 
 
+def test_keys_that_are_none_are_left_out_as_transformers_leaves_them_out() -> None:
+    template = "{% for m in messages %}{% if 'tool_calls' in m %}[call]{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    assert text_of(template, [{"role": "assistant", "content": "the fox", "tool_calls": None}]) == "the fox"
+
+
 @pytest.mark.parametrize("name", ["plain", "parts: loop"])
 @pytest.mark.parametrize(
     ("content", "message"),

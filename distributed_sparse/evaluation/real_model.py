@@ -86,7 +86,7 @@ def _convert(source: Path, folder: Path) -> None:
     model = LlamaForCausalLM(config)
     model.load_state_dict(quantised.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(torch.float32).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
     saved = json.loads(path.read_text()) | {"converted_from": SOURCE}
