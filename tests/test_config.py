@@ -29,7 +29,10 @@ def test_a_config_that_is_shipped_loads_and_its_method_is_known(name: str) -> No
 
 
 def test_every_shipped_config_is_tested() -> None:
-    engine_configs = {path.name for path in (ROOT / "configs").glob("*.yaml")} - {"demo.yaml", "smollm2-135m.yaml"}  # those run in tests
+    engine_configs = {path.name for path in (ROOT / "configs").glob("*.yaml")} - {
+        "demo.yaml",
+        "smollm2-135m.yaml",
+    }  # those run in tests
     assert engine_configs == set(CONFIGS)
 
 
