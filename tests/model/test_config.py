@@ -105,7 +105,7 @@ def test_a_dtype_may_have_any_of_its_names_and_auto_is_that_of_the_weights(tmp_p
 @pytest.mark.parametrize("value", ["int8", "float8_e4m3fn", "float64", "torch", "", 16, True, ["float32"], {"": "float32"}])
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_a_dtype_that_is_not_computed_in_is_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"config.json: {key}={re.escape(repr(value))} is not supported; use .*'bfloat16'"):
+    with pytest.raises(ValueError, match=rf"config.json: {key}={re.escape(repr(value))} is not known; use .*'bfloat16'"):
         ModelConfig.from_pretrained(write_config(tmp_path, **{"dtype": "delete", key: value}))
 
 
