@@ -69,7 +69,7 @@ def check_dtype(name: str, value: Any) -> str:
     text = text.lower().removeprefix("torch.")
     dtype = _DTYPES.get(text, text)
     if dtype not in ("auto", "float32", "float16", "bfloat16"):
-        raise ValueError(f"{name}={shown(value)} is not supported; use one of 'auto', 'float32', 'float16', 'bfloat16'")
+        raise ValueError(f"{name}={shown(value)} is not known; use one of 'auto', 'float32', 'float16', 'bfloat16'")
     return dtype
 
 

@@ -81,7 +81,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"gpu_memory_utilization": float("nan")}, r"gpu_memory_utilization=nan must be finite"),
     ({"kv_cache_memory_bytes": 0}, r"kv_cache_memory_bytes=0 must be >= 1; give bytes per rank"),
     ({"kv_cache_memory_bytes": 1e9}, r"kv_cache_memory_bytes=1000000000.0 must be an integer, not float"),
-    ({"dtype": "fp8"}, r"dtype='fp8' is not supported; use one of 'auto', 'float32', 'float16', 'bfloat16'"),
+    ({"dtype": "fp8"}, r"dtype='fp8' is not known; use one of 'auto', 'float32', 'float16', 'bfloat16'"),
     ({"device": "tpu"}, r"device='tpu' is not known; use one of 'auto', 'cpu', 'cuda'"),
     ({"seed": -1}, r"seed=-1 must be in 0..9223372036854775807"),
     ({"load_format": "pt"}, r"load_format='pt' is not known; use one of 'auto', 'dummy'"),
@@ -128,7 +128,7 @@ def test_a_dtype_may_have_the_names_that_vllm_and_torch_give_it() -> None:
     for name, spellings in names.items():
         assert {EngineConfig(model="m", dtype=spelling).dtype for spelling in spellings} == {name}
     for wrong in (torch.int8, torch.float64, None, True, 16, ["half"], "", "torch"):
-        with pytest.raises(ValueError, match=r"dtype=.* is not supported; use one of 'auto'"):
+        with pytest.raises(ValueError, match=r"dtype=.* is not known; use one of 'auto'"):
             EngineConfig(model="m", dtype=wrong)
 
 

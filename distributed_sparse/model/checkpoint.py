@@ -138,8 +138,8 @@ def weight_files(path: Path) -> list[Path]:
     )
     if not files:
         raise ValueError(
-            f"no *.safetensors in {path} on node {socket.gethostname()} ({', '.join(_OTHER_WEIGHTS)} are not read); "
-            "download them, or use load_format='dummy' for random weights"
+            f"no *.safetensors in {path} on node {socket.gethostname()}; "
+            f"download them, or use load_format='dummy' for random weights ({' and '.join(_OTHER_WEIGHTS)} are not read)"
         )
     return files
 

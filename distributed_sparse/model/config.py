@@ -179,6 +179,9 @@ def _transformers_config(raw: Mapping[str, Any], family: str, file: Path) -> Any
             check_bool(name, value)
         elif key == "rms_norm_eps":
             shape[key] = check_float(name, value, 0.0, remedy="give a number such as 1e-6")
+        elif key == "layer_types":
+            if value is not None and not (isinstance(value, list) and all(isinstance(layer, str) for layer in value)):
+                raise ValueError(f"{name}={shown(value)} must be a list of 'full_attention' or 'sliding_attention' per layer")
         elif key in _SIZES:
             low, high, may_be_null = _SIZES[key]
             if value is not None or not may_be_null:
