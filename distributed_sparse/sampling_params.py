@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from distributed_sparse.validation import check_bool, check_float, check_int, nearest_key, shown
+from distributed_sparse.validation import check_bool, check_float, check_int, check_text, nearest_key, shown
 
 # vLLM's parameters that this engine does not have: refused by name, since dropping one in silence would change the output.
 NOT_SUPPORTED = {
@@ -170,10 +170,7 @@ def _checked_stop(stop: Any) -> list[str]:
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, Sequence) or isinstance(strings, (bytes, bytearray)):
         raise ValueError(f"stop={shown(stop)} must be a string or a list of strings; give for instance stop=['\\n\\n']")
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise ValueError(f"stop holds {shown(string)}; every stop string must be a non-empty str")
-    return list(dict.fromkeys(strings))
+    return list(dict.fromkeys(check_text("stop: string", string, "give strings of valid Unicode") for string in strings))
 
 
 def _checked_stop_token_ids(token_ids: Any) -> list[int]:
