@@ -312,8 +312,9 @@ class LLM:
                 request, builder = self._prepare(prompt, own_params, None)
                 self._validate(request)
                 requests.append(request)
-            except ValueError as error:
-                builder = _refused(self._new_request_id(), prompt, str(error))
+            except Exception as error:  # whatever it is, the others of the list go on
+                what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                builder = _refused(self._new_request_id(), prompt, what)
             builders[builder.output.request_id] = builder
         with tqdm(total=len(prompts), initial=len(prompts) - len(requests), disable=not use_tqdm, desc="Prompts") as bar:
             tokens = 0

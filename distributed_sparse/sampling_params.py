@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from distributed_sparse.validation import check_bool, check_float, check_int, nearest_key, shown
+from distributed_sparse.validation import check_bool, check_float, check_int, check_text, nearest_key, shown
 from distributed_sparse.vllm_names import SAMPLING, drop_neutral
 
 T = TypeVar("T")
@@ -176,10 +176,7 @@ def _checked_stop(stop: Any) -> list[str]:
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, Sequence) or isinstance(strings, (bytes, bytearray)):
         raise ValueError(f"stop={shown(stop)} must be a string or a list of strings; give for instance stop=['\\n\\n']")
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise ValueError(f"stop holds {shown(string)}; every stop string must be a non-empty str")
-    distinct = list(dict.fromkeys(strings))
+    distinct = list(dict.fromkeys(check_text("stop: string", string, "give strings of valid Unicode") for string in strings))
     if len(distinct) > MAX_STOP_STRINGS:
         raise ValueError(f"stop holds {len(distinct)} strings, over the limit of {MAX_STOP_STRINGS}; give fewer")
     if (length := sum(map(len, distinct))) > MAX_STOP_CHARACTERS:

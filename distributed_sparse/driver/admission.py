@@ -32,10 +32,9 @@ class Admission:
         Raises:
             ValueError: it is wrong.
         """
-        params = new.params
-        validate_request(
+        params = validate_request(
             new.prompt_token_ids,
-            params,
+            new.params,
             vocab_size=self._model.vocab_size,
             max_model_len=self._model.max_model_len,
             max_num_seqs=self._config.max_num_seqs,

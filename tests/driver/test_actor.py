@@ -309,3 +309,17 @@ def test_an_address_that_cannot_be_reached_is_refused_by_name(ray_environment):
     )
     assert run.returncode != 0
     assert "RAY_ADDRESS='127.0.0.1:9' cannot be reached" in run.stderr
+
+
+def test_a_request_that_raises_in_the_driver_is_refused_alone_among_those_of_its_call(driver):
+    client_id = uuid.uuid4().hex
+    first, wrong, last = new_requests(3)
+    wrong.request_id = ["no", "text"]  # a Client would refuse it; nothing can be looked up by it
+    driver.submit(client_id, [first, wrong, last])
+    cursor, finished = 0, {}
+    while len(finished) < 3:
+        cursor, updates = driver.next_outputs(client_id, cursor, 30.0)
+        finished |= {str(update.request_id): update.error for update in updates if update.finished}
+    assert "TypeError: unhashable type: 'list'" in finished.pop(str(wrong.request_id))
+    assert finished == {first.request_id: None, last.request_id: None}
+    assert driver.stats()["requests"]["running"] == 0
