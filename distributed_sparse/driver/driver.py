@@ -29,6 +29,9 @@ MAX_AHEAD_NUMBERS = 8192
 """A plan of more numbers (tokens, pages; 5 bytes each at most) waits until its ranks have done with the last one: a rank that
 computes reads nothing, and to send what its socket cannot hold would wait for it, deaf to results."""
 
+STORED_CHUNK_MULTIPLE = 256
+"""`Scheduler.chunk_multiple` with a prefill store, where a step holds at least four times as many tokens."""
+
 Updates = dict[str, list[RequestUpdate]]
 """Client id -> what to tell it."""
 
@@ -92,6 +95,7 @@ class Driver:
         self._density.begin()
         self._same_clock = {rank.hostname for rank in self._ranks} == {socket.gethostname()}
         self.allocator = PageAllocator(self.group.num_pages)
+        is_cut_evenly = self.config.prefill_store and self.config.max_num_batched_tokens >= 4 * STORED_CHUNK_MULTIPLE
         self.scheduler = Scheduler(
             self.allocator,
             page_size=self.config.page_size,
@@ -100,6 +104,7 @@ class Driver:
             kept_pages=self.group.kept_pages,
             forks_copy_pages=self.group.forks_copy_pages,
             trace=self.config.trace,
+            chunk_multiple=STORED_CHUNK_MULTIPLE if is_cut_evenly else 1,
         )
         for request in before:
             request.restart()

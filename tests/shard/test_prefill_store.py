@@ -207,6 +207,14 @@ def test_a_prompt_of_which_only_the_beginning_is_known_is_computed_from_there(op
     assert taken(continued) == (128, 62)
 
 
+@pytest.mark.parametrize(("is_stored", "border"), [(True, 256), (False, 424)])
+def test_prompts_are_cut_evenly_for_the_store_alone(open_engine: Open, tmp_path: Path, is_stored: bool, border: int) -> None:
+    engine = open_engine(tmp_path if is_stored else None, max_num_batched_tokens=1024)
+    for length in (300, 300, 500):
+        engine.add([1] * length, **greedy())
+    assert [(chunk.start, chunk.end) for chunk in engine.step().prefill] == [(0, 300), (0, 300), (0, border)]
+
+
 def test_what_follows_other_tokens_or_other_borders_is_not_found(open_engine: Open, tmp_path: Path) -> None:
     prompt = random_tokens(128, seed=1)
     answer(open_engine(tmp_path), prompt)
@@ -243,11 +251,10 @@ def test_other_weights_of_the_same_shapes_another_dtype_or_more_ranks_find_nothi
     open_engine: Open, tmp_path: Path, path: Path
 ) -> None:
     prompt, store = random_tokens(60, seed=1), tmp_path / "store"
-    for ranks in (1, 2):
-        answer(open_engine(store, tensor_parallel_size=ranks), prompt)
+    said_first = [answer(open_engine(store, tensor_parallel_size=ranks), prompt) for ranks in (1, 2)]
     changed = Path(shutil.copytree(path, tmp_path / "changed"))
     weights = load_file(path / "model.safetensors")
-    weights["model.layers.2.mlp.down_proj.weight"][5, -1] += 1e-6  # the last column: of rank 1 alone
+    weights["model.layers.2.mlp.down_proj.weight"][:, -1] += 0.5  # the last column: of rank 1 alone
     save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
     others: list[dict[str, Any]] = [
         {"model": changed},
@@ -262,8 +269,8 @@ def test_other_weights_of_the_same_shapes_another_dtype_or_more_ranks_find_nothi
         assert taken(engine) == (0, 60), other
     for ranks in (1, 2):
         engine = open_engine(store, tensor_parallel_size=ranks)
-        answer(engine, prompt)
-        assert taken(engine) == (60, 0), "the first ones' files were touched"
+        assert answer(engine, prompt) == said_first[ranks - 1], "the first ones' files were written by others"
+        assert taken(engine) == (60, 0)
 
 
 def truncate(file: Path, _: Path) -> None:
