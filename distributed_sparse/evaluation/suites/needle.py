@@ -58,7 +58,7 @@ class NeedleSuite(Suite):
         made = TASKS[task](random.Random(f"{self.seed} {name}"), depth, haystack)
 
         def encoded(count: int) -> tuple[list[int], int]:
-            return encode_question(tokenizer, made.introduction + made.body(count), made.question, self.chat)
+            return encode_question(tokenizer, made.introduction + made.body(count), made.question, self.chat, cue=made.cue)
 
         count = fit(lambda count: len(encoded(count)[0]), length, f"needle {task}")
         token_ids, num_question = encoded(count)

@@ -20,7 +20,7 @@ _NOISE = (
     "One road leads out, another leads home.",
 )
 _INTRODUCTION = "A pass key is hidden in the text below, among much that does not matter. Find it and keep it in mind.\n\n"
-_QUESTION = "\n\nWhat is the pass key? The pass key is"
+_QUESTION, _CUE = "\n\nWhat is the pass key?", " The pass key is"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class PasskeySuite(Suite):
 
                     def encoded(count: int, needle: str = needle, depth: float = depth) -> tuple[list[int], int]:
                         text = haystack.with_needles([(depth, needle)], count)
-                        return encode_question(tokenizer, _INTRODUCTION + text, _QUESTION, self.chat)
+                        return encode_question(tokenizer, _INTRODUCTION + text, _QUESTION, self.chat, cue=_CUE)
 
                     count = fit(lambda count, encoded=encoded: len(encoded(count)[0]), length, self.name)  # type: ignore[misc]
                     token_ids, num_question = encoded(count)
