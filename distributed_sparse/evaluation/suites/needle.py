@@ -38,7 +38,9 @@ class NeedleSuite(Suite):
     seed: int = field(default=0, metadata={"help": "chooses needles and filler"})
 
     def examples(self, model: EvaluatedModel) -> list[Example]:
-        tokenizer = model.need_tokenizer(self.name, "give one with --set tokenizer=FOLDER, or use the suites recall or ppl")
+        tokenizer = model.need_tokenizer(
+            self.name, "give one with --set tokenizer=FOLDER, or use the suites recall or agreement"
+        )
         check_names(self.name, "tasks", self.tasks, list(TASKS))
         longest_output = self.max_tokens or max(MAX_TOKENS[task] for task in self.tasks)
         check_lengths(self.name, self.lengths, longest_output, model)

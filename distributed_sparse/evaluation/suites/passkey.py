@@ -38,7 +38,9 @@ class PasskeySuite(Suite):
     seed: int = field(default=0, metadata={"help": "chooses the keys"})
 
     def examples(self, model: EvaluatedModel) -> list[Example]:
-        tokenizer = model.need_tokenizer(self.name, "give one with --set tokenizer=FOLDER, or use the suites recall or ppl")
+        tokenizer = model.need_tokenizer(
+            self.name, "give one with --set tokenizer=FOLDER, or use the suites recall or agreement"
+        )
         check_lengths(self.name, self.lengths, self.max_tokens, model)
         check_depths(self.name, self.depths)
         check_int("passkey: samples", self.samples, 1, remedy="give the number of keys per length and depth")
