@@ -151,6 +151,8 @@ def _add_fields(group: Any, kind: type) -> None:
         text = text.replace("%", "%%")
         if hint is bool:
             group.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=field.metadata["help"])
+        elif "nargs" in field.metadata:
+            group.add_argument(name, nargs=field.metadata["nargs"], default=None, metavar="FILE", help=text)
         elif get_origin(hint) is tuple:
             group.add_argument(name, type=_listed(get_args(hint)[0]), default=None, metavar="A,B", help=text)
         else:
@@ -179,4 +181,4 @@ def _listed(of: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     """The fields of `kind` that were given on the command line."""
     found = {field.name: getattr(args, field.name) for field in fields(kind)}
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items() if value is not None}
