@@ -2,6 +2,7 @@
 
 Makes the demo checkpoint where there is none, plants facts in a text, and asks for them: with Quest, with a window, and
 with dense attention, each on a tensor-parallel group of Ray actors. The questions are read sparsely, too.
+With the extra `real`, SmolLM2-135M-Instruct then answers with dense and sparse attention.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from distributed_sparse.commands.demo_real import run_real_half
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.evaluation.recall import (
     QUESTION_LENGTH,
@@ -65,18 +67,20 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.demo")
         quiz = make_quiz(args.facts, args.context, args.questions, seed=args.seed + 1)
         config = _with_checkpoint(config)
         results = _compare(config, prompt, quiz)
+        print()
+        print(table(results))
+        print(
+            f"right: of {args.questions} other questions. density: tokens attended / tokens in the context, in the layers that "
+            f"select.\ntokens/s: decode, one sequence of {args.context} tokens.",
+            flush=True,
+        )
+        run_real_half(ROOT / "checkpoints")
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print()
-    print(table(results))
-    print(
-        f"right: of {args.questions} other questions. density: tokens attended / tokens in the context, in the layers that "
-        f"select.\ntokens/s: decode, one sequence of {args.context} tokens."
-    )
     return 0
 
 
