@@ -59,7 +59,7 @@ class RequestOutput:
         prompt: the prompt's text; None when it was given as token ids.
         prompt_token_ids: the prompt as the model read it.
         prompt_logprobs: one dict per prompt token, the first None (nothing predicts it); None when not asked for.
-        outputs: the completions, in index order; empty when the request was rejected.
+        outputs: the completions, in index order; of a rejected request one, with finish_reason "error" and no tokens.
         finished: whether every completion has ended.
         metrics: when things happened; None for a request that was never accepted.
         error: why it was rejected or failed, for a reader; None when all went well.

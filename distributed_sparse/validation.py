@@ -53,6 +53,16 @@ def check_string(name: str, value: Any, remedy: str) -> str:
     return value
 
 
+def check_text(name: str, value: Any, remedy: str) -> str:
+    """`value` when it is a string that is not empty, and Unicode text: without lone surrogates, which nothing can encode."""
+    text = check_string(name, value, remedy)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}={shown(value)} holds a lone surrogate, which is no character; {remedy}") from None
+    return text
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """`value` when it is one of `choices`."""
     if not isinstance(value, str) or value not in choices:

@@ -40,6 +40,11 @@ def filler_sentences(seed: int) -> list[str]:
     return sentences
 
 
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, white space folded; each ends in . ! or ? before white space."""
+    return [" ".join(piece.split()) for piece in re.split(r"(?<=[.!?])\s+", text) if piece.strip()]
+
+
 def read_sentences(path: str | Path) -> list[str]:
     """The sentences of a text file, white space folded.
 
@@ -50,7 +55,7 @@ def read_sentences(path: str | Path) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"haystack_file={str(path)!r} cannot be read ({error}); give a UTF-8 text file") from None
-    sentences = [" ".join(piece.split()) for piece in re.split(r"(?<=[.!?])\s+", text) if piece.strip()]
+    sentences = split_sentences(text)
     if len(sentences) < 10:
         raise ValueError(f"haystack_file={str(path)!r} has {len(sentences)} sentences; give a longer text, such as an essay")
     return sentences

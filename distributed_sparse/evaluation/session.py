@@ -144,7 +144,8 @@ class Session:
             said: the answer's tokens; the last one is not read.
             num_steps: how many of the steps that say what is judged, spread evenly; None: all steps, one after the other.
         """
-        token_ids = example.token_ids + list(said[:-1])
+        # the last judged token is not read either: there may be no room for what would follow it
+        token_ids = example.token_ids[: max(example.positions, default=len(example.token_ids))] + list(said[:-1])
         num_decoded = example.num_question_tokens + len(token_ids) - len(example.token_ids)
         first = len(token_ids) - num_decoded
         steps = list(range(num_decoded))

@@ -22,6 +22,11 @@ def substring_share(text: str, references: Sequence[str]) -> float:
     return sum(reference.lower() in lowered for reference in references) / len(references)
 
 
+def substring_any(text: str, references: Sequence[str]) -> float:
+    """1 where one of the references occurs in the text, whatever its case (RULER's metric of question answering)."""
+    return float(substring_share(text, references) > 0)
+
+
 def english_words(text: str) -> list[str]:
     """Words without case, punctuation and articles (SQuAD's normalisation)."""
     bare = "".join(char for char in text.lower() if char not in string.punctuation)

@@ -158,6 +158,11 @@ class Rope:
             past = config.parameters[_ORIGINAL] + 1
             self._long_inv_freq = init(source, None, seq_len=past)[0].to(device)
 
+    @property
+    def uses_lengths(self) -> bool:
+        """Whether `cos_sin` depends on `rope_lengths`."""
+        return self.config.rope_type in ("dynamic", "longrope")
+
     def cos_sin(self, positions: Tensor, rope_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of each token's angles, the attention factor folded in. No host synchronisation.
 

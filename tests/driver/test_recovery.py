@@ -26,9 +26,9 @@ from distributed_sparse.driver.pages import pages_for
 from distributed_sparse.driver.recovery import KEPT_RECORDS, Recovery
 from distributed_sparse.driver.shard_group import ShardFailure
 from distributed_sparse.sampling_params import SamplingParams
+from tests.support.patience import WAIT_S
 from tests.support.scripted_group import VOCAB_SIZE, ScriptedGroup, expected_tokens
 
-WAIT_S = 20.0
 PAGE_SIZE = 16
 MAX_MODEL_LEN = 160
 INFO = ModelInfo(VOCAB_SIZE, num_layers=1, num_kv_heads=1, eos_token_ids=(), max_model_len=MAX_MODEL_LEN)

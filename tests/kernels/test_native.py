@@ -28,6 +28,7 @@ from distributed_sparse.kernels.sample_residual_native import sample_residual_na
 from distributed_sparse.kernels.sample_residual_torch import sample_residual_torch
 from distributed_sparse.kernels.top_p_native import top_p_native
 from tests.support.kernels import TOLERANCE, assert_near, bits
+from tests.support.patience import WAIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,7 +136,7 @@ def test_of_processes_that_want_it_at_once_one_builds_and_all_get_it_whole(
     monkeypatch.setenv("CXX", str(compiler))
     told = "import torch; from distributed_sparse.kernels import native; assert native.library() is not None"
     processes = [subprocess.Popen([sys.executable, "-c", told], cwd=ROOT) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    assert [process.wait(timeout=WAIT_S) for process in processes] == [0, 0, 0]
     assert [path.suffix for path in fresh.iterdir()] == [".so"]
     compiled = [line.split(" -c ")[1].split()[0] for line in said.read_text().splitlines() if " -c " in line]
     sources = (ROOT / "kernels" / "cpp").glob("*.cpp")

@@ -18,7 +18,7 @@ from distributed_sparse.bench import plots, step
 from distributed_sparse.bench.contestants import Engine
 from distributed_sparse.bench.ops import attention
 from distributed_sparse.client import EngineError
-from launch import bench
+from distributed_sparse.commands import bench
 from tests.support.bench_models import tiny_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
