@@ -596,7 +596,7 @@ def test_one_rank_runs_where_ray_cannot_be_imported_and_the_import_takes_no_kern
         import sys
         sys.modules["ray"] = None
         from distributed_sparse import LLM, CompletionOutput, SamplingParams
-        assert "transformers.integrations.hub_kernels" not in sys.modules  # seconds, for a model's config alone
+        assert "transformers" not in sys.modules  # seconds that only an engine has to wait for
         with LLM(sys.argv[1], max_model_len=256, device="cpu") as llm:
             params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
             print(llm.generate([1, 5, 6, 7], params, use_tqdm=False)[0].outputs[0].token_ids)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
 
 from distributed_sparse.validation import check_bool, check_float, shown
 
@@ -56,7 +55,7 @@ class RopeConfig:
                 raise ValueError(
                     f"{key}={shown(raw[key])} must be an object such as {{'rope_type': 'yarn', 'factor': 4.0, ...}}"
                 )
-        given = _TransformersRope(raw, head_dim, max_position_embeddings).rope_parameters
+        given = _transformers_config(raw, head_dim, max_position_embeddings).rope_parameters
         if nested := [key for key, value in given.items() if isinstance(value, dict)]:
             raise ValueError(
                 f"rope_parameters per layer type ({', '.join(nested)}) are not supported; one set for all layers is"
@@ -112,24 +111,25 @@ def _checked(name: str, value: Any, head_dim: int) -> Any:
     return [check_float(name, factor, 0.0, low_excluded=True, remedy="every entry is a positive number") for factor in value]
 
 
-class _TransformersRope(RotaryEmbeddingConfigMixin):
+def _transformers_config(raw: Mapping[str, Any], head_dim: int, max_position_embeddings: int) -> Any:
     """What transformers' rope functions see of a model config, filled in the order of its ``PreTrainedConfig.__post_init__``.
 
-    A config class of transformers would do as well; to import one takes seconds.
+    Its mixin does without the config class of a family, whose import takes seconds, and its checks, which name no key.
     """
+    from transformers.modeling_rope_utils import RotaryEmbeddingConfigMixin
 
-    def __init__(self, raw: Mapping[str, Any], head_dim: int, max_position_embeddings: int) -> None:
-        self.head_dim = self.hidden_size = head_dim
-        self.num_attention_heads = 1
-        self.max_position_embeddings = max_position_embeddings
-        raw = deepcopy(dict(raw))  # the defaults are written into the objects that are given
-        self.rope_parameters: Any = raw.get("rope_parameters")
-        config: Any = self  # transformers types its mixin's methods for a whole config
-        older = ("rope_scaling", "rope_theta", "partial_rotary_factor")
-        config.convert_rope_params_to_dict(**{key: raw[key] for key in older if key in raw})
-        if _ORIGINAL in raw:
-            self.original_max_position_embeddings = raw[_ORIGINAL]
-        config.standardize_rope_params()
+    config: Any = RotaryEmbeddingConfigMixin()
+    config.head_dim = config.hidden_size = head_dim
+    config.num_attention_heads = 1
+    config.max_position_embeddings = max_position_embeddings
+    raw = deepcopy(dict(raw))  # the defaults are written into the objects that are given
+    config.rope_parameters = raw.get("rope_parameters")
+    older = ("rope_scaling", "rope_theta", "partial_rotary_factor")
+    config.convert_rope_params_to_dict(**{key: raw[key] for key in older if key in raw})
+    if _ORIGINAL in raw:
+        config.original_max_position_embeddings = raw[_ORIGINAL]
+    config.standardize_rope_params()
+    return config
 
 
 class Rope:
@@ -144,7 +144,11 @@ class Rope:
         if config.rope_type == "default":
             inv_freq = 1.0 / config.rope_theta**half
         else:
-            source = _TransformersRope({"rope_parameters": config.parameters}, config.head_dim, config.max_position_embeddings)
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+            source = _transformers_config(
+                {"rope_parameters": config.parameters}, config.head_dim, config.max_position_embeddings
+            )
             init: Any = ROPE_INIT_FUNCTIONS[config.rope_type]
             inv_freq, self.attention_factor = init(source, None)
         self.inv_freq = inv_freq.to(device)
