@@ -30,7 +30,7 @@ from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.selection import layer_configs
 from distributed_sparse.tokenizer import apply_chat, encode_prompt, load_tokenizer, tokenizer_json
 from distributed_sparse.trace import parse_trace
-from distributed_sparse.validation import shown
+from distributed_sparse.validation import check_int, shown
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +175,7 @@ class LLM:
         seed: int | None = None,
         trace_steps: Sequence[int] | None = None,
         use_tqdm: bool = False,
+        first: int = 1,
     ) -> list[ScoreOutput]:
         """Log-probabilities of given tokens, each under the tokens before it; nothing is sampled.
 
@@ -184,6 +185,8 @@ class LLM:
             decode_last_prompt_tokens: so many last tokens go through sparse decode, one by one, instead of dense prefill.
             seed: of what a method draws (random, vattention); None is derived at admission, as in `SamplingParams`.
             trace_steps: of an engine with trace=True, the decode steps to trace; None: all.
+            first: index of the first token whose log-probability is wanted. Prefill chunks before it compute no logits, which
+                are most of the work and memory of a long prompt with a large vocabulary.
 
         Raises:
             ValueError: a sequence is refused.
@@ -200,10 +203,13 @@ class LLM:
             seed=seed,
             trace_steps=trace_steps,
         )
-        requests = [NewRequest(self._new_request_id(), list(sequence), params, score=True) for sequence in sequences]
+        check_int("first", first, 1, remedy="nothing predicts token 0")
+        requests = [
+            NewRequest(self._new_request_id(), list(sequence), params, score=True, first_scored=first) for sequence in sequences
+        ]
         for request in requests:
             self._validate(request)
-        scores = {request.request_id: ScoreOutput(request.prompt_token_ids) for request in requests}
+        scores = {request.request_id: ScoreOutput(request.prompt_token_ids, first) for request in requests}
         with tqdm(total=len(requests), disable=not use_tqdm, desc="Scored prompts") as bar:
             for update in self._updates(requests):
                 for block in update.prompt_logprobs:

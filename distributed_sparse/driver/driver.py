@@ -147,6 +147,7 @@ class Driver:
                 stop_token_ids=frozenset(params.stop_token_ids or ())
                 | (frozenset() if params.ignore_eos else frozenset(self.model.eos_token_ids)),
                 deadline=now + params.timeout_s if params.timeout_s is not None else None,
+                first_scored=new.first_scored,
                 profile=new.profile,
             )
             self.scheduler.add(request)
