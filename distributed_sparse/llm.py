@@ -38,7 +38,7 @@ from distributed_sparse.tokenizer import (
     tokenizer_json,
 )
 from distributed_sparse.trace import parse_trace
-from distributed_sparse.validation import check_keys, shown
+from distributed_sparse.validation import check_int, check_keys, shown
 from distributed_sparse.vllm_names import CALL, drop_neutral
 
 logger = logging.getLogger(__name__)
@@ -202,6 +202,7 @@ class LLM:
         seed: int | None = None,
         trace_steps: Sequence[int] | None = None,
         use_tqdm: bool = False,
+        first: int = 1,
     ) -> list[ScoreOutput]:
         """Log-probabilities of given tokens, each under the tokens before it; nothing is sampled.
 
@@ -211,6 +212,8 @@ class LLM:
             decode_last_prompt_tokens: so many last tokens go through sparse decode, one by one, instead of dense prefill.
             seed: of what a method draws (random, vattention); None is derived at admission, as in `SamplingParams`.
             trace_steps: of an engine with trace=True, the decode steps to trace; None: all.
+            first: index of the first token whose log-probability is wanted. Prefill chunks before it compute no logits, which
+                are most of the work and memory of a long prompt with a large vocabulary.
 
         Raises:
             ValueError: a sequence is refused.
@@ -227,10 +230,13 @@ class LLM:
             seed=seed,
             trace_steps=trace_steps,
         )
-        requests = [NewRequest(self._new_request_id(), list(sequence), params, score=True) for sequence in sequences]
+        check_int("first", first, 1, remedy="nothing predicts token 0")
+        requests = [
+            NewRequest(self._new_request_id(), list(sequence), params, score=True, first_scored=first) for sequence in sequences
+        ]
         for request in requests:
             self._validate(request)
-        scores = {request.request_id: ScoreOutput(request.prompt_token_ids) for request in requests}
+        scores = {request.request_id: ScoreOutput(request.prompt_token_ids, first) for request in requests}
         with tqdm(total=len(requests), disable=not use_tqdm, desc="Scored prompts") as bar:
             for update in self._updates(requests):
                 for block in update.prompt_logprobs:

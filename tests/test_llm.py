@@ -457,6 +457,21 @@ def test_scores_are_transformers_log_probabilities(llm: LLM, path: Path) -> None
         np.testing.assert_allclose(scores[1].logprobs, truth, atol=1e-3)
 
 
+@pytest.mark.parametrize("decoded", [0, 3])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_score_may_begin_at_any_token(llm: LLM, decoded: int, whole: bool) -> None:
+    prompt = [7 * i % 331 for i in range(150)]  # two prefill chunks: the first one has no logits to compute
+    (every,) = llm.score(prompt, whole_vocabulary=whole, decode_last_prompt_tokens=decoded)
+    for first in (1, 100, 148, 149, 150, 200):
+        (score,) = llm.score(prompt, whole_vocabulary=whole, decode_last_prompt_tokens=decoded, first=first)
+        np.testing.assert_allclose(score.token_logprobs, every.token_logprobs[first - 1 :], atol=1e-5)
+        if every.logprobs is not None and first < 150:
+            assert score.logprobs is not None
+            np.testing.assert_allclose(score.logprobs, every.logprobs[first - 1 :], atol=1e-5)
+    with pytest.raises(ValueError, match="first=0 must be >= 1"):
+        llm.score(prompt, first=0)
+
+
 def test_one_sequence_can_be_scored_up_to_the_whole_context(llm: LLM) -> None:
     (score,) = llm.score([7] * 256)
     assert score.token_logprobs.shape == (255,) and np.isfinite(score.token_logprobs).all()

@@ -61,6 +61,7 @@ class Admission:
             metrics=RequestMetrics(arrival_time=now, num_prompt_tokens=len(new.prompt_token_ids)),
             stop_token_ids=stop_token_ids,
             deadline=now + params.timeout_s if params.timeout_s is not None else None,
+            first_scored=new.first_scored,
             profile=new.profile,
         )
         if self._detokenizer is not None and not request.score:

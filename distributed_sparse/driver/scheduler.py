@@ -195,7 +195,7 @@ class Scheduler:
     @staticmethod
     def _want_prompt_logprobs(row: DecodeRow, request: Request, position: int) -> None:
         wanted = request.params.prompt_logprobs
-        if wanted is not None and position + 1 < len(request.prompt_token_ids):
+        if wanted is not None and request.first_scored <= position + 1 < len(request.prompt_token_ids):
             row.target, row.prompt_logprobs = request.prompt_token_ids[position + 1], wanted
 
     def _samples(self, sequence: Sequence) -> list[int]:
@@ -227,7 +227,7 @@ class Scheduler:
         self._grow(sequence, end)
         ends_known = end == sequence.num_tokens
         chunk = PrefillChunk(sequence.slot, start, prompt[start:end], self._samples(sequence) if ends_known else [])
-        if request.params.prompt_logprobs is not None and not sequence.replays_next:
+        if request.params.prompt_logprobs is not None and end >= request.first_scored and not sequence.replays_next:
             chunk.targets, chunk.prompt_logprobs = prompt[start + 1 : end + 1], request.params.prompt_logprobs
         plan.prefill.append(chunk)
         return end - start

@@ -339,6 +339,18 @@ def test_a_prompt_that_is_only_scored_ends_with_its_last_token_and_samples_nothi
     assert engine.is_empty()
 
 
+@pytest.mark.parametrize(("first", "scored_from"), [(10, 1), (11, 11), (20, 11), (23, 21), (24, 24), (25, 25)])
+def test_chunks_before_the_first_scored_token_predict_nothing(first: int, scored_from: int) -> None:
+    """Chunks end at 10, 20 and 23 tokens; the two last tokens are decoded."""
+    engine = Engine(max_num_batched_tokens=10)
+    prompt = tokens_of(25)
+    request = engine.add(prompt, max_tokens=0, prompt_logprobs=0, decode_last_prompt_tokens=2)
+    request.first_scored = first
+    engine.finish()
+    assert engine.scored[request] == 1
+    assert engine.targets.get(request, []) == list(enumerate(prompt))[scored_from:]
+
+
 @pytest.mark.parametrize("steps", range(6))
 def test_an_aborted_request_gives_everything_back_at_once(steps: int) -> None:
     engine = Engine(max_num_batched_tokens=10)
