@@ -100,6 +100,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         r"'uni' holds one rank, but tensor_parallel_size=2; use 'ray' or tensor_parallel_size=1",
     ),
     ({"sparse": ["quest"]}, r"sparse=\['quest'\] must be a mapping; write sparse: \{method: quest, ...\}"),
+    ({"prefill_store": 3}, r"prefill_store=3 must be a non-empty string; give a folder, or leave it out"),
     ({"startup_timeout_s": 0}, r"startup_timeout_s=0 must be finite, > 0"),
     ({"step_timeout_s": -1}, r"step_timeout_s=-1 must be finite, > 0; .*leave it out"),
     (
