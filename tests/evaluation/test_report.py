@@ -210,7 +210,7 @@ def test_the_smallest_budget_that_is_enough_is_named() -> None:
 def test_scores_by_task_have_a_table_of_their_own() -> None:
     records = [answers_record(DENSE, [50.0, 100.0], 100, layers=(0, 1), tasks=["single", "multikey"])]
     text = text_of(NeedleSuite(), [], records)
-    assert "references found (0-100) by task, 2 examples in all" in text
+    assert "references found (0-100) by task, 2 examples and 4 tokens in all" in text
     assert "| task | single | multikey |" in text and "| dense | 50.0 | 100.0 |" in text
 
 
