@@ -60,7 +60,7 @@ def _by_method(runs: Sequence[RunSummary], y: Callable[[RunSummary], float]) -> 
     for run in sorted(runs, key=lambda run: run.density):
         if np.isfinite(y(run)) and np.isfinite(run.density):
             found.setdefault(run.settings["method"], {})[run.run] = run
-    return {method: list(of_method.values()) for method, of_method in found.items()}
+    return {method: list(of_method.values()) for method, of_method in sorted(found.items())}  # so colours repeat
 
 
 def _score(suite: Suite, runs: list[RunSummary]) -> Figure | None:
@@ -89,7 +89,10 @@ def _agreement(runs: list[RunSummary], own: set[str]) -> Figure | None:
         (line,) = axes.plot(x, y, **_style(method))
         for run, share, mean in zip(of_method, x, y):
             if run.run in own and method != "dense":
-                axes.annotate(run.label, (share, mean), xytext=(4, -9), textcoords="offset points", fontsize=7)
+                own_part = run.label.removeprefix(method).strip()
+                axes.annotate(
+                    own_part, (share, mean), xytext=(4, -9), textcoords="offset points", fontsize=7, color=line.get_color()
+                )
             low, high = (100 * end for end in run.top1.interval)
             if np.isfinite(low) and run.sparse_share > 0:
                 axes.vlines(share, low, high, color=line.get_color(), alpha=0.4)

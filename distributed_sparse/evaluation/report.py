@@ -108,9 +108,10 @@ def _group_sections(suite: Suite, blocks: list[list[RunSummary]]) -> list[str]:
         columns = list(dict.fromkeys(key for _, run in labelled for key in of(run)))
         if len(columns) > 1:
             rows = [[name, *(_estimate(of(run).get(key, UNKNOWN), suite, 1) for key in columns)] for name, run in labelled]
-            count = labelled[0][1].num_examples
+            first = labelled[0][1]
             parts.append(
-                f"{suite.score_label} by {what}, {count} examples in all\n\n" + table([what, *map(_column, columns)], rows)
+                f"{suite.score_label} by {what}, {first.num_examples} examples and {first.num_tokens} tokens in all\n\n"
+                + table([what, *map(_column, columns)], rows)
             )
     return [*parts, _attention_table(labelled), _rows_table(labelled)]
 

@@ -164,7 +164,7 @@ def _answers(units: Sequence[Record], dense: Sequence[Record]) -> dict[str, Any]
     by_task, by_depth = _by(examples, "task"), _by(examples, "depth")
     return {
         "num_examples": len(examples),
-        "num_tokens": sum(row.get("num_output_tokens") or len(_values(row)) for row in examples),
+        "num_tokens": sum(row.get("num_output_tokens") or len(row.get("values", row["kl"])) for row in examples),
         "score": _estimate(by_task.values(), _values, block, best),
         "change": _estimate(by_task.values(), lambda row: changes[row["id"]], block, None),
         "task_scores": {task: _estimate([own], _values, block, best) for task, own in by_task.items() if task is not None},

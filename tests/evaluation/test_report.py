@@ -109,7 +109,7 @@ def test_controls_stand_below_their_method_at_its_density() -> None:
     assert list(quality) == ["dense", "quest 32", "= window 32", "= oracle_topk 32", "twilight p=0.9", "= quest 64"]
     assert list(quality) == list(attention) == list(rows)
     assert quality["quest 32"] | {"against dense": ""} == {
-        "run": "quest 32", "examples": "2", "tokens": "2", "right answers (0-1)": "0.500 [0.000, 1.000]", "against dense": "",
+        "run": "quest 32", "examples": "2", "tokens": "4", "right answers (0-1)": "0.500 [0.000, 1.000]", "against dense": "",
         "bytes / dense": "1.000", "top-1": "0.500", "KL": "0.3750",
     }  # fmt: skip
     assert attention["quest 32"] == {
@@ -131,7 +131,7 @@ def test_intervals_and_differences_from_dense_stand_beside_the_means() -> None:
     assert found is not None
     mean, low, high = map(float, found.groups())
     assert mean == 0.5 and low == pytest.approx(0.5 - 0.157, abs=0.03) and high == pytest.approx(0.5 + 0.157, abs=0.03)
-    assert cells["against dense"].startswith("-0.500 [-0.6") and cells["tokens"] == "40"
+    assert cells["against dense"].startswith("-0.500 [-0.6") and cells["tokens"] == "80"
     # every example has the same two divergences: over whole examples there is no spread
     assert cells["KL"] == "0.5000"
 
@@ -202,7 +202,7 @@ def test_a_lower_perplexity_is_a_gain() -> None:
 
 def test_the_smallest_budget_that_is_enough_is_named() -> None:
     rows = rows_of(text_of(RecallSuite(), [QUEST, TWILIGHT], RECORDS))
-    assert "by the mean score over 2 questions" in text_of(RecallSuite(), [QUEST, TWILIGHT], RECORDS)
+    assert "by the mean score over 4 questions" in text_of(RecallSuite(), [QUEST, TWILIGHT], RECORDS)
     assert rows["oracle_topk"] == ["32", "32"]  # .975
     assert rows["quest"] == ["none of them", "32, 64"]
 
@@ -210,7 +210,7 @@ def test_the_smallest_budget_that_is_enough_is_named() -> None:
 def test_scores_by_task_have_a_table_of_their_own() -> None:
     records = [answers_record(DENSE, [50.0, 100.0], 100, layers=(0, 1), tasks=["single", "multikey"])]
     text = text_of(NeedleSuite(), [], records)
-    assert "references found (0-100) by task, 2 examples in all" in text
+    assert "references found (0-100) by task, 2 examples and 4 tokens in all" in text
     assert "| task | single | multikey |" in text and "| dense | 50.0 | 100.0 |" in text
 
 

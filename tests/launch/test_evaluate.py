@@ -103,7 +103,7 @@ def test_agreement_on_texts(configs: dict[str, str], tmp_path: Path, capsys: pyt
             and "| run | examples | tokens | perplexity | against dense | bytes / dense |" in report
         )
         assert (tmp_path / "out" / f"agreement-{length}-tokens.png").read_bytes().startswith(PNG)
-    assert "perplexity by task, 2 examples in all\n\n| task | fox | dog |" in report
+    assert "perplexity by task, 2 examples and 12 tokens in all\n\n| task | fox | dog |" in report
     # without a terminal each unit is a line; dense, quest and three controls, each with two texts of two lengths
     lines = [line for line in printed.err.splitlines() if " units, " in line]
     assert [line.split()[0] for line in lines] == [f"{i}/{8 if i <= 8 else 20}" for i in range(1, 21)]
