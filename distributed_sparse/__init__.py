@@ -1,13 +1,17 @@
 """distributed-sparse: tensor-parallel sparse-attention decoding of Hugging Face models."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from distributed_sparse.config import EngineConfig
-from distributed_sparse.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
-from distributed_sparse.sampling_params import SamplingParams
-
 if TYPE_CHECKING:
-    from distributed_sparse.llm import LLM, EngineError
+    from distributed_sparse.client import EngineError
+    from distributed_sparse.config import EngineConfig
+    from distributed_sparse.llm import LLM
+    from distributed_sparse.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
+    from distributed_sparse.prompts import TextPrompt, TokensPrompt
+    from distributed_sparse.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
 
 __all__ = [
     "LLM",
@@ -18,13 +22,29 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
+    "TextPrompt",
+    "TokensPrompt",
 ]
+
+_MODULES = {
+    "client": ("EngineError",),
+    "config": ("EngineConfig",),
+    "llm": ("LLM",),
+    "outputs": ("CompletionOutput", "Logprob", "RequestOutput", "ScoreOutput"),
+    "prompts": ("TextPrompt", "TokensPrompt"),
+    "sampling_params": ("SamplingParams",),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """LLM brings torch and transformers: imported when it is first asked for, so the Driver can do without."""
-    if name in ("LLM", "EngineError"):
-        from distributed_sparse import llm
-
-        return getattr(llm, name)
+    """A public name is imported when it is first asked for: `LLM` brings torch and transformers."""
+    for module, names in _MODULES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"distributed_sparse.{module}"), name)
+            globals()[name] = value
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

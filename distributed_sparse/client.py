@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from distributed_sparse.driver.client_messages import NewRequest, RequestUpdate
+from distributed_sparse.validation import check_text
 
 POLL_S = 1.0
 
@@ -71,10 +72,14 @@ class Client:
             updates: the queue, where the caller has one already; None: a new one.
 
         Raises:
-            ValueError: a request_id that is running already.
+            ValueError: a request_id that is no text, occurs twice, or is running already; nothing is sent.
             EngineError: the engine has gone.
         """
         updates = Updates() if updates is None else updates
+        ids = [check_text("request_id", request.request_id, "give a string of valid Unicode") for request in requests]
+        if len(set(ids)) < len(ids):
+            twice = next(request_id for place, request_id in enumerate(ids) if request_id in ids[:place])
+            raise ValueError(f"request_id={twice!r} occurs twice in one call; give each request its own")
         with self._lock:
             for request in requests:
                 if request.request_id in self._waiting:

@@ -3,14 +3,24 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.validation import check_bool, check_choice, check_float, check_int, check_keys, check_string, shown
+from distributed_sparse.validation import (
+    check_bool,
+    check_choice,
+    check_dtype,
+    check_float,
+    check_int,
+    check_keys,
+    check_string,
+    shown,
+)
+from distributed_sparse.vllm_names import ENGINE, drop_neutral
 
 if TYPE_CHECKING:
     from distributed_sparse.selection import SparseConfig
@@ -31,15 +41,19 @@ class EngineConfig:
         max_num_batched_tokens: tokens of one step, decode and prefill chunks together.
         gpu_memory_utilization: share of a GPU's memory for weights, cache and buffers, in (0, 1].
         kv_cache_memory_bytes: bytes of KV pages and their metadata per rank; None: profiled on a GPU, a default on CPU.
-        dtype: "auto" (the checkpoint's), "float32", "float16" or "bfloat16".
+        dtype: "auto" (the checkpoint's), "float32", "float16" or "bfloat16"; torch.float32, "half", "bf16", ... as in vLLM.
         device: "auto", "cpu" or "cuda".
         seed: the engine's seed; requests without one derive theirs from it.
         load_format: "auto" (safetensors) or "dummy" (random weights).
         enforce_eager: no CUDA graphs.
         async_scheduling: plan and send a step before the result of the last one is in, so that ranks need not wait for it.
         page_size: tokens per KV page: 16, 32 or 64.
+        prefill_store: a folder, on every rank's node, that keeps K, V and final hidden states of each prefill chunk. A later
+            engine of the same weights reads them there instead of computing the chunk, whatever its method and page size;
+            tokens and log-probabilities are the same bits. None: no chunk is kept. (See `shard/prefill_store.py`.)
         distributed_executor_backend: "auto", "ray" or "uni" (one rank in this process).
-        sparse: the selection method and its keys, told apart by `method`; None is dense.
+        sparse: the selection method and its keys, told apart by `method`; None is dense. A method's name
+            alone stands for the method with its default keys.
         trace: record what decode attention missed, beside dense attention over the same cache (`CompletionOutput.trace`;
             `SamplingParams.trace_steps` says of which steps). For study: a traced step reads the whole cache.
         startup_timeout_s: seconds until every rank must be ready.
@@ -68,8 +82,9 @@ class EngineConfig:
     enforce_eager: bool = False
     async_scheduling: bool = True
     page_size: int = 16
+    prefill_store: str | None = None
     distributed_executor_backend: str = "auto"
-    sparse: dict[str, Any] | None = field(default=None)
+    sparse: dict[str, Any] | None = None
     trace: bool = False
     startup_timeout_s: float = 600.0
     step_timeout_s: float | None = None
@@ -84,12 +99,15 @@ class EngineConfig:
         def put_int(name: str, low: int, remedy: str, high: int | None = None) -> None:
             put(name, check_int(name, getattr(self, name), low, high, remedy=remedy))
 
-        for name in ("model", "tokenizer"):
+        for name in ("model", "tokenizer", "prefill_store"):
             if isinstance(getattr(self, name), os.PathLike):
                 put(name, os.fspath(getattr(self, name)))
         check_string("model", self.model, "give a local checkpoint folder or a hub id")
         if self.tokenizer is not None:
             check_string("tokenizer", self.tokenizer, "give a folder or a hub id, or leave it out to take the model's")
+        if self.prefill_store is not None:
+            check_string("prefill_store", self.prefill_store, "give a folder, or leave it out to keep nothing")
+            put("prefill_store", os.path.abspath(os.path.expanduser(self.prefill_store)))
 
         put_int("tensor_parallel_size", 1, "give the number of ranks that share the heads, 1 for no sharding")
         if self.max_model_len is not None:
@@ -108,7 +126,7 @@ class EngineConfig:
         if self.kv_cache_memory_bytes is not None:
             put_int("kv_cache_memory_bytes", 1, "give bytes per rank (4 GiB is 4294967296), or leave it out")
 
-        check_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
+        put("dtype", check_dtype("dtype", self.dtype))
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
         put_int("seed", 0, "give an unsigned 63-bit number", (1 << 63) - 1)
         check_choice("load_format", self.load_format, ("auto", "dummy"))
@@ -124,7 +142,9 @@ class EngineConfig:
                 f"distributed_executor_backend='uni' holds one rank, but tensor_parallel_size={self.tensor_parallel_size}; "
                 "use 'ray' or tensor_parallel_size=1"
             )
-        if self.sparse is not None:
+        if isinstance(self.sparse, str):
+            put("sparse", {"method": self.sparse})
+        elif self.sparse is not None:
             if not isinstance(self.sparse, Mapping):
                 raise ValueError(f"sparse={shown(self.sparse)} must be a mapping; write sparse: {{method: quest, ...}}")
             put("sparse", dict(self.sparse))
@@ -164,13 +184,18 @@ class EngineConfig:
     def from_dict(cls, given: Mapping[str, Any], where: str = "engine configuration") -> "EngineConfig":
         """An EngineConfig of the keys in `given`; `where` names their origin in errors.
 
+        vLLM's arguments that this engine lacks are accepted at values that change nothing; None leaves a key at its default
+        where it has no meaning of its own (`max_num_seqs=None`).
+
         Raises:
             ValueError: for an unknown key (with the nearest valid one), a missing model, or a wrong value.
         """
-        check_keys(given, [f.name for f in fields(cls)], where)
-        if "model" not in given:
+        own = drop_neutral(given, ENGINE, {"page_size": cls.page_size, **given}, f"{where}: ")
+        check_keys(own, [f.name for f in fields(cls)], where)
+        if "model" not in own:
             raise ValueError(f"{where}: key 'model' is missing; give a local checkpoint folder or a hub id")
-        return cls(**given)
+        takes_none = [f.name for f in fields(cls) if f.name == "model" or type(None) in get_args(f.type)]
+        return cls(**{name: value for name, value in own.items() if value is not None or name in takes_none})
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> "EngineConfig":
@@ -196,7 +221,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
         sampling = {}
     if not isinstance(sampling, dict):
         raise ValueError(f"{path}: sampling={shown(sampling)} must be a mapping; write sampling: {{temperature: 0, ...}}")
-    check_keys(run, [*(f.name for f in fields(EngineConfig)), "sampling"], str(path))
+    check_keys([key for key in run if key not in ENGINE], [*(f.name for f in fields(EngineConfig)), "sampling"], str(path))
     try:
         params = SamplingParams.from_dict(sampling)
     except ValueError as error:

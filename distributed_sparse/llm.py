@@ -9,7 +9,6 @@ import queue
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from numbers import Integral
 from typing import Any, cast
 
 from tqdm import tqdm
@@ -19,22 +18,30 @@ from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.detokenizer import Detokenizer
 from distributed_sparse.driver.shard_group import ShardFailure
+from distributed_sparse.generation_defaults import default_sampling_params
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
-from distributed_sparse.model.limits import resolve_max_model_len
+from distributed_sparse.model.limits import resolve_eos_token_ids, resolve_max_model_len
 from distributed_sparse.model.sharding import check_divisibility
 from distributed_sparse.output_builder import OutputBuilder, block_arrays
 from distributed_sparse.outputs import RequestOutput, ScoreOutput
+from distributed_sparse.prompts import Prompt, is_single_prompt, parse_prompt
 from distributed_sparse.request_validation import validate_request
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.selection import layer_configs
-from distributed_sparse.tokenizer import apply_chat, encode_prompt, load_tokenizer, tokenizer_json
+from distributed_sparse.tokenizer import (
+    apply_chat,
+    doubled_bos,
+    encode_prompt,
+    find_chat_template,
+    load_tokenizer,
+    tokenizer_json,
+)
 from distributed_sparse.trace import parse_trace
-from distributed_sparse.validation import shown
+from distributed_sparse.validation import check_int, check_keys, shown
+from distributed_sparse.vllm_names import CALL, drop_neutral
 
 logger = logging.getLogger(__name__)
-
-Prompt = str | Sequence[int]
 
 
 class LLM:
@@ -42,7 +49,8 @@ class LLM:
 
     Args:
         model: local checkpoint folder or Hugging Face hub id.
-        engine_args: every other field of `EngineConfig`: tensor_parallel_size, sparse, max_model_len, ...
+        engine_args: every other field of `EngineConfig`: tensor_parallel_size, sparse, max_model_len, ... Arguments of vLLM's
+            LLM that this engine lacks are accepted at values that change nothing.
 
     Raises:
         ValueError: a wrong setting; names it, its value and the remedy.
@@ -65,16 +73,19 @@ class LLM:
         check_divisibility(model, config.tensor_parallel_size)
         layer_configs(config.resolve_sparse(), model.num_hidden_layers, config.page_size)
         self.config = config
+        self._checkpoint = path
+        self._default_params: SamplingParams | None = None
         self.model_config = model
         self.max_model_len = resolve_max_model_len(config.max_model_len, model)
         self.tokenizer = load_tokenizer(config.tokenizer or str(path))
         text = tokenizer_json(self.tokenizer) if self.tokenizer is not None else None
         self._detokenizer = Detokenizer(text) if text is not None else None
+        self._warned_of_bos = False
         info = ModelInfo(
             vocab_size=model.vocab_size,
             num_layers=model.num_hidden_layers,
             num_kv_heads=model.num_key_value_heads,
-            eos_token_ids=model.eos_token_ids,
+            eos_token_ids=resolve_eos_token_ids(model, self.tokenizer),
             max_model_len=self.max_model_len,
         )
         try:
@@ -95,30 +106,34 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        **vllm_args: Any,
     ) -> list[RequestOutput]:
         """Complete prompts, batched; the outputs keep their order.
 
         Args:
-            prompts: a str or list[int], or a list of those. Text gets the special tokens that the tokenizer adds.
-            sampling_params: one for all, or one per prompt.
+            prompts: a str, list[int], `TextPrompt` or `TokensPrompt`, or a list of those. Text gets the special tokens that
+                the tokenizer adds.
+            sampling_params: one for all, or one per prompt; None: `get_default_sampling_params`.
             use_tqdm: show a progress bar.
+            vllm_args: other arguments of vLLM's `generate`, at values that change nothing (`lora_request=None`).
 
         Returns:
             One output per prompt. In a list, a request that is refused, or that the engine could not finish, has `error`
-            set and the others go on.
+            set and a completion with finish_reason "error", and the others go on.
 
         Raises:
             ValueError: a single prompt is refused; the prompts are no list at all; or there are not as many sampling_params as
                 prompts.
             EngineError: the engine failed on a single prompt.
         """
-        single = _is_single(prompts)
-        given: list[Any] = [prompts] if single else list(prompts)
+        check_keys(drop_neutral(vllm_args, CALL), ("prompts", "sampling_params", "use_tqdm"), "generate")
+        single = is_single_prompt(prompts)
+        given: list[Any] = [prompts] if single else list(cast(Any, prompts))
         if sampling_params is None:
-            sampling_params = SamplingParams()
+            sampling_params = self.get_default_sampling_params()
         one_for_all = not isinstance(sampling_params, Sequence)
         params: list[Any] = [sampling_params] * len(given) if one_for_all else list(cast(Any, sampling_params))
         if len(params) != len(given):
@@ -139,19 +154,31 @@ class LLM:
 
         Args:
             messages: one conversation, or a list of them; a message is {"role": ..., "content": ...}.
-            template_args: for `apply_chat`: add_generation_prompt, continue_final_message, and what the template takes.
+            template_args: for `apply_chat`: add_generation_prompt, continue_final_message, and what the template takes, here
+                or in `chat_template_kwargs`.
+
+        Returns:
+            One output per conversation. In a list, a malformed one has `error` set and the others go on.
 
         Raises:
-            ValueError: no tokenizer, no template, or malformed messages.
+            ValueError: no tokenizer, no template, arguments that it cannot have, or a single conversation is malformed.
         """
         tokenizer = self._need_tokenizer("chat")
+        template_args = drop_neutral(template_args, CALL)
+        template_args |= template_args.pop("chat_template_kwargs", None) or {}
+        find_chat_template(tokenizer, template_args)
         if not isinstance(messages, Sequence) or isinstance(messages, str):
             raise ValueError(
                 f"messages={shown(messages)} must be a list of {{'role': ..., 'content': ...}}, or a list of those"
             )
-        if messages and isinstance(messages[0], Mapping):
+        if messages and not any(isinstance(conversation, (list, tuple)) for conversation in messages):
             return self.generate(apply_chat(tokenizer, cast(Any, messages), **template_args), sampling_params, use_tqdm)
-        prompts = [apply_chat(tokenizer, cast(Any, conversation), **template_args) for conversation in messages]
+        prompts: list[Any] = []
+        for conversation in messages:
+            try:
+                prompts.append(apply_chat(tokenizer, cast(Any, conversation), **template_args))
+            except ValueError as error:
+                prompts.append(error)
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None) -> Stream:
@@ -162,7 +189,7 @@ class LLM:
         Raises:
             ValueError: the request is refused.
         """
-        params = sampling_params or SamplingParams()
+        params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
         request, builder = self._prepare(prompt, params, request_id)
         self._validate(request)
         return Stream(self, self._client, request, builder)
@@ -175,6 +202,7 @@ class LLM:
         seed: int | None = None,
         trace_steps: Sequence[int] | None = None,
         use_tqdm: bool = False,
+        first: int = 1,
     ) -> list[ScoreOutput]:
         """Log-probabilities of given tokens, each under the tokens before it; nothing is sampled.
 
@@ -184,12 +212,14 @@ class LLM:
             decode_last_prompt_tokens: so many last tokens go through sparse decode, one by one, instead of dense prefill.
             seed: of what a method draws (random, vattention); None is derived at admission, as in `SamplingParams`.
             trace_steps: of an engine with trace=True, the decode steps to trace; None: all.
+            first: index of the first token whose log-probability is wanted. Prefill chunks before it compute no logits, which
+                are most of the work and memory of a long prompt with a large vocabulary.
 
         Raises:
             ValueError: a sequence is refused.
             EngineError: the engine failed.
         """
-        sequences: list[Any] = [token_ids] if _is_single(token_ids) else list(token_ids)
+        sequences: list[Any] = [token_ids] if is_single_prompt(token_ids) else list(token_ids)
         for sequence in sequences:
             if not isinstance(sequence, Sequence) or isinstance(sequence, str | bytes | bytearray):
                 raise ValueError(f"token_ids={shown(sequence)} must be a list of token ids, or a list of such lists")
@@ -200,10 +230,13 @@ class LLM:
             seed=seed,
             trace_steps=trace_steps,
         )
-        requests = [NewRequest(self._new_request_id(), list(sequence), params, score=True) for sequence in sequences]
+        check_int("first", first, 1, remedy="nothing predicts token 0")
+        requests = [
+            NewRequest(self._new_request_id(), list(sequence), params, score=True, first_scored=first) for sequence in sequences
+        ]
         for request in requests:
             self._validate(request)
-        scores = {request.request_id: ScoreOutput(request.prompt_token_ids) for request in requests}
+        scores = {request.request_id: ScoreOutput(request.prompt_token_ids, first) for request in requests}
         with tqdm(total=len(requests), disable=not use_tqdm, desc="Scored prompts") as bar:
             for update in self._updates(requests):
                 for block in update.prompt_logprobs:
@@ -220,6 +253,20 @@ class LLM:
     def abort(self, request_id: str | Sequence[str]) -> None:
         """End requests by id; they finish with finish_reason "abort" and the tokens so far. Unknown ids are ignored."""
         self._client.abort([request_id] if isinstance(request_id, str) else list(request_id))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a request without parameters is sampled with: those of the checkpoint's generation_config.json.
+
+        Raises:
+            ValueError: generation_config.json is malformed.
+        """
+        if self._default_params is None:
+            self._default_params = default_sampling_params(self._checkpoint)
+        return self._default_params.clone()
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer, of transformers. Raises ValueError where the model has none."""
+        return self._need_tokenizer("get_tokenizer")
 
     # ---- the engine
 
@@ -271,8 +318,9 @@ class LLM:
                 request, builder = self._prepare(prompt, own_params, None)
                 self._validate(request)
                 requests.append(request)
-            except ValueError as error:
-                builder = _refused(self._new_request_id(), prompt, str(error))
+            except Exception as error:  # whatever it is, the others of the list go on
+                what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                builder = _refused(self._new_request_id(), prompt, what)
             builders[builder.output.request_id] = builder
         with tqdm(total=len(prompts), initial=len(prompts) - len(requests), disable=not use_tqdm, desc="Prompts") as bar:
             tokens = 0
@@ -307,13 +355,15 @@ class LLM:
     def _prepare(self, prompt: Any, params: SamplingParams, request_id: str | None) -> tuple[NewRequest, OutputBuilder]:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params={shown(params)} must be a SamplingParams; write SamplingParams(max_tokens=16)")
-        text = prompt if isinstance(prompt, str) else None
-        if text is not None:
-            token_ids = encode_prompt(self._need_tokenizer("a text prompt"), text)
-        elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
-            token_ids = list(prompt)
-        else:
-            raise ValueError(f"prompt={shown(prompt)} must be a str or a list of token ids")
+        if isinstance(prompt, ValueError):  # what `chat` has to say of a conversation
+            raise prompt
+        text, token_ids = parse_prompt(prompt)
+        if token_ids is None:
+            token_ids = encode_prompt(self._need_tokenizer("a text prompt"), cast(str, text))
+            self._warn_of_doubled_bos(token_ids)
+        params = params.clone()  # the caller may assign to theirs while the request runs
+        if params.logprobs == -1:
+            params.logprobs = self.model_config.vocab_size
         request_id = request_id or self._new_request_id()
         decode_token = self._detokenizer.decode_token if self._detokenizer is not None else None
         return NewRequest(request_id, token_ids, params), OutputBuilder(request_id, text, token_ids, params, decode_token)
@@ -329,6 +379,15 @@ class LLM:
             traces=self.config.trace,
             score=request.score,
         )
+
+    def _warn_of_doubled_bos(self, token_ids: list[int]) -> None:
+        if not self._warned_of_bos and (bos := doubled_bos(self._need_tokenizer("a text prompt"), token_ids)) is not None:
+            self._warned_of_bos = True
+            logger.warning(
+                "a text prompt begins with %r, and the tokenizer adds another one; leave it out of the text, or give token ids "
+                "(or messages to chat). Said once, for all prompts of this engine",
+                bos,
+            )
 
     def _need_tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:
@@ -380,19 +439,6 @@ class Stream:
         return self._builder.snapshot()
 
 
-def _is_single(prompts: Any) -> bool:
-    """Whether that is one prompt, and not a list of prompts.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
-        raise ValueError(
-            f"prompts={shown(prompts)} must be a str, a list of token ids, or a list of those (an array's .tolist())"
-        )
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
-
-
 def _raise_error(builder: OutputBuilder) -> None:
     """Raise what went wrong with a request that is alone in its call."""
     if builder.output.error is not None and builder.error_kind != "timeout":
@@ -401,8 +447,11 @@ def _raise_error(builder: OutputBuilder) -> None:
 
 def _refused(request_id: str, prompt: Any, error: str) -> OutputBuilder:
     """The output of a request that never reached the engine."""
-    token_ids = list(prompt) if isinstance(prompt, (list, tuple)) else []
-    builder = OutputBuilder(request_id, prompt if isinstance(prompt, str) else None, token_ids, SamplingParams(), None)
+    try:
+        text, token_ids = parse_prompt(prompt)
+    except ValueError:
+        text, token_ids = None, None
+    builder = OutputBuilder(request_id, text, token_ids or [], SamplingParams(), None)
     builder.add(RequestUpdate(request_id, finished=True, error=error, error_kind="invalid"))
     logger.warning("request %s is refused: %s", request_id, error)
     return builder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,8 @@ from distributed_sparse.driver.messages import LogprobBlock
 from distributed_sparse.outputs import CompletionOutput, Logprob, RequestOutput
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.trace import parse_trace
+
+logger = logging.getLogger(__name__)
 
 DecodeToken = Callable[[int], str]
 
@@ -44,9 +47,21 @@ class OutputBuilder:
             ],
         )
         self.error_kind: str | None = None
+        self._failure: str | None = None
 
     def add(self, update: RequestUpdate) -> None:
-        """Take in what one commit added."""
+        """Take in what one commit added. Where that raises, as a tokenizer may, the output ends with that error."""
+        if self._failure is None:
+            try:
+                self._add(update)
+                return
+            except Exception as raised:
+                logger.exception("the output of request %r cannot be built", update.request_id)
+                self._failure = f"the output cannot be built: {type(raised).__name__}: {raised}"
+        if update.finished:
+            self._finish(RequestUpdate(update.request_id, error=self._failure, error_kind="engine", metrics=update.metrics))
+
+    def _add(self, update: RequestUpdate) -> None:
         output = self.output
         for block in update.prompt_logprobs:
             assert output.prompt_logprobs is not None
@@ -67,13 +82,17 @@ class OutputBuilder:
                 completion.cumulative_logprob += row[token].logprob
             completion.finish_reason, completion.stop_reason = sample.finish_reason, sample.stop_reason
         if update.finished:
-            output.finished, output.metrics, output.error = True, update.metrics, update.error
-            self.error_kind = update.error_kind
-            if update.error_kind == "invalid":
-                output.outputs = []
-            for completion in output.outputs:
-                if completion.finish_reason is None:
-                    completion.finish_reason = "error" if update.error else "abort"
+            self._finish(update)
+
+    def _finish(self, update: RequestUpdate) -> None:
+        output = self.output
+        output.finished, output.metrics, output.error = True, update.metrics, update.error
+        self.error_kind = update.error_kind
+        if update.error_kind == "invalid":
+            output.outputs = output.outputs[:1]
+        for completion in output.outputs:
+            if completion.finish_reason is None:
+                completion.finish_reason = "error" if update.error else "abort"
 
     def snapshot(self) -> RequestOutput:
         """The output so far, as a copy that later updates do not change."""

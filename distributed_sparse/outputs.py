@@ -59,7 +59,7 @@ class RequestOutput:
         prompt: the prompt's text; None when it was given as token ids.
         prompt_token_ids: the prompt as the model read it.
         prompt_logprobs: one dict per prompt token, the first None (nothing predicts it); None when not asked for.
-        outputs: the completions, in index order; empty when the request was rejected.
+        outputs: the completions, in index order; of a rejected request one, with finish_reason "error" and no tokens.
         finished: whether every completion has ended.
         metrics: when things happened; None for a request that was never accepted.
         error: why it was rejected or failed, for a reader; None when all went well.
@@ -81,22 +81,25 @@ class ScoreOutput:
 
     Attributes:
         token_ids: the sequence of n tokens.
-        token_logprobs: float32 [n - 1]: entry i is that of token i + 1.
-        logprobs: float32 [n - 1, vocab_size], or None where the whole vocabulary was not asked for.
+        first: the first token whose log-probability was asked for.
+        token_logprobs: float32 [n - first]: entry i is that of token first + i.
+        logprobs: float32 [n - first, vocab_size], or None where the whole vocabulary was not asked for.
         trace: of an engine with trace=True, the steps of the tokens that went through sparse decode.
     """
 
     token_ids: list[int]
+    first: int = 1
     token_logprobs: np.ndarray = field(init=False)
     logprobs: np.ndarray | None = None
     trace: list[TraceStep] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.token_logprobs = np.full(len(self.token_ids) - 1, np.nan, dtype=np.float32)
+        self.token_logprobs = np.full(max(len(self.token_ids) - self.first, 0), np.nan, dtype=np.float32)
 
     def add(self, position: int, logprobs: np.ndarray, whole_vocabulary: bool) -> None:
         """Take in rows for the tokens from `position` on: float32 [rows, 1], or [rows, vocab_size]."""
-        rows = slice(position - 1, position - 1 + len(logprobs))
+        logprobs, position = logprobs[max(self.first - position, 0) :], max(self.first, position)
+        rows = slice(position - self.first, position - self.first + len(logprobs))
         if not whole_vocabulary:
             self.token_logprobs[rows] = logprobs[:, 0]
             return

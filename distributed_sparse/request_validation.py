@@ -17,12 +17,12 @@ def validate_request(
     has_tokenizer: bool,
     traces: bool = False,
     score: bool = False,
-) -> None:
+) -> SamplingParams:
     """Check one request against the engine that is to run it.
 
     Args:
         prompt_token_ids: the prompt, a list or tuple of ints in 0..vocab_size - 1, not empty.
-        params: its sampling parameters (already valid in themselves).
+        params: its sampling parameters. Checked anew: who unpickles or copies them need not pass by their constructor.
         vocab_size: tokens in the model's vocabulary, without padding.
         max_model_len: tokens that prompt and output may have together.
         max_num_seqs: sequences that the engine runs at once.
@@ -30,11 +30,15 @@ def validate_request(
         traces: whether the engine was made with trace=True.
         score: only the prompt's log-probabilities are wanted, so that no room for output is needed.
 
+    Returns:
+        The parameters, in Python's own types.
+
     Raises:
         ValueError: names the parameter, its value, and the remedy.
     """
     if not isinstance(params, SamplingParams):
         raise ValueError(f"sampling_params={shown(params)} must be a SamplingParams; write SamplingParams(max_tokens=16)")
+    params = params.updated({})
     _check_prompt(prompt_token_ids, vocab_size)
 
     length = len(prompt_token_ids)
@@ -61,6 +65,7 @@ def validate_request(
         )
     if params.stop and not has_tokenizer:
         raise ValueError(f"stop={shown(params.stop)} needs a tokenizer, which this model has not; use stop_token_ids")
+    return params
 
 
 def _check_prompt(prompt_token_ids: Any, vocab_size: int) -> None:

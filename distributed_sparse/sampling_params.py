@@ -1,45 +1,44 @@
 """SamplingParams: how one request's tokens are drawn, and when they end. Plain fields, no torch."""
 
+import copy
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from distributed_sparse.validation import check_bool, check_float, check_int, nearest_key, shown
+from distributed_sparse.validation import check_bool, check_float, check_int, check_text, nearest_key, shown
+from distributed_sparse.vllm_names import SAMPLING, drop_neutral
 
-# vLLM's parameters that this engine does not have: refused by name, since dropping one in silence would change the output.
-NOT_SUPPORTED = {
-    "presence_penalty": "remove it; no penalties are applied",
-    "frequency_penalty": "remove it; no penalties are applied",
-    "repetition_penalty": "remove it; no penalties are applied",
-    "repetition_detection": "remove it, or end on `stop` or `timeout_s`",
-    "length_penalty": "remove it; there is no beam search",
-    "early_stopping": "remove it; there is no beam search",
-    "use_beam_search": "remove it; there is no beam search",
-    "best_of": "use `n` and `logprobs`, and rank the completions by cumulative_logprob",
-    "logit_bias": "remove it; logits are masked by top_k, top_p and min_p only",
-    "bad_words": "remove it; logits are masked by top_k, top_p and min_p only",
-    "allowed_token_ids": "remove it; logits are masked by top_k, top_p and min_p only",
-    "logits_processors": "remove it; logits are masked by top_k, top_p and min_p only",
-    "structured_outputs": "remove it; output is not constrained by a grammar",
-    "guided_decoding": "remove it; output is not constrained by a grammar",
-    "detokenize": "remove it; text is made wherever there is a tokenizer, and token_ids are always given",
-    "skip_special_tokens": "remove it; special tokens are never in the text, and always in token_ids",
-    "spaces_between_special_tokens": "remove it; special tokens are never in the text",
-    "truncate_prompt_tokens": "cut the prompt's token ids before the call",
-    "output_kind": "use LLM.generate for final outputs and LLM.stream for growing ones",
-    "flat_logprobs": "remove it; logprobs are one dict per token",
-    "logprob_token_ids": "use LLM.score for log-probabilities of given tokens",
-    "thinking_token_budget": "bound the output with max_tokens",
-    "skip_reading_prefix_cache": "remove it; there is no prefix cache",
-    "extra_args": "remove it; nothing reads it",
-}
+T = TypeVar("T")
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARACTERS = 16_384
+"""Of all stop strings together: the Driver spends 2 us on each before the request's first token."""
 
 MIN_TEMPERATURE = 1e-5  # below it logits / temperature leaves float32's range
 
 
-@dataclass(frozen=True, kw_only=True)
+def _with_vllm_names(cls: type[T]) -> type[T]:
+    """The constructor also takes vLLM's parameters that this engine lacks, at values that change nothing."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked_init(self: T, *args: Any, **given: Any) -> None:
+        if args:
+            raise ValueError(f"SamplingParams({shown(args[0])}) has no name; write SamplingParams(temperature=0.0, ...)")
+        init(self, **_own_parameters(given, {"n": 1}))
+
+    cls.__init__ = checked_init  # type: ignore[assignment]
+    return cls
+
+
+@_with_vllm_names
+@dataclass(kw_only=True)
 class SamplingParams:
     """How one request is sampled. Names and meanings are vLLM's, but for the last three, which are this engine's own.
+
+    A parameter that is assigned later is checked as in the constructor; an engine keeps a copy of what it is given. vLLM's
+    parameters that this engine lacks are accepted at values that change nothing (`repetition_penalty=1.0`).
 
     Attributes:
         n: completions of the prompt, which is prefilled once.
@@ -49,19 +48,21 @@ class SamplingParams:
         min_p: keep tokens with at least this share of the most likely one's probability, in [0, 1].
         max_tokens: most tokens to generate, at least 1; None: as many as max_model_len has room for.
         min_tokens: before so many tokens neither end-of-sequence, `stop_token_ids` nor `stop` end the output.
-        stop: strings (one, or a list) that end the output; needs a tokenizer.
+        stop: strings (one, or a list of at most 64) that end the output; needs a tokenizer. One that holds a special token,
+            such as "<|im_end|>", ends it at that token.
         stop_token_ids: tokens that end the output, beside the checkpoint's end-of-sequence tokens.
         include_stop_str_in_output: keep what stopped in the text.
         ignore_eos: go on past the checkpoint's end-of-sequence tokens.
-        seed: makes the draws repeatable; None is derived once at admission from the engine's seed.
-        logprobs: log-probabilities of so many most likely tokens per output position, and of the sampled one.
-        prompt_logprobs: the same per prompt position; -1 is the whole vocabulary.
+        seed: makes the draws repeatable; None (or -1) is derived once at admission from the engine's seed.
+        logprobs: log-probabilities of so many most likely tokens per output position, and of the sampled one; -1 is the
+            whole vocabulary.
+        prompt_logprobs: the same per prompt position.
         decode_last_prompt_tokens: k < prompt length: so many last prompt tokens go through sparse decode, one per step.
         trace_steps: of an engine with `trace`: which of the request's decode steps are traced, 0 the first; None: all.
         timeout_s: seconds from arrival after which the request is ended with an error; None: no limit.
 
     Raises:
-        ValueError: names the parameter, its value and the remedy; vLLM's parameters that are missing are refused by name.
+        ValueError: names the parameter, its value and the remedy.
     """
 
     n: int = 1
@@ -82,12 +83,11 @@ class SamplingParams:
     trace_steps: Sequence[int] | None = None
     timeout_s: float | None = None
 
-    def __new__(cls, *args: Any, **given: Any) -> "SamplingParams":
-        # Names are looked at before the dataclass's own __init__, whose TypeError would say nothing of the remedy.
-        if args:
-            raise ValueError(f"SamplingParams({shown(args[0])}) has no name; write SamplingParams(temperature=0.0, ...)")
-        _check_names(given)
-        return super().__new__(cls)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if len(self.__dict__) < len(fields(self)):  # the constructor, which checks at its end
+            object.__setattr__(self, name, value)
+        else:
+            self.__dict__.update(self.updated({name: value}).__dict__)
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -118,11 +118,13 @@ class SamplingParams:
         check_bool("include_stop_str_in_output", self.include_stop_str_in_output)
         check_bool("ignore_eos", self.ignore_eos)
         if self.seed is not None:
-            put_int("seed", 0, "give an unsigned 63-bit number, or None to derive one", (1 << 63) - 1)
-        if self.logprobs is not None:
-            put_int("logprobs", 0, "give a number of tokens, or None for no log-probabilities")
-        if self.prompt_logprobs is not None:
-            put_int("prompt_logprobs", -1, "give a number of tokens, -1 for the whole vocabulary, or None")
+            put_int("seed", -1, "give an unsigned 63-bit number, or None to derive one", (1 << 63) - 1)
+            put("seed", None if self.seed == -1 else self.seed)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is True:
+                put(name, 1)
+            elif getattr(self, name) is not None:
+                put_int(name, -1, "give a number of tokens, -1 for the whole vocabulary, or None")
         put_int("decode_last_prompt_tokens", 0, "use 0 to prefill the whole prompt densely")
         if self.trace_steps is not None:
             if not isinstance(self.trace_steps, Sequence) or isinstance(self.trace_steps, (str, bytes, bytearray)):
@@ -149,19 +151,23 @@ class SamplingParams:
         """These parameters with those of `given` in their place. Raises ValueError as the constructor does."""
         if not isinstance(given, Mapping):
             raise ValueError(f"sampling parameters {shown(given)} must be a mapping, such as {{'temperature': 0.0}}")
-        _check_names(given)
-        return replace(self, **given)
+        return replace(self, **_own_parameters(given, self.__dict__))
+
+    def clone(self) -> "SamplingParams":
+        """A copy that shares nothing with this one."""
+        return copy.deepcopy(self)
 
 
-def _check_names(given: Mapping[str, Any]) -> None:
+def _own_parameters(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` without vLLM's parameters that this engine lacks, whose values must change nothing; unknown names are refused."""
     valid = [f.name for f in fields(SamplingParams)]
+    given = drop_neutral(given, SAMPLING, {**own, **given})
     for name in given:
-        if name in NOT_SUPPORTED:
-            raise ValueError(f"{name}={shown(given[name])}: {name} is not supported; {NOT_SUPPORTED[name]}")
         if name not in valid:
             near = nearest_key(str(name), valid)
             hint = f"did you mean {near!r}? " if near else ""
             raise ValueError(f"{name}={shown(given[name])}: unknown sampling parameter; {hint}known: {', '.join(valid)}")
+    return given
 
 
 def _checked_stop(stop: Any) -> list[str]:
@@ -170,10 +176,14 @@ def _checked_stop(stop: Any) -> list[str]:
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, Sequence) or isinstance(strings, (bytes, bytearray)):
         raise ValueError(f"stop={shown(stop)} must be a string or a list of strings; give for instance stop=['\\n\\n']")
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise ValueError(f"stop holds {shown(string)}; every stop string must be a non-empty str")
-    return list(dict.fromkeys(strings))
+    distinct = list(dict.fromkeys(check_text("stop: string", string, "give strings of valid Unicode") for string in strings))
+    if len(distinct) > MAX_STOP_STRINGS:
+        raise ValueError(f"stop holds {len(distinct)} strings, over the limit of {MAX_STOP_STRINGS}; give fewer")
+    if (length := sum(map(len, distinct))) > MAX_STOP_CHARACTERS:
+        raise ValueError(
+            f"stop holds {length} characters, over the limit of {MAX_STOP_CHARACTERS}; give fewer or shorter strings"
+        )
+    return distinct
 
 
 def _checked_stop_token_ids(token_ids: Any) -> list[int]:

@@ -53,11 +53,34 @@ def check_string(name: str, value: Any, remedy: str) -> str:
     return value
 
 
+def check_text(name: str, value: Any, remedy: str) -> str:
+    """`value` when it is a string that is not empty, and Unicode text: without lone surrogates, which nothing can encode."""
+    text = check_string(name, value, remedy)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}={shown(value)} holds a lone surrogate, which is no character; {remedy}") from None
+    return text
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """`value` when it is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={shown(value)} is not known; use one of {', '.join(map(repr, choices))}")
     return value
+
+
+_DTYPES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def check_dtype(name: str, value: Any) -> str:
+    """ "auto", "float32", "float16" or "bfloat16", also for its other names: torch.float32, "torch.float32", "half", "bf16"."""
+    text = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
+    text = text.lower().removeprefix("torch.")
+    dtype = _DTYPES.get(text, text)
+    if dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise ValueError(f"{name}={shown(value)} is not known; use one of 'auto', 'float32', 'float16', 'bfloat16'")
+    return dtype
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None, *, remedy: str) -> int:

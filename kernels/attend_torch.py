@@ -92,7 +92,7 @@ def combine_torch(
     highest = lses.amax(dim=1)
     highest = highest.masked_fill(highest == float("-inf"), 0.0)
     weights = (lses - highest[:, None]).exp()
-    live = (lses > float("-inf"))[..., None]
+    live = (lses != float("-inf"))[..., None]  # a NaN is no empty partial: its row's result is NaN
     most = int(num_partials.max())
     weighted = scratch("combine", (num_rows, most, group, head_dim))
     torch.mul(weights[:, :most, :, None], outs[:, :most], out=weighted)
@@ -104,7 +104,7 @@ def combine_torch(
         out += part
     for weight in (*weights[:, :most].unbind(1), weights[:, -1]):
         total += weight
-    return out / total.where(total > 0, 1.0)[..., None], highest + total.log()
+    return out / total.where(total != 0, 1.0)[..., None], highest + total.log()
 
 
 def _cut(entries: Tensor, counts: NDArray[np.int64], lengths: NDArray[np.int64], block_tokens: int, page_size: int) -> _Chunks:

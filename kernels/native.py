@@ -14,11 +14,14 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +31,11 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
+COMPILER_TIMEOUT_S = 300.0
+"""How long the compiler may take for one file."""
+LOCK_TIMEOUT_S = 900.0
+"""How long to wait for another process that compiles the same."""
+DIGEST_BYTES = 32
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -39,12 +47,19 @@ def library() -> ctypes.CDLL | None:
     """
     if os.environ.get("DISTRIBUTED_SPARSE_NATIVE", "1") == "0":
         return None
+    problem: Exception | None = None
     try:
-        return ctypes.CDLL(str(_built()))
+        recipe = _Recipe.of_this_machine()
+        for folder in _cache_folders():
+            try:
+                return _whole(folder / recipe.name) or _built(recipe, folder)
+            except (OSError, subprocess.SubprocessError) as error:  # it cannot be written, is full, or runs no programs
+                problem = error
     except (OSError, subprocess.SubprocessError) as error:
-        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        logger.warning("the CPU kernels could not be built, and torch's formulations, which are slower, are used: %s", said)
-        return None
+        problem = error
+    said = problem.stderr.strip() if isinstance(problem, subprocess.CalledProcessError) else problem
+    logger.warning("the CPU kernels could not be built, and torch's formulations, which are slower, are used: %s", said)
+    return None
 
 
 def serves(x: Tensor) -> bool:
@@ -84,51 +99,104 @@ def _passed(argument: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
-def _built() -> Path:
-    """The path of the shared library; compiled unless this source, compiler and processor have been met before.
+@dataclass(frozen=True)
+class _Recipe:
+    """How the library of these sources, this compiler and this processor is built, and the name that tells it from others."""
 
-    Of processes that want it at once one builds it. It appears under its name at once and whole.
+    name: str
+    compiler: list[str]
+    sources: list[Path]
+    runtime: Path | None
+
+    @classmethod
+    def of_this_machine(cls) -> _Recipe:
+        """Raises FileNotFoundError without a compiler, subprocess.SubprocessError where it does not even tell its version."""
+        compiler = shlex.split(os.environ.get("CXX", "")) or [_compiler()]
+        # -march=native: a home directory may be shared by machines with different processors
+        told = _output_of([*compiler, "--version"])
+        runtime = _openmp_runtime()
+        sources = sorted(SOURCES.glob("*.cpp"))
+        texts = [file.read_text() for file in (*sources, *sorted(SOURCES.glob("*.h")))]
+        parts = (*texts, *compiler, told, *FLAGS, str(runtime), platform.machine(), _processor())
+        digest = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()
+        return cls(f"native-{digest[:16]}.so", compiler, sources, runtime)
+
+    def build(self, folder: Path) -> Path:
+        """Compile in `folder`, and append to the library the digest by which `_whole` knows it."""
+        compiled, linked = [folder / f"{source.stem}.o" for source in self.sources], folder / self.name
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # of waiting: compilers are processes
+            command = [*self.compiler, *FLAGS, "-c"]
+            list(pool.map(_output_of, ([*command, str(source), "-o", str(out)] for source, out in zip(self.sources, compiled))))
+        openmp = str(self.runtime) if self.runtime else "-fopenmp"
+        _output_of([*self.compiler, "-shared", *map(str, compiled), "-o", str(linked), openmp])
+        content = linked.read_bytes()
+        linked.write_bytes(content + hashlib.sha256(content).digest())
+        return linked
+
+
+def _built(recipe: _Recipe, folder: Path) -> ctypes.CDLL:
+    """Compile into `folder`, over what may lie there damaged. Of processes that want it at once one builds it.
+
+    It appears under its name at once and whole.
 
     Raises:
-        FileNotFoundError: there is no compiler.
-        subprocess.CalledProcessError: it failed.
+        OSError: the folder cannot be written, or the library cannot be loaded from it.
+        subprocess.SubprocessError: the compiler failed.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [_compiler()]
-    # -march=native: a home directory may be shared by machines with different processors
-    told = _output_of([*compiler, "--version"])
-    runtime = _openmp_runtime()
-    sources = sorted(SOURCES.glob("*.cpp"))
-    texts = [file.read_text() for file in (*sources, *sorted(SOURCES.glob("*.h")))]
-    parts = (*texts, *compiler, told, *FLAGS, str(runtime), platform.machine(), _processor())
-    name = f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    folder = _cache_folder()
-    if (path := folder / name).exists():
-        return path
-    with _alone_in(folder), tempfile.TemporaryDirectory(dir=folder, prefix="building-") as building:
-        if path.exists():  # by another process, meanwhile
-            return path
-        compiled, linked = [Path(building, f"{source.stem}.o") for source in sources], Path(building, name)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # of waiting: compilers are processes
-            commands = ([*compiler, *FLAGS, "-c", str(source), "-o", str(out)] for source, out in zip(sources, compiled))
-            list(pool.map(_output_of, commands))
-        _output_of([*compiler, "-shared", *map(str, compiled), "-o", str(linked), str(runtime) if runtime else "-fopenmp"])
-        return linked.replace(path)
+    path = folder / recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock_on(folder) as locked:
+        if locked:
+            for left in folder.glob("building-*"):  # by processes that were killed
+                shutil.rmtree(left, ignore_errors=True)
+        if (found := _whole(path)) is not None:  # by another process, meanwhile
+            return found
+        with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as building:
+            linked = recipe.build(Path(building))
+            if path.is_dir() and not path.is_symlink():
+                path.rename(Path(building, "displaced"))
+            linked.replace(path)
+    return ctypes.CDLL(str(path))
+
+
+def _whole(path: Path) -> ctypes.CDLL | None:
+    """The library at `path`, or None where none can be read, or its digest is wrong: a truncated one may load and crash later.
+
+    Raises:
+        OSError: it is whole, and cannot be loaded: another one could not either.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    whole = hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
+    return ctypes.CDLL(str(path)) if whole else None
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Inside, no other process is; where the file system has no locks (some networks' have none) there is no such promise."""
+def _lock_on(folder: Path) -> Iterator[bool]:
+    """Holds a lock that other processes wait for, or False: one has held it for LOCK_TIMEOUT_S and may have been stopped, or
+    the file system has no locks (some networks' have none). Two that build do each other no harm.
+
+    The kernel takes the lock from a process that is killed.
+    """
     file = os.open(folder, os.O_RDONLY)
+    locked, deadline = False, time.monotonic() + LOCK_TIMEOUT_S
     try:
         with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            while not locked and time.monotonic() < deadline:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    locked = True
+                except BlockingIOError:
+                    time.sleep(0.1)
+        yield locked
     finally:
         os.close(file)
 
 
 def _output_of(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILER_TIMEOUT_S).stdout
 
 
 def _compiler() -> str:
@@ -138,16 +206,22 @@ def _compiler() -> str:
     raise FileNotFoundError("no C++ compiler (c++, g++ or clang++) is on the PATH; install one, or name it in CXX")
 
 
-def _cache_folder() -> Path:
-    """~/.cache/distributed_sparse (XDG_CACHE_HOME goes first), or a folder for temporary files where that cannot be written."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    try:
-        (folder := home / "distributed_sparse").mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="distributed_sparse-"))
+def _cache_folders() -> Iterator[Path]:
+    """Where the library may lie, the best place first; they need not exist.
+
+    ~/.cache/distributed_sparse (XDG_CACHE_HOME goes first), and for who has no home, or one that cannot be written, this
+    user's folder for temporary files.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if home.is_absolute():
+        yield home / "distributed_sparse"
+    shared = Path(tempfile.gettempdir(), f"distributed_sparse-{os.getuid()}")
+    with suppress(FileExistsError):
+        shared.mkdir(mode=0o700)
+    found = shared.lstat()
+    # what lies there is loaded into this process: nobody else may write it
+    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    yield shared if private else Path(tempfile.mkdtemp(prefix="distributed_sparse-"))
 
 
 def _openmp_runtime() -> Path | None:

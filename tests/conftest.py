@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.interpreter import INTERPRETED, sum_dots_in_order
+
+if INTERPRETED:
+    sum_dots_in_order()
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -23,15 +23,15 @@ import numpy as np
 import pytest
 import torch
 
-from distributed_sparse import LLM, SamplingParams
+from distributed_sparse import LLM, CompletionOutput, SamplingParams
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.llm import EngineError
 from tests.support.checkpoints import tiny_checkpoint, transformers_model
 from tests.support.engine import make_llm
+from tests.support.patience import WAIT_S
 from tests.support.text_checkpoint import byte_level_bos_tokenizer, text_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-WAIT_S = 30.0
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 PROMPTS = [[1, 5, 6, 7], [1, 50, 60, 70, 80], [1, 200], [1, *range(100, 140)]]
@@ -87,7 +87,7 @@ def decode(llm: LLM, token_ids: list[int], **options: Any) -> Any:
 def run_python(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **(env or {})},
+        cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, env={**os.environ, **(env or {})},
     )  # fmt: skip
 
 
@@ -147,13 +147,28 @@ def test_every_eos_of_the_generation_config_ends_an_output(tmp_path: Path, alone
         assert tokens(llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]) == alone[0]
 
 
+def test_the_tokenizers_own_eos_ends_an_output_beside_the_checkpoints(tmp_path: Path, alone: list[list[int]]) -> None:
+    text_checkpoint(tmp_path)
+    tokenizer = byte_level_bos_tokenizer()
+    prompt, own = next((p, o) for p, o in zip(PROMPTS, alone) if any(token < len(tokenizer) for token in o[1:]))
+    end = next(token for token in own[1:] if token < len(tokenizer))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.save_pretrained(tmp_path)
+    with make_llm(tmp_path, **SETTINGS) as llm:
+        ended = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)[0].outputs[0]
+        assert (ended.token_ids, ended.finish_reason) == (own[: own.index(end) + 1], "stop")
+        later = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=12, min_tokens=12), use_tqdm=False)[0]
+        assert len(tokens(later)) == 12 and end not in tokens(later)[:-1]
+
+
 def test_a_request_that_is_refused_leaves_the_others_of_its_list_alone(llm: LLM, alone: list[list[int]]) -> None:
     wrong: list[Any] = [[331], [], [1, -1], None, 3.5, [1] * 250, "\ud800"]
     prompts = [item for pair in zip(wrong, PROMPTS * 2) for item in pair]
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [tokens(output) for output in outputs[1::2]] == (alone * 2)[: len(wrong)]
     for output in outputs[::2]:
-        assert (output.finished, output.outputs, output.metrics) == (True, [], None)
+        assert (output.finished, output.metrics) == (True, None)
+        assert output.outputs == [CompletionOutput(0, "", [], "error")]
         assert output.error
     messages = [str(output.error) for output in outputs[::2]]
     assert "prompt_token_ids[0]=331 is outside the vocabulary of 331" in messages[0]
@@ -172,7 +187,7 @@ def test_a_single_request_that_is_refused_raises(llm: LLM) -> None:
         llm.generate("\ud800", GREEDY, use_tqdm=False)
 
 
-@pytest.mark.parametrize("prompts", [None, 5, {"prompt": "x"}, np.array([1, 2])])
+@pytest.mark.parametrize("prompts", [None, 5, np.array([1, 2])])
 def test_what_is_no_prompt_and_no_list_is_refused(llm: LLM, prompts: Any) -> None:
     with pytest.raises(ValueError, match="must be a str, a list of token ids, or a list of those"):
         llm.generate(prompts, GREEDY, use_tqdm=False)
@@ -225,6 +240,39 @@ def test_a_conversation_that_cannot_be_answered_raises(llm: LLM) -> None:
     for wrong in ("hello", {"role": "user", "content": "x"}, None):
         with pytest.raises(ValueError, match=r"messages=.* must be a list"):
             llm.chat(wrong, GREEDY, use_tqdm=False)  # type: ignore[arg-type]
+
+
+def test_of_several_conversations_a_malformed_one_fails_alone(llm: LLM) -> None:
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    for wrong, error in (
+        (image, "of type 'image_url' is not supported"),
+        ([{"role": "user"}], "has no 'content'"),
+        ([], "must be a non-empty list"),
+        ("hello", "messages='hello' must be a non-empty list"),
+        (CONVERSATION[0], "must be a non-empty list"),
+        (None, "messages=None must be a non-empty list"),
+        ([None], r"messages[0]=None must be a mapping"),
+    ):
+        outputs = llm.chat([wrong, CONVERSATION, wrong], GREEDY, use_tqdm=False)  # type: ignore[list-item]
+        assert [output.error is None for output in outputs] == [False, True, False]
+        assert error in str(outputs[0].error) and outputs[0].finished
+        assert decode(llm, outputs[1].prompt_token_ids) == "<s>[user]the fox\n[assistant]"
+    with pytest.raises(ValueError, match="of type 'image_url' is not supported"):
+        llm.chat(image, GREEDY, use_tqdm=False)
+    with pytest.raises(ValueError, match="needs add_generation_prompt=False"):
+        llm.chat([CONVERSATION, CONVERSATION], GREEDY, use_tqdm=False, continue_final_message=True)
+
+
+def test_text_that_brings_its_own_bos_is_warned_of_once(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(llm, "_warned_of_bos", False)
+    llm.generate(["the fox", [1, 1, 5]], GREEDY, use_tqdm=False)
+    llm.chat(CONVERSATION, GREEDY, use_tqdm=False)
+    assert "another one" not in caplog.text
+    for _ in range(2):
+        llm.generate(["<s>the fox", "<s>the dog"], GREEDY, use_tqdm=False)
+    assert caplog.text.count("a text prompt begins with '<s>', and the tokenizer adds another one; leave it out") == 1
 
 
 def test_without_a_tokenizer_token_ids_work_and_text_is_refused(tmp_path: Path) -> None:
@@ -328,7 +376,7 @@ def test_what_only_the_driver_can_refuse_is_raised_when_a_stream_is_read(llm: LL
         with pytest.raises(ValueError, match="the request needs 28 pages"):
             small.generate([1] * 40, params, use_tqdm=False)
         fits, refused = small.generate([PROMPTS[0], [1] * 40], [GREEDY, params], use_tqdm=False)
-        assert (len(tokens(fits)), refused.outputs) == (12, [])
+        assert (len(tokens(fits)), refused.outputs) == (12, [CompletionOutput(0, "", [], "error")])
         assert "but the cache has 16" in str(refused.error)
 
 
@@ -407,6 +455,21 @@ def test_scores_are_transformers_log_probabilities(llm: LLM, path: Path) -> None
             np.testing.assert_allclose(score.token_logprobs, own, atol=1e-3)
         assert scores[0].logprobs is None and scores[2].logprobs is None and scores[1].logprobs is not None
         np.testing.assert_allclose(scores[1].logprobs, truth, atol=1e-3)
+
+
+@pytest.mark.parametrize("decoded", [0, 3])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_score_may_begin_at_any_token(llm: LLM, decoded: int, whole: bool) -> None:
+    prompt = [7 * i % 331 for i in range(150)]  # two prefill chunks: the first one has no logits to compute
+    (every,) = llm.score(prompt, whole_vocabulary=whole, decode_last_prompt_tokens=decoded)
+    for first in (1, 100, 148, 149, 150, 200):
+        (score,) = llm.score(prompt, whole_vocabulary=whole, decode_last_prompt_tokens=decoded, first=first)
+        np.testing.assert_allclose(score.token_logprobs, every.token_logprobs[first - 1 :], atol=1e-5)
+        if every.logprobs is not None and first < 150:
+            assert score.logprobs is not None
+            np.testing.assert_allclose(score.logprobs, every.logprobs[first - 1 :], atol=1e-5)
+    with pytest.raises(ValueError, match="first=0 must be >= 1"):
+        llm.score(prompt, first=0)
 
 
 def test_one_sequence_can_be_scored_up_to_the_whole_context(llm: LLM) -> None:
@@ -513,7 +576,7 @@ def test_an_engine_left_without_shutdown_ends_with_its_process(path: Path) -> No
     done = run_python(
         """
         import sys, threading
-        from distributed_sparse import LLM, SamplingParams
+        from distributed_sparse import LLM, CompletionOutput, SamplingParams
         llm = LLM(sys.argv[1], max_model_len=256, device="cpu")
         stream = iter(llm.stream([1, 5, 6], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)))
         next(stream)
@@ -529,7 +592,7 @@ def test_an_error_in_the_users_program_still_ends_the_process(path: Path) -> Non
     done = run_python(
         """
         import sys
-        from distributed_sparse import LLM, SamplingParams
+        from distributed_sparse import LLM, CompletionOutput, SamplingParams
         llm = LLM(sys.argv[1], max_model_len=256, device="cpu")
         for output in llm.stream([1, 5, 6], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)):
             raise SystemExit(3)
@@ -540,12 +603,15 @@ def test_an_error_in_the_users_program_still_ends_the_process(path: Path) -> Non
     assert "Traceback" not in done.stderr
 
 
-def test_one_rank_runs_where_ray_cannot_be_imported(path: Path, alone: list[list[int]]) -> None:
+def test_one_rank_runs_where_ray_cannot_be_imported_and_the_import_takes_no_kernel_integrations(
+    path: Path, alone: list[list[int]]
+) -> None:
     done = run_python(
         """
         import sys
         sys.modules["ray"] = None
-        from distributed_sparse import LLM, SamplingParams
+        from distributed_sparse import LLM, CompletionOutput, SamplingParams
+        assert "transformers" not in sys.modules  # seconds that only an engine has to wait for
         with LLM(sys.argv[1], max_model_len=256, device="cpu") as llm:
             params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
             print(llm.generate([1, 5, 6, 7], params, use_tqdm=False)[0].outputs[0].token_ids)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from distributed_sparse.driver.driver import derived_seed
+from distributed_sparse.driver.admission import derived_seed
 from distributed_sparse.llm import LLM
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.eager_methods import EagerMethod, eager_method

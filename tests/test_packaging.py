@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import distributed_sparse
+from distributed_sparse.cli import COMMANDS
+from tests.support.patience import WAIT_S
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = "distributed_sparse"
@@ -24,6 +32,10 @@ ABOVE = {
     "shard": ("driver", "llm", "client", "evaluation", "bench", "chaos"),
     "driver": ("llm", "client", "evaluation", "bench", "chaos"),
 }
+NO_EDITABLE_INSTALL = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+"""
 SPOKEN_BY_BOTH = (f"{ENGINE}.driver.messages", f"{ENGINE}.driver.channel")
 """What the driver and a shard say to each other, and over what; neither imports anything else of the driver."""
 
@@ -32,7 +44,9 @@ def run_python(*arguments: str, cwd: Path = ROOT, path: str | None = None) -> st
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if path is not None:
         environment["PYTHONPATH"] = path
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=WAIT_S
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -63,7 +77,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         sources.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, sources)
-    for name in ("kernels", ENGINE):
+    for name in ("kernels", "configs", ENGINE):
         shutil.copytree(ROOT / name, sources / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
     if importlib.util.find_spec("setuptools") is not None:
@@ -76,9 +90,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_imports_from_an_empty_folder_with_its_kernels(site: Path, tmp_path: Path) -> None:
-    code = """
-import sys
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+    code = f"""{NO_EDITABLE_INSTALL}
 import distributed_sparse.kernels.attend as attend
 from distributed_sparse import LLM
 from distributed_sparse.selection import POLICIES
@@ -97,6 +109,88 @@ def test_the_wheel_holds_every_module_and_nothing_beside_the_package(site: Path)
     sources = {file.name for file in site.glob(f"{ENGINE}/kernels/cpp/*")}
     assert sources == {file.name for file in (ROOT / "kernels" / "cpp").iterdir()} and "vectors.h" in sources
     assert {entry.name for entry in site.iterdir()} - {ENGINE} == {entry.name for entry in site.glob("*.dist-info")}
+
+
+@pytest.fixture
+def installed(site: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the console script that the wheel names, from an empty folder, with nothing of this checkout on the path."""
+    points = importlib.metadata.Distribution.at(next(site.glob("*.dist-info"))).entry_points
+    (script,) = points.select(group="console_scripts")
+    assert script.name == "distributed-sparse"
+    code = f"{NO_EDITABLE_INSTALL}from {script.module} import {script.attr}\nsys.exit({script.attr}())"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(site)}
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+
+    return run
+
+
+def test_the_console_script_of_the_wheel_names_its_commands_and_version(installed: Any) -> None:
+    assert set(re.findall(r"^  (\w+) +\w", installed("--help").stdout.partition("commands:")[2], re.MULTILINE)) == set(COMMANDS)
+    assert installed("--version").stdout == f"distributed-sparse {distributed_sparse.__version__}\n"
+    wrong = installed("genrate")
+    assert wrong.returncode == 2 and "invalid choice: 'genrate' (choose from" in wrong.stderr
+
+
+def test_a_command_of_the_wheel_runs_from_an_empty_folder(installed: Any, tmp_path: Path) -> None:
+    shape = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    planned = installed("plan", "--model", "config.json", "--gpu", "h100", "--context", "4096")
+    assert planned.returncode == 0, planned.stderr
+    assert "quest" in planned.stdout and "speedup" in planned.stdout
+
+
+def test_the_wheel_says_that_it_is_typed_and_brings_the_demos_config(site: Path) -> None:
+    assert (site / ENGINE / "py.typed").is_file()
+    assert (site / ENGINE / "commands" / "demo.yaml").read_text() == (ROOT / "configs" / "demo.yaml").read_text()
+    metadata = importlib.metadata.Distribution.at(next(site.glob("*.dist-info"))).metadata
+    assert metadata["Version"] == distributed_sparse.__version__
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+
+
+# ---- what an import costs, told by what it imports
+
+HEAVY = ("torch", "transformers", "ray", "tokenizers", "huggingface_hub", "matplotlib", "triton")
+
+
+def imported_by(code: str) -> set[str]:
+    return set(run_python("-c", f"import sys\n{code}\nprint('modules:', *sys.modules)").rpartition("modules:")[2].split())
+
+
+def test_importing_the_package_imports_nothing_else_until_a_name_is_used() -> None:
+    modules = imported_by("import distributed_sparse; assert distributed_sparse.__version__")
+    assert {module for module in modules if module.startswith(ENGINE)} == {ENGINE}
+    names = "EngineConfig, EngineError, RequestOutput, SamplingParams, TokensPrompt"
+    assert not imported_by(f"from distributed_sparse import {names}") & set(HEAVY)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = f"""
+from distributed_sparse.cli import main
+try:
+    main([*{[command] if command else []}, "--help"])
+except SystemExit as end:
+    assert end.code == 0
+"""
+    assert not imported_by(code) & set(HEAVY)
+
+
+def test_every_public_name_is_there() -> None:
+    for name in distributed_sparse.__all__:
+        assert getattr(distributed_sparse, name).__name__ == name
+    assert set(distributed_sparse.__all__) <= set(dir(distributed_sparse))
+    with pytest.raises(AttributeError, match="has no attribute 'LLMs'"):
+        _ = distributed_sparse.LLMs
+
+
+def test_every_command_has_a_module_and_a_main_in_launch() -> None:
+    modules = {file.stem for file in (ROOT / ENGINE / "commands").glob("*.py")}
+    mains = {file.stem for file in (ROOT / "launch").glob("*.py")}
+    assert set(COMMANDS) <= modules and set(COMMANDS) <= mains
 
 
 # ---- who imports whom
@@ -139,7 +233,7 @@ def offenders(files: list[Path], package: str) -> set[str]:
 
 
 def test_only_the_actors_and_the_group_import_ray() -> None:
-    of_the_soak = {"launch/chaos.py"}  # it starts a cluster, and takes nodes from it
+    of_the_soak = {f"{ENGINE}/commands/chaos.py"}  # it starts a cluster, and takes nodes from it
     assert offenders(python_files(ENGINE, "kernels", "launch"), "ray") == IMPORT_RAY | of_the_soak
 
 
@@ -188,3 +282,9 @@ def test_what_is_spoken_by_both_imports_nothing_of_either() -> None:
 def test_the_engine_does_not_import_its_launchers_or_tests() -> None:
     for package in ("launch", "tests"):
         assert not offenders(python_files(ENGINE, "kernels"), package)
+
+
+def test_nothing_but_the_command_lines_imports_the_command_lines() -> None:
+    files = python_files(ENGINE, "kernels")
+    importers = offenders(files, f"{ENGINE}.commands") | offenders(files, f"{ENGINE}.cli")
+    assert {str(Path(file).parent) for file in importers} == {f"{ENGINE}/commands"}

@@ -13,6 +13,7 @@ import pytest
 
 from distributed_sparse import LLM, SamplingParams
 from tests.support.checkpoints import tiny_checkpoint
+from tests.support.patience import WAIT_S
 from tests.support.prompts import random_tokens
 from tests.support.ray_processes import FAST_HEALTH_CHECKS, assert_no_processes, own_ray
 from tests.support.stand_in_shard import write_checkpoint
@@ -55,7 +56,7 @@ CLUSTER = """
     ray.init(address=cluster.address, logging_level="ERROR")
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     left = [entry["name"] for entry in ray.util.placement_group_table().values() if entry["state"] != "REMOVED"]
-    deadline = time.monotonic() + 20.0  # Ray's nodes report what is free now and then
+    deadline = time.monotonic() + WAIT_S  # Ray's nodes report what is free now and then
     while (free := ray.available_resources().get("CPU")) != 2.0 and time.monotonic() < deadline:
         time.sleep(0.1)
     ray.shutdown()
@@ -70,10 +71,10 @@ def test_one_rank_on_each_of_two_nodes_gives_the_tokens_of_one_process(ray_envir
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(CLUSTER)],
             input=json.dumps([str(path), SETTINGS, PROMPTS, PARAMS]),
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * WAIT_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert_no_processes(environment["RAY_TMPDIR"], timeout=20.0)
+        assert_no_processes(environment["RAY_TMPDIR"])
     found = json.loads(done.stdout.splitlines()[-1])
 
     with LLM(str(path), **SETTINGS) as llm:
@@ -96,10 +97,10 @@ def losses(ray_environment: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     with own_ray(ray_environment) as environment:
         done = subprocess.run(
             [sys.executable, "-m", "tests.support.node_loss", str(path)],
-            cwd=ROOT, env=environment | FAST_HEALTH_CHECKS, capture_output=True, text=True, timeout=240,
+            cwd=ROOT, env=environment | FAST_HEALTH_CHECKS, capture_output=True, text=True, timeout=2 * WAIT_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert_no_processes(environment["RAY_TMPDIR"], timeout=20.0)
+        assert_no_processes(environment["RAY_TMPDIR"])
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["started"]["steps"] and len(set(found["started"]["nodes"])) == 2
     return found

@@ -23,6 +23,7 @@ from distributed_sparse.driver.step_times import TIMEOUT_FLOOR_S
 from distributed_sparse.llm import EngineError
 from tests.driver.test_group import assert_gone, placement_groups
 from tests.support.checkpoints import tiny_checkpoint
+from tests.support.patience import WAIT_S
 from tests.support.prompts import random_tokens
 from tests.support.ray_processes import assert_no_processes, own_ray, ray_processes
 from tests.support.text_checkpoint import text_checkpoint
@@ -140,7 +141,7 @@ def test_a_killed_shard_that_may_not_be_replaced_ends_every_request_by_name_and_
             time.sleep(0.01)
         os.kill(ranks[1]["pid"], signal.SIGKILL)
         killed = time.monotonic()
-        outputs = batch.result(timeout=60)
+        outputs = batch.result(timeout=WAIT_S)
     assert time.monotonic() - killed < TIMEOUT_FLOOR_S, "the shortest deadline that a step has"
     reason = rf"the engine has stopped: rank 1 \(node {ranks[1]['node_id']}, host .*, pid {ranks[1]['pid']}\) died"
     for output in outputs:
@@ -156,7 +157,7 @@ def test_a_killed_shard_that_may_not_be_replaced_ends_every_request_by_name_and_
             later()
     assert not llm.health()
     assert_gone([rank["pid"] for rank in ranks])
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + WAIT_S
     while len(placement_groups()) == len(groups) and time.monotonic() < deadline:
         time.sleep(0.05)  # the last thing that a group gives back
     assert len(placement_groups()) == len(groups) - 1
@@ -231,7 +232,7 @@ def test_more_ranks_than_cores_run_twice_in_a_process_that_leaves_nothing_behind
         # a thread that calls Ray after Ray's own end starts another one, which crashes, or stays
         assert "Ray is still up: False" in errors, errors
         assert "Traceback" not in errors and "Started a local Ray" not in errors, errors
-        assert_no_processes(environment["RAY_TMPDIR"], timeout=10.0)
+        assert_no_processes(environment["RAY_TMPDIR"])
 
 
 def test_a_process_that_is_killed_leaves_no_shard_and_no_ray(ray_environment: Path, path: Path) -> None:
@@ -245,4 +246,4 @@ def test_a_process_that_is_killed_leaves_no_shard_and_no_ray(ray_environment: Pa
         process.kill()
         process.communicate()
         # Ray's agents look for their parent every few seconds only, and then try to tell a Ray that has gone
-        assert_no_processes(environment["RAY_TMPDIR"], timeout=20.0, but=("ray::DashboardAgent", "ray::RuntimeEnvAgent"))
+        assert_no_processes(environment["RAY_TMPDIR"], but=("ray::DashboardAgent", "ray::RuntimeEnvAgent"))

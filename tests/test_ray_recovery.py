@@ -19,6 +19,7 @@ import pytest
 from distributed_sparse import LLM, SamplingParams
 from tests.driver.test_group import assert_gone, placement_groups
 from tests.support.checkpoints import decisive_checkpoint
+from tests.support.patience import WAIT_S
 from tests.support.prompts import random_tokens
 from tests.support.ray_processes import FAST_HEALTH_CHECKS, assert_no_processes, own_ray
 
@@ -158,10 +159,10 @@ def test_a_node_goes_and_streams_go_on_on_another(ray_environment: Path, tmp_pat
             env=environment | FAST_HEALTH_CHECKS,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=2 * WAIT_S,
         )
         assert done.returncode == 0, done.stderr
-        assert_no_processes(environment["RAY_TMPDIR"], timeout=20.0)
+        assert_no_processes(environment["RAY_TMPDIR"])
     found = json.loads(done.stdout.splitlines()[-1])
     undisturbed, disturbed = found["tokens"]
     assert disturbed == undisturbed

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distributed_sparse.request_validation import validate_request
-from distributed_sparse.sampling_params import NOT_SUPPORTED, SamplingParams
+from distributed_sparse.sampling_params import SamplingParams
+from distributed_sparse.vllm_names import ANY, SAMPLING, drop_neutral
 
 VOCAB_SIZE, MAX_MODEL_LEN, MAX_NUM_SEQS = 331, 256, 8
 
@@ -37,6 +38,8 @@ def test_the_ways_to_write_the_same_thing_become_one() -> None:
     assert SamplingParams(stop="\n").stop == ["\n"] == SamplingParams(stop=("\n", "\n")).stop
     assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()  # type: ignore[arg-type]
     assert SamplingParams(top_k=-1).top_k == 0
+    assert SamplingParams(seed=-1).seed is None
+    assert SamplingParams(logprobs=True, prompt_logprobs=True) == SamplingParams(logprobs=1, prompt_logprobs=1)
     of_numpy: dict[str, Any] = {"max_tokens": np.int64(3), "temperature": np.float32(0.5), "stop_token_ids": [np.int32(4)]}
     params = SamplingParams(**of_numpy)
     assert (type(params.max_tokens), type(params.temperature), type(params.stop_token_ids[0])) == (int, float, int)
@@ -55,11 +58,42 @@ def test_one_parameter_can_be_replaced_and_is_checked_again() -> None:
         params.updated({"min_tokens": 6})
 
 
-@pytest.mark.parametrize("name", sorted(NOT_SUPPORTED))
+def test_a_parameter_that_is_assigned_later_is_checked_like_one_that_is_given() -> None:
+    params = SamplingParams(max_tokens=5, n=2)
+    params.temperature, params.stop, params.best_of = 0, "\n", 2  # type: ignore[assignment,attr-defined]
+    assert params == SamplingParams(max_tokens=5, n=2, temperature=0.0, stop=["\n"])
+    for name, value in (("min_tokens", 6), ("top_p", 7), ("presence_penalty", 0.5), ("temprature", 0)):
+        with pytest.raises(ValueError, match=rf"^{name}={value}"):
+            setattr(params, name, value)
+    assert params == SamplingParams(max_tokens=5, n=2, temperature=0.0, stop=["\n"])
+
+
+def test_a_clone_shares_nothing_with_its_original() -> None:
+    params = SamplingParams(stop=["a"], stop_token_ids=[3], seed=4)
+    clone = params.clone()
+    assert clone == params
+    clone.seed, clone.stop = 5, ["b"]
+    clone.stop_token_ids.append(9)  # type: ignore[attr-defined]
+    assert params == SamplingParams(stop=["a"], stop_token_ids=[3], seed=4)
+
+
+REFUSED_VALUES: dict[str, Any] = {
+    "logit_bias": {3: 1.0},
+    "bad_words": ["x"],
+    "allowed_token_ids": [],
+    "detokenize": False,
+    "skip_special_tokens": False,
+    "output_kind": "DELTA",
+    "repetition_penalty": np.array([1.0, 1.05]),
+}
+HARMLESS = {name for name, (_, *neutrals) in SAMPLING.items() if neutrals[-1] is ANY}
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLING.keys() - HARMLESS))
 def test_a_parameter_of_vllm_that_is_missing_is_refused_by_name(name: str) -> None:
-    given: dict[str, Any] = {name: 0.5}
+    given: dict[str, Any] = {name: REFUSED_VALUES.get(name, 0.5)}
     for build in (lambda: SamplingParams(**given), lambda: SamplingParams.from_dict(given)):
-        with pytest.raises(ValueError, match=f"^{name}=0.5: {name} is not supported; .+"):
+        with pytest.raises(ValueError, match=rf"^{name}=.*: {name} is not supported; .+"):
             build()
 
 
@@ -84,9 +118,9 @@ BAD_VALUES: dict[str, list[Any]] = {
     "stop_token_ids": [3, "3", [-1], [True], [2.0], ["2"]],
     "include_stop_str_in_output": [1, "true", None],
     "ignore_eos": [0, "no", None],
-    "seed": [*(v for v in NOT_INTS if v is not None), -1, 1 << 63],
-    "logprobs": [*(v for v in NOT_INTS if v is not None), -1],
-    "prompt_logprobs": [*(v for v in NOT_INTS if v is not None), -2],
+    "seed": [*(v for v in NOT_INTS if v is not None), -2, 1 << 63],
+    "logprobs": [*(v for v in NOT_INTS if v is not None and v is not True), -2],
+    "prompt_logprobs": [*(v for v in NOT_INTS if v is not None and v is not True), -2],
     "decode_last_prompt_tokens": [*NOT_INTS, -1],
     "trace_steps": [3, "3", [-1], [True], [2.0], ["2"]],
     "timeout_s": [*(v for v in NOT_FLOATS if v is not None), 0, -1.0],
@@ -138,6 +172,18 @@ def test_a_request_that_the_engine_cannot_run_is_refused_with_the_remedy(prompt:
         check(prompt, SamplingParams(**given))
 
 
+def test_too_many_or_too_long_stop_strings_are_refused_with_both_numbers() -> None:
+    stop = [f"stop {i}" for i in range(64)]
+    assert SamplingParams(stop=[*stop, *stop]).stop == stop
+    with pytest.raises(ValueError, match="stop holds 65 strings, over the limit of 64; give fewer"):
+        SamplingParams(stop=[*stop, "one more"])
+    with pytest.raises(ValueError, match="stop holds 10000 strings, over the limit of 64"):
+        SamplingParams().updated({"stop": [str(i) for i in range(10_000)]})
+    assert SamplingParams(stop="x" * 16_384).stop
+    with pytest.raises(ValueError, match="stop holds 16385 characters, over the limit of 16384; give fewer or shorter strings"):
+        SamplingParams(stop=["x" * 16_384, "y"])
+
+
 def test_stop_strings_need_a_tokenizer() -> None:
     check([1], SamplingParams(stop="x"))
     with pytest.raises(ValueError, match=r"stop=\['x'\] needs a tokenizer, which this model has not; use stop_token_ids"):
@@ -185,7 +231,7 @@ valid_values: dict[str, st.SearchStrategy[Any]] = {
     "include_stop_str_in_output": st.booleans(),
     "ignore_eos": st.booleans(),
     "seed": st.none() | st.integers(0, (1 << 63) - 1),
-    "logprobs": st.none() | st.integers(0, VOCAB_SIZE),
+    "logprobs": st.none() | st.integers(-1, VOCAB_SIZE),
     "prompt_logprobs": st.none() | st.integers(-1, VOCAB_SIZE),
     "decode_last_prompt_tokens": st.integers(0, 1),
     "trace_steps": st.none(),
@@ -203,6 +249,7 @@ def _not_none(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return values.filter(lambda v: v is not None)
 
 
+_no_counts = _no_ints.filter(lambda v: v is not None and v is not True)  # True is 1, as in vLLM
 wrong_values: dict[str, st.SearchStrategy[Any]] = {
     "n": _no_ints | st.integers(max_value=0) | st.integers(min_value=MAX_NUM_SEQS + 1),
     "temperature": _no_floats | _not_finite | st.floats(max_value=0.0, exclude_max=True) | st.floats(1e-300, 9e-6),
@@ -218,9 +265,13 @@ wrong_values: dict[str, st.SearchStrategy[Any]] = {
     | st.sampled_from([[-1], [VOCAB_SIZE]]),
     "include_stop_str_in_output": ANYTHING.filter(lambda v: not isinstance(v, bool)),
     "ignore_eos": ANYTHING.filter(lambda v: not isinstance(v, bool)),
-    "seed": _not_none(_no_ints) | st.integers(max_value=-1) | st.integers(min_value=1 << 63),
-    "logprobs": _not_none(_no_ints) | st.integers(max_value=-1) | st.integers(min_value=VOCAB_SIZE + 1),
-    "prompt_logprobs": _not_none(_no_ints) | st.integers(max_value=-2) | st.integers(min_value=VOCAB_SIZE + 1),
+    "seed": _not_none(_no_ints) | st.integers(max_value=-2) | st.integers(min_value=1 << 63),
+    "logprobs": _not_none(_no_ints).filter(lambda v: v is not True)
+    | st.integers(max_value=-2)
+    | st.integers(min_value=VOCAB_SIZE + 1),
+    "prompt_logprobs": _not_none(_no_ints).filter(lambda v: v is not True)
+    | st.integers(max_value=-2)
+    | st.integers(min_value=VOCAB_SIZE + 1),
     "decode_last_prompt_tokens": _no_ints | st.integers(max_value=-1) | st.integers(min_value=100),
     "trace_steps": _integers | st.text() | st.lists(_no_ints, min_size=1, max_size=3) | st.sampled_from([[-1], [3]]),
     "timeout_s": _not_none(_no_floats) | _not_finite | st.floats(max_value=0.0),
@@ -234,15 +285,23 @@ wrong_prompts: st.SearchStrategy[Any] = (
 )
 
 
+def changes_nothing(name: str, value: Any, given: dict[str, Any]) -> bool:
+    try:
+        drop_neutral({name: value}, SAMPLING, {"n": 1, **given})
+    except ValueError:
+        return False
+    return True
+
+
 @st.composite
 def malformed_requests(draw: st.DrawFn) -> tuple[Any, dict[str, Any], str]:
     """A prompt, parameters, and what the error must name: one of them is wrong, the others are in order."""
     prompt, given = draw(valid_prompts), draw(valid_params)
-    name = draw(st.sampled_from(["prompt", *NOT_SUPPORTED, *wrong_values]))
+    name = draw(st.sampled_from(["prompt", *sorted(SAMPLING.keys() - HARMLESS), *wrong_values]))
     if name == "prompt":
         return draw(wrong_prompts), given, "prompt"
-    if name in NOT_SUPPORTED:
-        return prompt, given | {name: draw(ANYTHING)}, name
+    if name in SAMPLING:
+        return prompt, given | {name: draw(ANYTHING.filter(lambda value: not changes_nothing(name, value, given)))}, name
     if name == "max_tokens":
         given.pop("min_tokens", None)
     return prompt, given | {name: draw(wrong_values[name])}, name

@@ -304,7 +304,8 @@ def test_rows_that_pad_a_captured_shape_are_nobodys_to_every_kernel(
 ) -> None:
     """Three sequences in a shape of four, at the widths of the longest context: the logits of steps of their own shape.
 
-    A row that pads has no page and no context; what is allocated is full of NaN, so that whatever is read of it shows.
+    A row that pads has no page and no context; what is allocated is full of NaN, so that whatever is read of it shows, and so
+    are the pages of the padded one before they are given out, the null page too.
     """
     sparse = GRAPH_SAFE[method]
     if method == "hash":
@@ -313,18 +314,56 @@ def test_rows_that_pad_a_captured_shape_are_nobodys_to_every_kernel(
     monkeypatch.setitem(METHODS, method, sparse)
     own, padded = stepped(path, method), stepped(path, method, make_shard=padded_shard)
     found = []
+    fill_pages(padded)
     for engine in (own, padded):
         engine.start([LONGEST[method], 33, 48])
         logits = engine.shard.model.logits
         kept: list[Tensor] = []
         monkeypatch.setattr(engine.shard.model, "logits", keeping(logits, kept))
         with recorded_step(monkeypatch) as recorder, poisoned_memory(), torch.inference_mode():
-            _, tokens = engine.shard.run(engine.decode_plan())
-        assert recorder.waits == [] and tokens is not None
-        found.append((kept[0][:3], tokens.tolist(), engine.shard.attention.rows, engine.shard.attention.bytes_read))
+            _, on_device = engine.shard.run(engine.decode_plan())
+        assert recorder.waits == []
+        found.append(
+            (kept[0][:3], on_device["tokens"].tolist(), engine.shard.attention.rows, engine.shard.attention.bytes_read)
+        )
     assert kept[0].shape[0] == 4
     assert error_ratio(found[1][0], found[0][0]) < 1e-5
     assert found[1][1:] == found[0][1:]
+
+
+@torch.inference_mode()
+def fill_pages(engine: SteppedShard) -> None:
+    """Fill the whole cache with what a sequence of NaN leaves behind: NaN, and the largest codes."""
+    for layer in engine.shard.cache.layers:
+        for tensor in layer.pages:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+
+@on_torch
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("method", [*GRAPH_SAFE, "oracle_topk", "tova"])
+def test_what_pages_held_before_they_were_given_out_changes_no_bit(
+    path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request whose keys are NaN leaves them behind in pages that others get, and so may a warm-up in the null page."""
+    sparse = GRAPH_SAFE.get(method, {"method": method, "token_budget": 64})
+    if method == "hash":
+        assert sparse is not None
+        sparse = {**sparse, "hash_weights": random_hash_weights(path.parent / "hash.safetensors", range(2), 4, 64)}
+    monkeypatch.setitem(METHODS, method, sparse)
+    found = []
+    for is_filled in (False, True):
+        engine = stepped(path, method)
+        if is_filled:
+            fill_pages(engine)
+        kept: list[Tensor] = []
+        monkeypatch.setattr(engine.shard.model, "logits", keeping(engine.shard.model.logits, kept))
+        engine.start([LONGEST.get(method, 200), 33, 47])
+        for _ in range(4):  # over the end of a page
+            engine.decode()
+        found.append(torch.cat(kept))
+        assert engine.shard.attention.rows[1] > 0 or method == "dense"
+    assert found[0].isfinite().all() and torch.equal(found[0], found[1])
 
 
 @contextmanager

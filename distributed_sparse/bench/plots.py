@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distributed_sparse.reporting.figures import new_figure
+from distributed_sparse.reporting.figures import new_figure, plain_log_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,7 +95,9 @@ def _decode(rows: Rows) -> Figure:
             panel.errorbar(x, y, yerr=around, marker="o", markersize=3, capsize=2, color=f"C{number}", label=label)
             panel.plot(x, [row["bytes_ms"] for row in own], ":", marker="_", color=f"C{number}")
         panel.set_title(f"batch {batch}", fontsize=8)
-        panel.set(xscale="log", yscale="log", xlabel="context (tokens)")
+        panel.set(xlabel="context (tokens)")
+        plain_log_axis(panel, "x")
+        plain_log_axis(panel, "y")
     panels[0].set_ylabel("ms per token (dotted: limit by bytes)")
     panels[0].legend(fontsize=7)
     return figure

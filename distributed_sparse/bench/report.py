@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+from distributed_sparse.reporting.results import plain
 
 
 def print_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
@@ -27,13 +27,17 @@ def write_json(path: str | Path, benchmark: str, settings: dict[str, Any], rows:
     """Write a benchmark's result with all that is needed to repeat it."""
     result = {"benchmark": benchmark, "settings": settings, "environment": environment(), "rows": rows}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(plain(result, digits=None), indent=2, allow_nan=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def environment() -> dict[str, Any]:
     """Machine, versions, git commit and command."""
+    import torch
+
+    program = Path(sys.argv[0]).stem
     return {
-        "command": " ".join(["python -m", *(Path(sys.argv[0]).stem.join(["launch.", ""]), *sys.argv[1:])]),
+        "command": " ".join([program if program == "distributed-sparse" else f"python -m launch.{program}", *sys.argv[1:]]),
         "commit": git_commit(),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),

@@ -47,6 +47,10 @@ class ServeSettings:
     num_prompts: int = 16
     random_input_len: int = 512
     random_output_len: int = 32
+    num_warmups: int = 8
+    """Requests sent at once, and not measured, before an engine's first rate."""
+    rounds: int = 3
+    """Runs at each rate, with other prompts and arrivals; the one of median output throughput is reported."""
     seed: int = 0
     tensor_parallel_size: int = 1
     dtype: str = "auto"
@@ -57,16 +61,17 @@ class ServeSettings:
     max_num_batched_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "random_input_len", "random_output_len"):
+        for name in ("num_prompts", "random_input_len", "random_output_len", "num_warmups", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
         for name, values in (("request-rate", self.request_rate), ("burstiness", (self.burstiness,))):
             if any(not value > 0 for value in values):
                 raise ValueError(f"--{name} {values} must be above 0")
 
-    def prompt(self, number: int, vocab_size: int) -> list[int]:
-        """Of the request of that number."""
-        return np.random.default_rng([self.seed, number]).integers(3, vocab_size, self.random_input_len).tolist()
+    def prompts(self, count: int, round_number: int, vocab_size: int) -> list[list[int]]:
+        """Random token ids; round 0 warms up."""
+        generators = (np.random.default_rng([self.seed, round_number, number]) for number in range(count))
+        return [generator.integers(3, vocab_size, self.random_input_len).tolist() for generator in generators]
 
     def as_decode(self) -> DecodeSettings:
         """What both benchmarks share."""
@@ -109,8 +114,9 @@ def bench_serve(settings: ServeSettings, told: Callable[[dict[str, Any]], object
     Returns:
         Rows of "method", "request_rate" and what `vllm bench serve` saves: "duration" (s), "completed", "failed",
         "total_input_tokens", "total_output_tokens", "request_throughput", "output_throughput", "total_token_throughput" (per
-        second), and {mean, median, p99}_{ttft, tpot, itl, e2el}_ms; beside them "max_send_delay_ms" (how late the client was)
-        and "greedy_agreement" (of checked requests, the share of tokens that a dense prefill of prompt and output ranks first);
+        second), and {mean, median, p99}_{ttft, tpot, itl, e2el}_ms; beside them "max_send_delay_ms" (how late the client was),
+        {min, max}_output_throughput of the rounds, and "greedy_agreement" (of checked requests, the share of tokens that a
+        dense prefill of prompt and output ranks first);
         or "unavailable" or "wrong", with the reason. "duration" begins when the first gap does, and ends with the last request.
     """
     device, rows = resolve_device(settings.device), []
@@ -119,10 +125,11 @@ def bench_serve(settings: ServeSettings, told: Callable[[dict[str, Any]], object
         for method, sparse in settings.as_decode().sections().items():
             of_method: list[dict[str, Any]] = []
             with caught(method) as failed, _engine(settings, model, sparse, dtype, device) as llm:
-                warm_up = SamplingParams(temperature=0.0, max_tokens=settings.random_output_len, ignore_eos=True)
-                llm.generate(settings.prompt(settings.num_prompts, model.config.vocab_size), warm_up, use_tqdm=False)
+                warm_ups = settings.prompts(settings.num_warmups, 0, model.config.vocab_size)
+                asyncio.run(serve(llm, warm_ups, [0.0] * len(warm_ups), settings.random_output_len))
                 for rate in settings.request_rate:
-                    of_method.append(_at_rate(settings, llm, rate, method, dtype))
+                    rounds = range(1, settings.rounds + 1)
+                    of_method.append(median_round([_at_rate(settings, llm, rate, method, dtype, n) for n in rounds]))
             if failed:
                 of_method.append({**failed})
             for row in of_method:
@@ -159,10 +166,11 @@ def _engine(
     )
 
 
-def _at_rate(settings: ServeSettings, llm: LLM, rate: float, method: str, dtype: torch.dtype) -> dict[str, Any]:
-    vocab_size = llm.model_config.vocab_size
-    prompts = [settings.prompt(number, vocab_size) for number in range(settings.num_prompts)]
-    due = arrival_times(settings.num_prompts, rate, settings.burstiness, settings.seed)
+def _at_rate(
+    settings: ServeSettings, llm: LLM, rate: float, method: str, dtype: torch.dtype, round_number: int
+) -> dict[str, Any]:
+    prompts = settings.prompts(settings.num_prompts, round_number, llm.model_config.vocab_size)
+    due = arrival_times(settings.num_prompts, rate, settings.burstiness, settings.seed + round_number)
     served, duration = asyncio.run(serve(llm, prompts, due, settings.random_output_len))
     row: dict[str, Any] = {"request_rate": rate if math.isfinite(rate) else "inf", "burstiness": settings.burstiness}
     try:
@@ -170,6 +178,19 @@ def _at_rate(settings: ServeSettings, llm: LLM, rate: float, method: str, dtype:
     except WrongResult as wrong:
         return {**row, "wrong": str(wrong)}
     return row | summary(served, duration) | {"greedy_agreement": agreement}
+
+
+def median_round(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of median output throughput, with the extremes of all rounds and every error; or the first that is wrong."""
+    for row in rounds:
+        if "wrong" in row:
+            return row
+    by_throughput = sorted(rounds, key=lambda row: row["output_throughput"])
+    return by_throughput[(len(rounds) - 1) // 2] | {
+        "min_output_throughput": by_throughput[0]["output_throughput"],
+        "max_output_throughput": by_throughput[-1]["output_throughput"],
+        "errors": sorted({error for row in rounds for error in row["errors"]}),
+    }
 
 
 async def serve(llm: LLM, prompts: Sequence[list[int]], due: Sequence[float], output_len: int) -> tuple[list[Served], float]:

@@ -17,6 +17,8 @@ class NewRequest(msgspec.Struct):
     params: SamplingParams
     score: bool = False
     """Only the log-probabilities of the prompt are wanted: nothing is sampled (`params.prompt_logprobs` says how many)."""
+    first_scored: int = 1
+    """Of such a prompt, the first token whose log-probability is wanted."""
     profile: bool = False
     """Steps that decode it, and no prompt beside it, take the times of their parts, whatever `profile_interval` says."""
 

@@ -1,14 +1,17 @@
-"""Tokens to text, one token at a time: Detokenizer, TextStream, StopChecker, and CompletionText that joins them.
+"""Tokens to text, one token at a time: Detokenizer, TextStream, and CompletionText, which cuts a text at a stop string.
 
 Only the `tokenizers` library is needed, no transformers and no torch. Its `DecodeStream` is not used: it cannot be flushed,
 and a byte sequence that is no UTF-8 makes every later step raise (tokenizers 0.23). The window below is the same idea.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 
 from tokenizers import Tokenizer
+
+from distributed_sparse.driver.stop_checker import StopChecker, StopMatch, Symbol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no UTF-8, or not yet
 MAX_CHAR_TOKENS = 4  # a UTF-8 character has at most 4 bytes, so at most 4 tokens
@@ -25,15 +28,39 @@ class Detokenizer:
     def __init__(self, tokenizer_json: str) -> None:
         self._tokenizer: Tokenizer = Tokenizer.from_str(tokenizer_json)
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
+        self._special_ids = frozenset(self._special_tokens.values())
 
     def new_stream(self, prompt_token_ids: Sequence[int]) -> "TextStream":
         """A stream whose text continues the prompt: a first word keeps its leading space where the prompt has text."""
         return TextStream(self._tokenizer, self._special_ids, prompt_token_ids)
 
+    def new_completion(
+        self,
+        prompt_token_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        include_stop_str_in_output: bool = False,
+        min_tokens: int = 0,
+    ) -> "CompletionText":
+        """The text of one completion of a prompt, which ends at a stop string (parameters as in SamplingParams)."""
+        checker = StopChecker(stop, include_stop_str_in_output, min_tokens, self._to_symbols)
+        return CompletionText(self.new_stream(prompt_token_ids), checker)
+
     def decode_token(self, token_id: int) -> str:
         """The text of one token by itself, special tokens by their name; half a character shows as U+FFFD."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    @cached_property
+    def _special_names(self) -> re.Pattern[str]:
+        longest_first = sorted(self._special_tokens, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+    def _to_symbols(self, stop: str) -> Sequence[Symbol]:
+        """A stop string's characters, with special tokens' ids instead of their names."""
+        pieces = self._special_names.split(stop)  # names at the odd places
+        if len(pieces) == 1:
+            return stop
+        return tuple(symbol for i, piece in enumerate(pieces) for symbol in ([self._special_tokens[piece]] if i % 2 else piece))
 
 
 class TextStream:
@@ -108,64 +135,6 @@ class TextStream:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True) if token_ids else ""
 
 
-@dataclass(frozen=True)
-class StopMatch:
-    """A stop string in a text: `length` is how much of the text remains (characters)."""
-
-    stop: str
-    length: int
-
-
-class StopChecker:
-    """Finds the stop string that is complete first; of several that end together, the longest.
-
-    So where a text is cut depends on the text alone, and not on how it fell into tokens.
-
-    Args:
-        stop: the stop strings; none makes a checker that never matches.
-        include_stop_str_in_output: cut behind the stop string instead of before it.
-        min_tokens: stop strings that end within the text of so many first tokens do not count.
-    """
-
-    def __init__(self, stop: Sequence[str], include_stop_str_in_output: bool, min_tokens: int) -> None:
-        self._stop = list(stop)
-        self._include = include_stop_str_in_output
-        self._min_tokens = min_tokens
-        self._checked = 0  # no stop string ends within text[:_checked], or it did not count
-
-    def check(self, text: str, num_tokens: int) -> StopMatch | None:
-        """Look at a text that has grown.
-
-        Args:
-            text: the whole text so far; the last call's text is a prefix of it.
-            num_tokens: the tokens that it came from.
-        """
-        matches = []
-        if num_tokens > self._min_tokens:
-            for stop in self._stop:
-                start = text.find(stop, max(0, self._checked - len(stop) + 1))
-                if start >= 0:
-                    matches.append((start + len(stop), start, stop))
-        self._checked = len(text)
-        if not matches:
-            return None
-        end, start, stop = min(matches)
-        return StopMatch(stop, end if self._include else start)
-
-    def publishable(self, text: str) -> int:
-        """How many characters of `text` (with no match in it) may be shown while more is to come.
-
-        The longest end of the text that could be the beginning of a stop string is held back.
-        """
-        if self._include or not self._stop:
-            return len(text)
-        longest = max(map(len, self._stop)) - 1
-        for start in range(max(0, len(text) - longest), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self._stop):
-                return start
-        return len(text)
-
-
 class CompletionText:
     """One completion's text as its reader sees it: streamed, cut at a stop string, never taken back.
 
@@ -185,7 +154,14 @@ class CompletionText:
         assert not self._ended
         self._stream.append(token_id)
         self._num_tokens += 1
-        return self._update()
+        if not self.may_stop_at(token_id):
+            return self._update()
+        self._stream.finish()  # a special token ends a character
+        return self._update(token_id)
+
+    def may_stop_at(self, token_id: int) -> bool:
+        """Whether a stop string holds this special token."""
+        return token_id in self._checker.special_ids
 
     def finish(self) -> str | None:
         """End the completion for another reason (length, end of sequence, abort); the stop string that what was kept back
@@ -203,10 +179,10 @@ class CompletionText:
         delta, self._taken = self.text[self._taken : shown], max(self._taken, shown)
         return delta
 
-    def _update(self) -> str | None:
+    def _update(self, special_id: int | None = None) -> str | None:
         self.text = self._stream.text
-        match = self._checker.check(self.text, self._num_tokens)
+        match: StopMatch | None = self._checker.check(self.text, self._num_tokens, special_id)
         if match is None:
             return None
-        self.text, self._ended = self.text[: match.length], True
+        self.text, self._ended = self.text[: match.start] + (match.stop if self._checker.include else ""), True
         return match.stop

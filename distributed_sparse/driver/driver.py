@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import time
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from distributed_sparse.config import EngineConfig
+from distributed_sparse.driver.admission import Admission
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate, SampleUpdate, TraceUpdate
-from distributed_sparse.driver.detokenizer import CompletionText, Detokenizer, StopChecker
-from distributed_sparse.driver.engine_metrics import AttendedDensity, EngineMetrics
+from distributed_sparse.driver.detokenizer import Detokenizer
+from distributed_sparse.driver.engine_metrics import AttendedDensity, EngineMetrics, attention_stats
 from distributed_sparse.driver.messages import LogprobBlock, ShardReport, StepPlan, StepResult
 from distributed_sparse.driver.pages import PageAllocator
-from distributed_sparse.driver.scheduler import ScheduledStep, Scheduler
+from distributed_sparse.driver.request_errors import NOT_OF_A_REQUEST, bad_logits_error, engine_error
+from distributed_sparse.driver.scheduler import Committed, ScheduledStep, Scheduler
 from distributed_sparse.driver.sequence import Request, Sequence
 from distributed_sparse.driver.shard_group import RankInfo, ShardFailure, ShardGroup
 from distributed_sparse.driver.step_times import StepClock, StepTimes
-from distributed_sparse.metrics import RequestMetrics
-from distributed_sparse.request_validation import validate_request
 
 PROFILE_FIRST = 8
 """The first step of decode rows alone from this one on takes the times of its parts; then one in `profile_interval`."""
@@ -26,6 +28,9 @@ PROFILE_FIRST = 8
 MAX_AHEAD_NUMBERS = 8192
 """A plan of more numbers (tokens, pages; 5 bytes each at most) waits until its ranks have done with the last one: a rank that
 computes reads nothing, and to send what its socket cannot hold would wait for it, deaf to results."""
+
+STORED_CHUNK_MULTIPLE = 256
+"""`Scheduler.chunk_multiple` with a prefill store, where a step holds at least four times as many tokens."""
 
 Updates = dict[str, list[RequestUpdate]]
 """Client id -> what to tell it."""
@@ -53,7 +58,8 @@ class Driver:
         self.config = config
         self.model = model
         self.group = group
-        self._detokenizer = Detokenizer(tokenizer_json) if tokenizer_json is not None else None
+        detokenizer = Detokenizer(tokenizer_json) if tokenizer_json is not None else None
+        self._admission = Admission(config, model, detokenizer)
         self._requests: dict[str, Request] = {}
         self._counts: Counter[str] = Counter(finished=0, aborted=0, failed=0)
         self._admitted = 0
@@ -62,6 +68,7 @@ class Driver:
         self._max_in_flight = 1
         self._next_step = 0
         self._steps = 0
+        self._prefill_tokens = Counter(computed=0, from_store=0)
         self._reports: list[ShardReport | None] = []
         self._ranks: list[RankInfo] = []
         self._times = StepTimes(config.step_timeout_s)
@@ -88,6 +95,7 @@ class Driver:
         self._density.begin()
         self._same_clock = {rank.hostname for rank in self._ranks} == {socket.gethostname()}
         self.allocator = PageAllocator(self.group.num_pages)
+        is_cut_evenly = self.config.prefill_store and self.config.max_num_batched_tokens >= 4 * STORED_CHUNK_MULTIPLE
         self.scheduler = Scheduler(
             self.allocator,
             page_size=self.config.page_size,
@@ -96,6 +104,7 @@ class Driver:
             kept_pages=self.group.kept_pages,
             forks_copy_pages=self.group.forks_copy_pages,
             trace=self.config.trace,
+            chunk_multiple=STORED_CHUNK_MULTIPLE if is_cut_evenly else 1,
         )
         for request in before:
             request.restart()
@@ -105,7 +114,7 @@ class Driver:
             try:
                 self.scheduler.check_fits(request)
             except ValueError as error:
-                updates[request.client_id].append(self._end(request, f"after a recovery, {error}", "engine"))
+                updates[request.client_id].append(self._end(request, f"after a recovery, {error}", "engine", "error"))
         return updates
 
     # ---- requests
@@ -117,49 +126,23 @@ class Driver:
             arrived: when it came (`time.monotonic`); None: now.
         """
         now = time.monotonic() if arrived is None else arrived
-        params = new.params
+        if self.failure is not None:
+            self._counts["failed"] += 1
+            return RequestUpdate(new.request_id, finished=True, error=self.failure, error_kind="engine")
         try:
-            if self.failure is not None:
-                self._counts["failed"] += 1
-                return RequestUpdate(new.request_id, finished=True, error=self.failure, error_kind="engine")
             if new.request_id in self._requests:
                 raise ValueError(f"request_id={new.request_id!r} is running already; choose another")
-            validate_request(
-                new.prompt_token_ids,
-                params,
-                vocab_size=self.model.vocab_size,
-                max_model_len=self.model.max_model_len,
-                max_num_seqs=self.config.max_num_seqs,
-                has_tokenizer=self._detokenizer is not None,
-                traces=self.config.trace,
-                score=new.score,
-            )
-            room = self.model.max_model_len - len(new.prompt_token_ids)
-            max_tokens = 0 if new.score else params.max_tokens if params.max_tokens is not None else room
-            request = Request(
-                request_id=new.request_id,
-                client_id=client_id,
-                prompt_token_ids=new.prompt_token_ids,
-                params=params,
-                seed=params.seed if params.seed is not None else derived_seed(self.config.seed, self._admitted),
-                max_tokens=max_tokens,
-                metrics=RequestMetrics(arrival_time=now, num_prompt_tokens=len(new.prompt_token_ids)),
-                stop_token_ids=frozenset(params.stop_token_ids or ())
-                | (frozenset() if params.ignore_eos else frozenset(self.model.eos_token_ids)),
-                deadline=now + params.timeout_s if params.timeout_s is not None else None,
-                profile=new.profile,
-            )
+            request = self._admission.new_request(client_id, new, now, self._admitted)
             self.scheduler.add(request)
-        except ValueError as error:
+        except NOT_OF_A_REQUEST:
+            raise
+        except BaseException as raised:
             self._counts["failed"] += 1
-            return RequestUpdate(new.request_id, finished=True, error=str(error), error_kind="invalid")
+            if isinstance(raised, ValueError):
+                return RequestUpdate(new.request_id, finished=True, error=str(raised), error_kind="invalid")
+            return RequestUpdate(new.request_id, finished=True, error=engine_error(raised, new.request_id), error_kind="engine")
         self._admitted += 1
         self._requests[request.request_id] = request
-        if self._detokenizer is not None and not request.score:
-            for sequence in request.sequences:
-                stream = self._detokenizer.new_stream(request.prompt_token_ids)
-                checker = StopChecker(params.stop, params.include_stop_str_in_output, params.min_tokens)
-                sequence.text = CompletionText(stream, checker)
         return None
 
     def abort(self, request_ids: list[str], error: str | None = None) -> list[RequestUpdate]:
@@ -171,13 +154,34 @@ class Driver:
         known = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
         return [self._end(request, error, "engine" if error is not None else None) for request in known]
 
-    def _end(self, request: Request, error: str | None = None, error_kind: str | None = None) -> RequestUpdate:
-        for sequence in request.sequences:
-            if sequence.finish_reason is None:
-                self.scheduler.finish(sequence, "abort")
-        update = self._publish(request, request.sequences, {}, [])
-        update.error, update.error_kind = error, error_kind
+    def _end(
+        self, request: Request, error: str | None = None, error_kind: str | None = None, reason: str = "abort"
+    ) -> RequestUpdate:
+        for sequence in request.unfinished:
+            self.scheduler.finish(sequence, reason)
+        update = self._guarded(request, lambda: self._publish(request, request.sequences, {}, []))
+        if update.error is None:
+            update.error, update.error_kind = error, error_kind
         return update
+
+    def _guarded(self, request: Request, work: Callable[[], RequestUpdate]) -> RequestUpdate:
+        """What `work` on one request returns. Where it raises, the request ends with that error, and other requests go on."""
+        try:
+            return work()
+        except NOT_OF_A_REQUEST:
+            raise
+        except BaseException as raised:
+            for sequence in request.unfinished:
+                self.scheduler.finish(sequence, "error")
+            return self._failed(request, engine_error(raised, request.request_id))
+
+    def _failed(self, request: Request, error: str) -> RequestUpdate:
+        """The last update of a request that ends with what has been published of it so far."""
+        self._requests.pop(request.request_id, None)
+        self._counts["failed"] += 1
+        self.metrics.count("request_success", label="error")
+        request.metrics.finished_time = time.monotonic()
+        return RequestUpdate(request.request_id, finished=True, error=error, error_kind="engine", metrics=request.metrics)
 
     def owned_by(self, client_id: str) -> list[str]:
         """Ids of a client's unfinished requests."""
@@ -267,6 +271,8 @@ class Driver:
         received = time.monotonic()
         self._sent.popleft()
         self._steps += bool(plan.parts)
+        from_store = results[0].prefill_from_store
+        self._prefill_tokens.update(computed=plan.num_prefill_tokens - from_store, from_store=from_store)
         for result in results:
             if result.report is not None:
                 self._reports[result.rank] = result.report
@@ -301,25 +307,32 @@ class Driver:
             return {}
         result = results[0]
         step = self.scheduler.in_flight[0]
+        updates: Updates = defaultdict(list)
+        for bad in sorted(result.bad_logits, key=lambda bad: bad.position):
+            sequence = step.sequences[bad.slot]
+            if sequence.finish_reason is None:
+                error = bad_logits_error(bad, self._ranks[0].dtype)
+                updates[sequence.request.client_id].append(self._end(sequence.request, error, "engine", "error"))
         traces = self._traces(step, results)
         prompt_blocks = self._prompt_blocks(step, result)
-        touched: dict[Request, list[Sequence]] = {request: [] for request in (*prompt_blocks, *traces)}
-        blocks: dict[Sequence, LogprobBlock] = {}
+        touched: dict[Request, list[Committed]] = {request: [] for request in (*prompt_blocks, *traces)}
         for committed in self.scheduler.commit(plan, result.tokens):
-            sequence = committed.sequence
-            touched.setdefault(sequence.request, []).append(sequence)
-            if committed.token is None:
-                self.scheduler.finish(sequence, "length")
-                continue
-            own_block = result.logprobs[committed.place] if result.logprobs else None
-            if own_block is not None:
-                blocks[sequence] = own_block
-            self._take_token(sequence, committed.token, now)
-        updates: Updates = defaultdict(list)
-        for request, sequences in touched.items():
+            touched.setdefault(committed.sequence.request, []).append(committed)
+
+        def publish(request: Request) -> RequestUpdate:
+            blocks: dict[Sequence, LogprobBlock] = {}
+            for committed in touched[request]:
+                own_block = result.logprobs[committed.place] if result.logprobs else None
+                if own_block is not None:
+                    blocks[committed.sequence] = own_block
+                self._take(committed, now)
+            sequences = [committed.sequence for committed in touched[request]]
             update = self._publish(request, sequences, blocks, prompt_blocks[request])
             update.traces = traces[request]
-            updates[request.client_id].append(update)
+            return update
+
+        for request in touched:
+            updates[request.client_id].append(self._guarded(request, functools.partial(publish, request)))
         return updates
 
     @staticmethod
@@ -342,8 +355,12 @@ class Driver:
                 blocks[sequence.request].append(block)
         return blocks
 
-    def _take_token(self, sequence: Sequence, token: int, now: float) -> None:
-        """Text, stop conditions and times of one new token."""
+    def _take(self, committed: Committed, now: float) -> None:
+        """Text, stop conditions and times of one new token; or the end of a prompt that is only scored."""
+        sequence, token = committed.sequence, committed.token
+        if token is None:
+            self.scheduler.finish(sequence, "length")
+            return
         request = sequence.request
         params, metrics, count = request.params, request.metrics, len(sequence.output_token_ids)
         self.metrics.count("generation_tokens")
@@ -356,13 +373,11 @@ class Driver:
             self.metrics.count("prompt_tokens", metrics.num_prompt_tokens)
         metrics.num_output_tokens = max(metrics.num_output_tokens, count)
         stops_here = token in request.stop_token_ids and count > params.min_tokens
-        stop_string = None
-        if sequence.text is not None and (not stops_here or params.include_stop_str_in_output):
-            stop_string = sequence.text.append(token)
-        if stops_here:
-            self.scheduler.finish(sequence, "stop", token if token in params.stop_token_ids else None)
-        elif stop_string is not None:
-            self.scheduler.finish(sequence, "stop", stop_string)
+        text, stop_reason = sequence.text, None
+        if text is not None and (not stops_here or params.include_stop_str_in_output or text.may_stop_at(token)):
+            stop_reason = text.append(token)
+        if stops_here or stop_reason is not None:
+            self.scheduler.finish(sequence, "stop", token if stops_here and token in params.stop_token_ids else stop_reason)
         elif count == request.max_tokens:
             self.scheduler.finish(sequence, "length")
 
@@ -382,9 +397,10 @@ class Driver:
         if request.finished:
             request.metrics.finished_time = time.monotonic()
             update.finished, update.metrics = True, request.metrics
-            aborted = any(sequence.finish_reason == "abort" for sequence in request.sequences)
-            self._counts["aborted" if aborted else "finished"] += 1
-            self._record_end(request, aborted)
+            reasons = {sequence.finish_reason for sequence in request.sequences}
+            outcome = "failed" if "error" in reasons else "aborted" if "abort" in reasons else "finished"
+            self._record_end(request, aborted=outcome != "finished")
+            self._counts[outcome] += 1
             del self._requests[request.request_id]
         return update
 
@@ -419,18 +435,10 @@ class Driver:
         """The shards are gone: end every request with the reason. The tokens so far have been published."""
         self.failure = f"the engine has stopped: {failure.cause}"
         updates: Updates = defaultdict(list)
-        for request in self._requests.values():
-            request.metrics.finished_time = time.monotonic()
-            updates[request.client_id].append(
-                RequestUpdate(
-                    request.request_id, finished=True, error=self.failure, error_kind="engine", metrics=request.metrics
-                )
-            )
+        for request in list(self._requests.values()):
+            updates[request.client_id].append(self._failed(request, self.failure))
         self._sent.clear()
         self._held = None
-        self._counts["failed"] += len(self._requests)
-        self.metrics.count("request_success", len(self._requests), "error")
-        self._requests.clear()
         return updates
 
     # ---- reports
@@ -445,6 +453,7 @@ class Driver:
             "generation": self.group.generation,
             "requests": {"running": running, "waiting": waiting, **self._counts},
             "pages": {"total": self.allocator.total, "used": self.allocator.used, "reserved": self.allocator.reserved},
+            "prefill_tokens": dict(self._prefill_tokens),
             "ranks": [rank.as_dict() for rank in self._ranks],
             "attention": attention_stats(reports),
             "all_reduce": {
@@ -479,27 +488,3 @@ class Driver:
         assert not self._sent, "its results would be taken in here, and published nowhere"
         self._send(StepPlan(step=self._next_step, generation=self.group.generation, report=report), time.monotonic())
         self._take_result(time.thread_time())
-
-
-def derived_seed(engine_seed: int, arrival: int) -> int:
-    """The seed of a request that brings none: from the engine's seed and the arrival number (splitmix64's mixing)."""
-    z = (engine_seed * 0x9E3779B97F4A7C15 + (arrival + 1) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (z ^ (z >> 31)) >> 1  # 63 bits: fits an int64
-
-
-def attention_stats(reports: list[ShardReport]) -> dict:
-    """Counters of all ranks as one: density is [layer][global KV head], tokens attended over tokens in context."""
-    density: list[list[float]] = []
-    if reports and reports[0].tokens_in_context:
-        context = reports[0].tokens_in_context
-        for layer in range(len(reports[0].tokens_attended)):
-            density.append([tokens / context for report in reports for tokens in report.tokens_attended[layer]])
-    return {
-        "rows_dense": sum(report.rows_dense for report in reports),
-        "rows_sparse": sum(report.rows_sparse for report in reports),
-        "density": density,
-        "bytes_read": sum(report.bytes_read for report in reports),
-        "bytes_read_of_ranks": [report.bytes_read for report in reports],
-    }

@@ -127,3 +127,19 @@ class AttendedDensity:
         if context > self._before[1]:
             self.lately = (attended - self._before[0]) / (context - self._before[1])
         self._before = attended, context
+
+
+def attention_stats(reports: list[ShardReport]) -> dict:
+    """Counters of all ranks as one: density is [layer][global KV head], tokens attended over tokens in context."""
+    density: list[list[float]] = []
+    if reports and reports[0].tokens_in_context:
+        context = reports[0].tokens_in_context
+        for layer in range(len(reports[0].tokens_attended)):
+            density.append([tokens / context for report in reports for tokens in report.tokens_attended[layer]])
+    return {
+        "rows_dense": sum(report.rows_dense for report in reports),
+        "rows_sparse": sum(report.rows_sparse for report in reports),
+        "density": density,
+        "bytes_read": sum(report.bytes_read for report in reports),
+        "bytes_read_of_ranks": [report.bytes_read for report in reports],
+    }

@@ -114,6 +114,11 @@ class StepPlan(Message):
         return [*self.decode, *self.prefill]
 
     @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of all prompt chunks."""
+        return sum(chunk.num_tokens for chunk in self.prefill)
+
+    @property
     def num_numbers(self) -> int:
         """Tokens and pages that it names: what its size on the wire grows with, beside its rows."""
         tokens = sum(len(chunk.tokens) + len(chunk.targets or ()) for chunk in self.prefill)
@@ -166,6 +171,8 @@ class Loaded(Message):
 
     rank: int
     device: str
+    dtype: str
+    """Of weights and cache, such as "float16"."""
     kv_heads: tuple[int, int]
     """This rank's KV heads: first, and one past the last."""
     weight_bytes: int
@@ -247,13 +254,25 @@ class ShardReport(Part):
     """Seconds spent in profile steps, in ms per step: select, attend, all_reduce."""
 
 
+class BadLogits(Part):
+    """Logits of one sequence that are NaN or infinite: its request ends."""
+
+    slot: int
+    position: int
+    """Of the token that was read."""
+    value: float
+    """What the best logit is, or the token's hidden state."""
+
+
 class StepResult(Message):
-    """What a rank did. Only rank 0 fills tokens and log-probabilities; every rank its traces."""
+    """What a rank did. Only rank 0 fills tokens, bad logits and log-probabilities; every rank its traces."""
 
     step: int
     rank: int
     tokens: list[int] = []
-    """One per entry of every `samples` list: decode rows in order, then prefill chunks in order."""
+    """One per entry of every `samples` list: decode rows in order, then prefill chunks in order. Always ids of the vocabulary:
+    where the logits are bad, the step that is already queued behind this one needs one, too."""
+    bad_logits: list[BadLogits] = []
     logprobs: list[LogprobBlock | None] = []
     """Beside each of `tokens` (empty if no slot wants any)."""
     prompt_logprobs: list[LogprobBlock] = []
@@ -263,6 +282,8 @@ class StepResult(Message):
     """When the rank began with the plan, on its machine's monotonic clock."""
     step_ms: float = 0.0
     report: ShardReport | None = None
+    prefill_from_store: int = 0
+    """Prompt tokens of the plan that were read from the prefill store and not computed; the same on every rank."""
 
 
 class Failed(Message):

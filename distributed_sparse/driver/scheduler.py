@@ -50,6 +50,9 @@ class Scheduler:
         kept_pages: (sink, recent) where the method never reads others at decode, so that they are freed; None: all are kept.
         trace: whether decode rows are traced, where their request does not say otherwise.
         forks_copy_pages: whether samples may not share pages, since the method changes what it keeps in them.
+        chunk_multiple: a chunk that the budget cuts ends at a multiple of so many tokens, and starts in a later step where the
+            rest of the budget holds none. So a few decode rows more or less leave the borders where they are, and a prefill
+            store finds the chunks.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Scheduler:
         kept_pages: tuple[int, int] | None = None,
         forks_copy_pages: bool = False,
         trace: bool = False,
+        chunk_multiple: int = 1,
     ) -> None:
         assert kept_pages is None or kept_pages[1] > 0, "the page being written is always kept"
         self.allocator = allocator
@@ -70,6 +74,7 @@ class Scheduler:
         self.kept_pages = kept_pages
         self.forks_copy_pages = forks_copy_pages
         self.trace = trace
+        self.chunk_multiple = chunk_multiple
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
@@ -190,7 +195,7 @@ class Scheduler:
     @staticmethod
     def _want_prompt_logprobs(row: DecodeRow, request: Request, position: int) -> None:
         wanted = request.params.prompt_logprobs
-        if wanted is not None and position + 1 < len(request.prompt_token_ids):
+        if wanted is not None and request.first_scored <= position + 1 < len(request.prompt_token_ids):
             row.target, row.prompt_logprobs = request.prompt_token_ids[position + 1], wanted
 
     def _samples(self, sequence: Sequence) -> list[int]:
@@ -213,11 +218,16 @@ class Scheduler:
                 return 0
         else:
             end = min(request.prefill_length, start + budget)
+            if end < request.prefill_length:
+                border = end - end % self.chunk_multiple
+                if border <= start and plan.prefill:
+                    return 0
+                end = border if border > start else end  # else decode rows leave no more in any step
         prompt = request.prompt_token_ids
         self._grow(sequence, end)
         ends_known = end == sequence.num_tokens
         chunk = PrefillChunk(sequence.slot, start, prompt[start:end], self._samples(sequence) if ends_known else [])
-        if request.params.prompt_logprobs is not None and not sequence.replays_next:
+        if request.params.prompt_logprobs is not None and end >= request.first_scored and not sequence.replays_next:
             chunk.targets, chunk.prompt_logprobs = prompt[start + 1 : end + 1], request.params.prompt_logprobs
         plan.prefill.append(chunk)
         return end - start

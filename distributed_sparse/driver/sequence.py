@@ -25,6 +25,8 @@ class Request:
     stop_token_ids: frozenset[int]
     """Ids that end a sequence: EOS (unless ignored) and the caller's."""
     deadline: float | None = None
+    first_scored: int = 1
+    """Prefill chunks that predict no token from this one on compute no prompt_logprobs."""
     profile: bool = False
     """Its decode steps take the times of their parts."""
     chunk_borders: list[int] = field(default_factory=list)

@@ -19,6 +19,7 @@ class RankInfo:
     hostname: str
     pid: int
     device: str
+    dtype: str
     kv_heads: tuple[int, int]
     """This rank's KV heads: first, and one past the last."""
     weight_bytes: int
@@ -42,6 +43,7 @@ class RankInfo:
             hostname=hello.hostname,
             pid=hello.pid,
             device=loaded.device,
+            dtype=loaded.dtype,
             kv_heads=loaded.kv_heads,
             weight_bytes=loaded.weight_bytes,
             page_bytes=loaded.page_bytes,

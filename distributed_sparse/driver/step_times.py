@@ -80,7 +80,8 @@ class StepTimes:
     def add(self, plan: StepPlan, results: list[StepResult], times: StepClock) -> None:
         """Remember a step."""
         slowest = max(result.step_ms for result in results) / 1e3
-        self._by_kind[kind_of(plan)].append(times.step)
+        if not any(result.prefill_from_store for result in results):  # a step of that kind may have to compute its chunks
+            self._by_kind[kind_of(plan)].append(times.step)
         self._parts["step_p50"].append(times.step)
         self._parts["driver_p50"].append(times.driver)
         self._parts["shard_p50"].append(slowest)
@@ -100,8 +101,7 @@ def kind_of(plan: StepPlan) -> tuple[int, ...]:
 
     Not the context of decode rows: it grows by a token a step, and the deadline's own factor follows it.
     """
-    prompt_tokens = sum(chunk.num_tokens for chunk in plan.prefill)
     logprob_rows = sum(len(chunk.targets or ()) for chunk in plan.prefill)
     longest = max((chunk.end for chunk in plan.prefill), default=0)
     traced_rows = sum(row.trace for row in plan.decode)  # each reads its whole cache in every layer
-    return tuple(size.bit_length() for size in (prompt_tokens, len(plan.decode), longest, logprob_rows, traced_rows))
+    return tuple(size.bit_length() for size in (plan.num_prefill_tokens, len(plan.decode), longest, logprob_rows, traced_rows))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from distributed_sparse.evaluation.methods import Settings, label, settings_key
+from distributed_sparse.evaluation.methods import CONTROLS, Settings, label, settings_key
 from distributed_sparse.evaluation.profile_report import rows_by_entropy, tokens_needed
 from distributed_sparse.evaluation.report import summarise_group
 from distributed_sparse.evaluation.suite import Suite
-from distributed_sparse.evaluation.summary import RunSummary, of_run
-from distributed_sparse.reporting.figures import new_figure
+from distributed_sparse.evaluation.summary import DENSE, RunSummary, of_run
+from distributed_sparse.reporting.figures import new_figure, plain_log_axis
 from distributed_sparse.reporting.results import Record
 from distributed_sparse.trace import MASSES
 
@@ -30,8 +30,9 @@ def write_plots(
     written = []
     for group in dict.fromkeys(record["group"] for record in records):
         runs = [run for block in summarise_group(records, methods, group, page_size) for run in block]
-        own = {settings_key(settings) for settings in methods} | {settings_key({"method": "dense"})}
+        own = {settings_key(settings) for settings in (DENSE, *methods)}
         figures = {
+            "agreement": _agreement(runs, own),
             "score": _score(suite, runs),
             "density": _density([run for run in runs if run.run in own and run.settings["method"] != "dense"]),
             "mass": _mass([run for run in runs if run.run in own]),
@@ -53,22 +54,59 @@ def _whole_numbers(axes: Axes, axis: Literal["both", "x"]) -> None:
     axes.locator_params(axis=axis, integer=True)
 
 
+def _by_method(runs: Sequence[RunSummary], y: Callable[[RunSummary], float]) -> dict[str, list[RunSummary]]:
+    """The runs in which `y` was measured, none twice, by method in the order of their density."""
+    found: dict[str, dict[str, RunSummary]] = {}
+    for run in sorted(runs, key=lambda run: run.density):
+        if np.isfinite(y(run)) and np.isfinite(run.density):
+            found.setdefault(run.settings["method"], {})[run.run] = run
+    return {method: list(of_method.values()) for method, of_method in sorted(found.items())}  # so colours repeat
+
+
 def _score(suite: Suite, runs: list[RunSummary]) -> Figure | None:
     """Score against density, a line for each method."""
-    points: dict[str, set[tuple[float, float]]] = {}
-    for run in runs:
-        if np.isfinite(run.score) and np.isfinite(run.density):
-            points.setdefault(run.settings["method"], set()).add((run.density, run.score))
-    if not points:
+    by_method = _by_method(runs, lambda run: run.score.mean)
+    if not by_method:
         return None
     figure, (axes,) = new_figure()
-    for method, of_method in points.items():
-        x, y = zip(*sorted(of_method))
-        control = method in ("window", "random", "oracle_topk")
-        axes.plot(x, y, marker="o" if method != "dense" else "*", linestyle="--" if control else "-", label=method)
-    axes.set(xlabel="density (tokens attended / tokens in context)", ylabel=suite.score_label, xscale="log")
+    for method, of_method in by_method.items():
+        scores = [float(np.exp(run.score.mean)) if suite.is_log else run.score.mean for run in of_method]
+        axes.plot([run.density for run in of_method], scores, **_style(method))
+    axes.set(xlabel="density (tokens attended / tokens in context)", ylabel=suite.score_label)
+    plain_log_axis(axes, "x")
     axes.legend(fontsize=8)
     return figure
+
+
+def _agreement(runs: list[RunSummary], own: set[str]) -> Figure | None:
+    """Top-1 agreement with dense against bytes read over dense's, with intervals; the methods' own runs are named."""
+    by_method = _by_method(runs, lambda run: run.top1.mean)
+    if not by_method:
+        return None
+    figure, (axes,) = new_figure(8, 5)
+    for method, of_method in by_method.items():
+        x, y = [run.read_share for run in of_method], [100 * run.top1.mean for run in of_method]
+        (line,) = axes.plot(x, y, **_style(method))
+        for run, share, mean in zip(of_method, x, y):
+            if run.run in own and method != "dense":
+                own_part = run.label.removeprefix(method).strip()
+                axes.annotate(
+                    own_part, (share, mean), xytext=(4, -9), textcoords="offset points", fontsize=7, color=line.get_color()
+                )
+            low, high = (100 * end for end in run.top1.interval)
+            if np.isfinite(low) and run.sparse_share > 0:
+                axes.vlines(share, low, high, color=line.get_color(), alpha=0.4)
+    axes.set(xlabel="bytes read / dense's (K, V and metadata)", ylabel="top-1 agreement with dense (%)")
+    plain_log_axis(axes, "x")
+    axes.set_xlim(left=min(0.1, 0.9 * axes.dataLim.x0))
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _style(method: str) -> dict[str, Any]:
+    control = method in CONTROLS
+    return {"marker": "*" if method == "dense" else "o", "linestyle": "--" if control else "-", "label": method,
+            "markerfacecolor": "none" if control else None}  # fmt: skip
 
 
 def _density(runs: list[RunSummary]) -> Figure | None:
@@ -111,7 +149,8 @@ def _tokens(records: Sequence[Record], group: str) -> Figure | None:
         (line,) = axes.plot(layers, needed.mean[:, place], marker="o", label=f"mass {mass:g}")
         of_heads: Any = needed.heads[..., place]
         axes.fill_between(layers, of_heads.min(1), of_heads.max(1), alpha=0.15, color=line.get_color())
-    axes.set(xlabel="layer", ylabel="tokens needed (band: from head to head)", yscale="log")
+    axes.set(xlabel="layer", ylabel="tokens needed (band: from head to head)")
+    plain_log_axis(axes, "y")
     _whole_numbers(axes, "x")
     axes.legend(fontsize=8)
     return figure
@@ -120,7 +159,7 @@ def _tokens(records: Sequence[Record], group: str) -> Figure | None:
 def _error(records: Sequence[Record], methods: Sequence[Settings], group: str) -> Figure | None:
     """Error against entropy, a cloud for each run."""
     figure, (axes,) = new_figure()
-    dense = of_run(records, "trace", settings_key({"method": "dense"}), group)
+    dense = of_run(records, "trace", settings_key(DENSE), group)
     for settings in methods:
         units = of_run(records, "trace", settings_key(settings), group)
         if units:

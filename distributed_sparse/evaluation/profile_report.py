@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from distributed_sparse.evaluation.methods import Settings, label, settings_key
-from distributed_sparse.evaluation.summary import errors, floats, of_run
+from distributed_sparse.evaluation.summary import DENSE, errors, floats, of_run
 from distributed_sparse.reporting.results import Record
 from distributed_sparse.reporting.tables import number, small, table
 from distributed_sparse.trace import MASSES
@@ -36,7 +36,7 @@ class Needed:
 
 def tokens_needed(records: Sequence[Record], group: str) -> Needed | None:
     """Of a group; None where the dense run was not traced."""
-    traces = [unit["trace"] for unit in of_run(records, "trace", settings_key({"method": "dense"}), group)]
+    traces = [unit["trace"] for unit in of_run(records, "trace", settings_key(DENSE), group)]
     if not traces:
         return None
     needed = np.concatenate([floats(trace["tokens_for_mass"]) for trace in traces])  # [steps, L, H_q, 4]
@@ -53,14 +53,18 @@ def profile_sections(methods: Sequence[Settings], records: Sequence[Record]) -> 
         "over the same cache."
     ]
     for group in dict.fromkeys(record["group"] for record in records):
-        parts.append(f"## {group}")
+        traces = of_run(records, "trace", settings_key(DENSE), group)
+        steps = sum(len(unit["trace"]["positions"]) for unit in traces)
+        parts.append(
+            f"## {group}\n\n{len(traces)} texts, {steps} decode steps in all; no intervals: steps of one text are alike."
+        )
         needed = tokens_needed(records, group)
         if needed is not None:
             parts.append(_needed_table(needed))
         traced = {label(settings): of_run(records, "trace", settings_key(settings), group) for settings in methods}
         traced = {name: units for name, units in traced.items() if units}
         if traced:
-            dense = of_run(records, "trace", settings_key({"method": "dense"}), group)
+            dense = of_run(records, "trace", settings_key(DENSE), group)
             parts += [_overlap_table(traced), _error_table(traced, dense)]
     return parts
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+import numpy as np
 
 from distributed_sparse.config import EngineConfig
+from distributed_sparse.evaluation.meter import decode_contexts
 from distributed_sparse.evaluation.methods import (
     Settings,
     check_runs,
@@ -19,19 +22,22 @@ from distributed_sparse.evaluation.methods import (
     selecting_layers,
     settings_key,
 )
+from distributed_sparse.evaluation.progress import Progress
 from distributed_sparse.evaluation.session import Session, compared
 from distributed_sparse.evaluation.suite import EvaluatedModel, Example, Suite
-from distributed_sparse.evaluation.summary import attended_of
+from distributed_sparse.evaluation.summary import DENSE, attended_of, dense_failures
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_max_model_len
 from distributed_sparse.reporting.results import Record, Results
-from distributed_sparse.selection import resolve_sparse_config
+from distributed_sparse.selection import layer_configs, resolve_sparse_config
 from distributed_sparse.tokenizer import load_tokenizer
 from distributed_sparse.validation import check_bool, check_int
 
 if TYPE_CHECKING:
     from distributed_sparse import LLM
+
+logger = logging.getLogger(__name__)
 
 DECIDING = (
     "model",
@@ -98,7 +104,7 @@ class Evaluation:
         tokenizer = load_tokenizer(config.tokenizer or str(path))
         max_model_len = resolve_max_model_len(config.max_model_len, self.model_config)
         self.model = EvaluatedModel(config.model, self.model_config.vocab_size, max_model_len, tokenizer)
-        self.dense: Settings = {"method": "dense"}
+        self.dense = DENSE
         self.methods = [settings for settings in methods if settings["method"] != "dense"]
         check_runs(config, self.methods, self.model_config.num_hidden_layers)
         self.groups: dict[str, list[Example]] = {}
@@ -116,19 +122,32 @@ class Evaluation:
         return {"suite": self.suite.name, self.suite.name: self.suite.options(), "engine": engine, "options": options}
 
     def run(self, results: Results) -> None:
-        """Do what `results` lacks. Each unit is kept as soon as it is finished."""
+        """Do what `results` lacks. Each unit is kept as soon as it is finished.
+
+        All engines share one prefill store, so that a prompt is prefilled once and not by every method: the configuration's,
+        else a folder in the results directory that is deleted at the end.
+        """
+        given = self.config.prefill_store
+        with nullcontext(given) if given else TemporaryDirectory(prefix="prefill-", dir=results.directory) as folder:
+            self._prefill_store = folder
+            self._run(results)
+
+    def _run(self, results: Results) -> None:
         groups = list(self.groups)
-        with tqdm(unit="unit", disable=None) as bar:
+        with closing(Progress()) as progress:
             runs: list[tuple[Settings, list[str]]] = [(settings, groups) for settings in (self.dense, *self.methods)]
-            bar.total = sum(len(self._units(*run)) for run in runs)
+            progress.total = sum(len(self._units(*run)) for run in runs)
             for settings, of_groups in runs:
-                self._complete(settings, of_groups, results, bar)
+                self._complete(settings, of_groups, results, progress)
+                if settings == self.dense:
+                    for failure in dense_failures(self.suite, list(results.records.values()), groups):
+                        logger.warning("%s", failure)  # before the hours that the methods take
             controls = self._controls(results)
             done = {(settings_key(settings), group) for settings, of_groups in runs for group in of_groups}
             controls = [(s, [g for g in gs if (settings_key(s), g) not in done]) for s, gs in controls]
-            bar.total += sum(len(self._units(*run)) for run in controls)
+            progress.total += sum(len(self._units(*run)) for run in controls)
             for settings, of_groups in controls:
-                self._complete(settings, of_groups, results, bar)
+                self._complete(settings, of_groups, results, progress)
 
     # ---- the plan
 
@@ -173,10 +192,9 @@ class Evaluation:
 
     # ---- the work
 
-    def _complete(self, settings: Settings, groups: Sequence[str], results: Results, bar: tqdm) -> None:
+    def _complete(self, settings: Settings, groups: Sequence[str], results: Results, progress: Progress) -> None:
         units = self._units(settings, groups)
-        bar.set_description(label(settings))
-        bar.update(sum(key in results for key, *_ in units))
+        progress.begin(label(settings), sum(key in results for key, *_ in units))
         missing = [unit for kind in ("answers", "trace") for unit in units if unit[1] == kind and unit[0] not in results]
         if not missing:
             return
@@ -185,13 +203,13 @@ class Evaluation:
                 work = self._answer if kind == "answers" else self._trace
                 record = {"key": key, "kind": kind, "run": settings_key(settings), "settings": settings, "group": group}
                 results.append(record | work(session, settings, examples, results))
-                bar.update()
+                progress.unit(f"{group}, {kind} of {', '.join(example.id for example in examples)}")
 
     @contextmanager
     def _session(self, settings: Settings, trace: bool) -> Iterator[Session]:
         from distributed_sparse import LLM
 
-        config = dataclasses.replace(self.config, sparse=settings, trace=trace)
+        config = dataclasses.replace(self.config, sparse=settings, trace=trace, prefill_store=self._prefill_store)
         with (self._open_engine or LLM.from_config)(config) as llm:
             yield Session(llm, self.options.table_bytes)
 
@@ -210,6 +228,8 @@ class Evaluation:
                     "task": example.meta.get("task"),
                     "depth": example.meta.get("depth"),
                     "scores": self.suite.score(example, found.answer),
+                    "values": list(self.suite.values(example, found.answer)),
+                    "needed": self.suite.needed(example),
                     "text": found.answer.text,
                     "token_ids": found.answer.token_ids,
                     "references": example.references,
@@ -225,6 +245,9 @@ class Evaluation:
             "counters": dataclasses.asdict(counters),
             "page_bytes": session.page_bytes,
             "selecting_layers": self._selecting(settings),
+            "short_rows": self._short_rows(settings, rows),
+            "block": self.suite.block,
+            "best": self.suite.best,
         }
 
     def _trace(self, session: Session, settings: Settings, examples: list[Example], results: Results) -> Record:
@@ -239,6 +262,14 @@ class Evaluation:
 
     def _selecting(self, settings: Settings) -> list[int]:
         return selecting_layers(settings, self.model_config.num_hidden_layers, self.config.page_size)
+
+    def _short_rows(self, settings: Settings, rows: Sequence[Record]) -> int:
+        """Rows of the selecting layers that are dense since their context is below `min_context`."""
+        num_layers, heads = self.model_config.num_hidden_layers, self.model_config.num_key_value_heads
+        configs = layer_configs(resolve_sparse_config(settings), num_layers, self.config.page_size)
+        names = ("num_prompt_tokens", "num_question_tokens", "num_output_tokens")
+        contexts = np.array([length for row in rows for length in decode_contexts(*(row[name] for name in names))])
+        return heads * sum(int((contexts < configs[layer].min_context).sum()) for layer in self._selecting(settings))
 
     def _dense_answer(self, example: Example, results: Results) -> list[int]:
         """What the dense run, which comes first, said to an example."""

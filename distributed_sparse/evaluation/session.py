@@ -99,9 +99,9 @@ class Session:
     def _judge(self, examples: Sequence[Example]) -> tuple[list[Answered], Counters]:
         found = []
         for example in examples:  # one at a time: the tables are large
-            scored, rows = self._score(example, example.token_ids, example.num_question_tokens, example.positions)
+            logprobs, rows = self._score(example, example.token_ids, example.num_question_tokens, example.positions)
             top = () if rows is None else tuple(rows.argmax(-1).tolist())
-            answer = Answer(token_ids=top, logprobs=scored[[p - 1 for p in example.positions]].astype(np.float64))
+            answer = Answer(token_ids=top, logprobs=logprobs.astype(np.float64))
             found.append(Answered(answer, rows, self._pages(len(example.token_ids)), 0))
         counters = self._meter.measure(
             context for e in examples for context in decode_contexts(len(e.token_ids), e.num_question_tokens)
@@ -111,7 +111,7 @@ class Session:
     def _compare(self, example: Example, said: list[int]) -> np.ndarray | None:
         """The distributions of the answer's first tokens, after the prompt and what has been said of it."""
         token_ids = example.token_ids + said
-        if not said or table_bytes(len(token_ids), self._llm.model_config.vocab_size) > self._table_limit:
+        if not said or table_bytes(len(said), self._llm.model_config.vocab_size) > self._table_limit:
             return None
         num_decoded = example.num_question_tokens + len(said)
         _, rows = self._score(example, token_ids, num_decoded, range(len(example.token_ids), len(token_ids)))
@@ -121,16 +121,19 @@ class Session:
     def _score(
         self, example: Example, token_ids: list[int], num_decoded: int, positions: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Log-probabilities of the tokens, [n - 1]; and of all tokens at `positions`, where they fit into memory."""
-        whole = table_bytes(len(token_ids), self._llm.model_config.vocab_size) <= self._table_limit
+        """Log-probabilities of the tokens at `positions`, ascending; and of all tokens there, where they fit into memory."""
+        first = positions[0]
+        whole = table_bytes(len(token_ids) - first, self._llm.model_config.vocab_size) <= self._table_limit
         (scored,) = self._llm.score(
             token_ids,
             whole_vocabulary=whole,
             decode_last_prompt_tokens=num_decoded,
             seed=seed_of(example),
             trace_steps=self._no_steps,
+            first=first,
         )
-        return scored.token_logprobs, None if scored.logprobs is None else scored.logprobs[[p - 1 for p in positions]]
+        rows = [position - first for position in positions]
+        return scored.token_logprobs[rows], None if scored.logprobs is None else scored.logprobs[rows]
 
     def _pages(self, num_tokens: int) -> int:
         return pages_held(num_tokens, self._llm.config.page_size, self._kept_pages)
@@ -144,7 +147,8 @@ class Session:
             said: the answer's tokens; the last one is not read.
             num_steps: how many of the steps that say what is judged, spread evenly; None: all steps, one after the other.
         """
-        token_ids = example.token_ids + list(said[:-1])
+        # the last judged token is not read either: there may be no room for what would follow it
+        token_ids = example.token_ids[: max(example.positions, default=len(example.token_ids))] + list(said[:-1])
         num_decoded = example.num_question_tokens + len(token_ids) - len(example.token_ids)
         first = len(token_ids) - num_decoded
         steps = list(range(num_decoded))

@@ -91,6 +91,14 @@ class Suite(ABC):
     score_label: ClassVar[str]
     """What `score` counts, for a table's head."""
     higher_is_better: ClassVar[bool] = True
+    is_log: ClassVar[bool] = False
+    """`score` is a logarithm: tables show its exponential, and differences as ratios."""
+    best: ClassVar[float | None] = 100.0
+    """The score of right answers alone, where 0 is that of wrong ones; None: not bounded."""
+    block: ClassVar[int] = 0
+    """Judged positions of an example that intervals resample together; 0: all of them, as one answer depends on itself."""
+    least_of_dense: ClassVar[float] = 50.0
+    """See `needed`."""
     traces_only: ClassVar[bool] = False
     """Nothing is answered: only traces are taken."""
     default_methods: ClassVar[tuple[str, ...]] = ()
@@ -109,6 +117,14 @@ class Suite(ABC):
     @abstractmethod
     def score(self, example: Example, answer: Answer) -> dict[str, float]:
         """The numbers of one answer: "score" first, others beside it; nan where one cannot be told."""
+
+    def values(self, example: Example, answer: Answer) -> Sequence[float]:
+        """What "score" is the mean of: one number for each judged position, or one for the whole answer."""
+        return [self.score(example, answer)["score"]]
+
+    def needed(self, example: Example) -> float:
+        """The score that dense attention must reach, on average, for methods to be judged by theirs."""
+        return self.least_of_dense
 
     def options(self) -> dict[str, Any]:
         """What decides on the examples, plain JSON: results of other options do not go into the same directory."""

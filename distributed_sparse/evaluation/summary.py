@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from distributed_sparse.evaluation.intervals import NO_INTERVAL, Interval, interval, units_of
 from distributed_sparse.evaluation.methods import Settings, label, settings_key
+from distributed_sparse.evaluation.suite import Suite
 from distributed_sparse.reporting.results import Record
 
 NAN = math.nan
+DENSE: Settings = {"method": "dense"}
 NOISE = 0.05
 """Relative error of dense attention itself above which an output is rounding noise; bfloat16's is below .01."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval (`intervals.interval`)."""
+
+    mean: float = NAN
+    interval: Interval = NO_INTERVAL
+
+
+UNKNOWN = Estimate()
 
 
 @dataclass(frozen=True)
@@ -22,15 +36,20 @@ class RunSummary:
     """One run of one group; nan where a number was not measured.
 
     Attributes:
+        num_examples, num_tokens: examples, and tokens that were judged or generated.
         score: mean over the tasks of each task's mean.
+        change: the same of the score less the dense run's, position by position or example by example.
         task_scores: by task, where examples have one.
         depth_scores: depth -> mean score, where examples have one.
         density: tokens attended over tokens in context, mean over the layers that select.
         layer_density: float64 [layers, kv_heads].
         attended: mean tokens per row of the layers that select.
         sparse_share: share of those layers' rows that read less than their context.
+        dense_shares: why the other rows of all layers read the whole context: {"layers": the layer is dense, "short": the
+            context is below min_context, "whole": the budget covers the context, or the method chose all of it}, and "sparse".
         held_kv, held_metadata: bytes that the longest example's sequence holds, over all ranks.
         read_per_step: bytes that one sequence's decode step reads, over all ranks.
+        read_share: of the bytes that the dense run's steps read.
         error, error_p90, mass, mass_p10: relative L2 error and captured softmax mass per query head in the layers that select.
         kl, top1: against the dense run: nats, and share of equal most likely tokens; `compared` positions.
     """
@@ -39,23 +58,27 @@ class RunSummary:
     run: str
     group: str
     num_examples: int = 0
-    score: float = NAN
-    task_scores: dict[str, float] = field(default_factory=dict)
-    depth_scores: dict[float, float] = field(default_factory=dict)
+    num_tokens: int = 0
+    score: Estimate = UNKNOWN
+    change: Estimate = UNKNOWN
+    task_scores: dict[str, Estimate] = field(default_factory=dict)
+    depth_scores: dict[float, Estimate] = field(default_factory=dict)
     density: float = NAN
     layer_density: np.ndarray | None = None
     attended: float = NAN
     sparse_share: float = NAN
+    dense_shares: dict[str, float] = field(default_factory=dict)
     held_kv: float = NAN
     held_metadata: float = NAN
     read_per_step: float = NAN
+    read_share: float = NAN
     error: float = NAN
     error_p90: float = NAN
     mass: float = NAN
     mass_p10: float = NAN
     layer_mass: np.ndarray | None = None
-    kl: float = NAN
-    top1: float = NAN
+    kl: Estimate = UNKNOWN
+    top1: Estimate = UNKNOWN
     compared: int = 0
     question_tokens: int = 0
 
@@ -96,45 +119,97 @@ def summarise_run(records: Sequence[Record], run: str, group: str) -> RunSummary
     if not answers and not traces:
         return None
     settings = (answers or traces)[0]["settings"]
-    dense = of_run(records, "trace", settings_key({"method": "dense"}), group)
-    return RunSummary(settings, run, group, **_answers(answers), **_traces(traces, dense))
+    dense_answers, dense_traces = (of_run(records, kind, settings_key(DENSE), group) for kind in ("answers", "trace"))
+    return RunSummary(settings, run, group, **_answers(answers, dense_answers), **_traces(traces, dense_traces))
 
 
-def _answers(units: Sequence[Record]) -> dict[str, Any]:
+def dense_failures(suite: Suite, records: Sequence[Record], groups: Iterable[str]) -> list[str]:
+    """A warning for each group and task in which dense attention itself answers so badly that no method can be judged."""
+    found = []
+    for group in groups:
+        rows = [row for unit in of_run(records, "answers", settings_key(DENSE), group) for row in unit["examples"]]
+        for task in dict.fromkeys(row["task"] for row in rows):
+            own = [row for row in rows if row["task"] == task]
+            score, needed = (float(np.mean(floats([of(row) for row in own]))) for of in (_score, lambda row: row.get("needed")))
+            if score < needed if suite.higher_is_better else score > needed:
+                score, needed = (math.exp(value) if suite.is_log else value for value in (score, needed))
+                found.append(
+                    f"{suite.name}, {group}{f', {task}' if task else ''}: dense attention itself has {suite.score_label} "
+                    f"{score:.3g} over {len(own)} examples, {'below' if suite.higher_is_better else 'above'} {needed:.3g}: no "
+                    "method can be judged by it here. Use an easier task, shorter lengths, a better model, or --chat."
+                )
+    return found
+
+
+def _score(row: Record) -> float | None:
+    return row["scores"]["score"]
+
+
+def _answers(units: Sequence[Record], dense: Sequence[Record]) -> dict[str, Any]:
     if not units:
         return {}
     examples = [example for unit in units for example in unit["examples"]]
     attended, rows, context = _attention(units)
     counters = [unit["counters"] for unit in units]
-    total_context, steps = (sum(c[name] for c in counters) for name in ("context", "steps"))
-    by_task = _means((example["task"], example["scores"]["score"]) for example in examples)
-    kl = [value for example in examples for value in example["kl"]]
-    top1 = [value for example in examples for value in example["top1"]]
+    total_context, steps, read, sparse = (
+        sum(c[n] for c in counters) for n in ("context", "steps", "bytes_read", "rows_sparse")
+    )
+    read_by_dense, dense_steps = (sum(unit["counters"][name] for unit in dense) for name in ("bytes_read", "steps"))
+    every = steps * np.array(counters[0]["attended"]).size
+    short = sum(unit.get("short_rows", 0) for unit in units)
+    block, best = units[0].get("block", 0), units[0].get("best")
+    of_dense = {row["id"]: np.array(_values(row)) for unit in dense for row in unit["examples"]}
+    changes = {row["id"]: (_values(row) - of_dense.get(row["id"], np.array(NAN))).tolist() for row in examples}
     pages, of_page = max(example["pages"] for example in examples), units[0]["page_bytes"]
+    by_task, by_depth = _by(examples, "task"), _by(examples, "depth")
     return {
         "num_examples": len(examples),
-        "score": float(np.mean(list(by_task.values()))),
-        "task_scores": {task: score for task, score in by_task.items() if task is not None},
-        "depth_scores": _means((e["depth"], e["scores"]["score"]) for e in examples if e["depth"] is not None),
+        "num_tokens": sum(row.get("num_output_tokens") or len(row.get("values", row["kl"])) for row in examples),
+        "score": _estimate(by_task.values(), _values, block, best),
+        "change": _estimate(by_task.values(), lambda row: changes[row["id"]], block, None),
+        "task_scores": {task: _estimate([own], _values, block, best) for task, own in by_task.items() if task is not None},
+        "depth_scores": {d: _estimate([own], _values, block, best) for d, own in by_depth.items() if d is not None},
         "density": attended / context,
         "layer_density": sum(np.array(c["attended"], dtype=np.float64) for c in counters) / total_context,
         "attended": attended / rows,
-        "sparse_share": sum(c["rows_sparse"] for c in counters) / rows,
+        "sparse_share": sparse / rows,
+        "dense_shares": {
+            "layers": 1 - rows / every,
+            "short": short / every,
+            "whole": (rows - short - sparse) / every,
+            "sparse": sparse / every,
+        },
         "held_kv": pages * of_page["kv"],
         "held_metadata": pages * of_page["metadata"],
-        "read_per_step": sum(c["bytes_read"] for c in counters) / steps,
-        "kl": float(np.mean([math.inf if value is None else value for value in kl])) if kl else NAN,
-        "top1": float(np.mean(top1)) if top1 else NAN,
-        "compared": len(kl),
+        "read_per_step": read / steps,
+        "read_share": read / steps / (read_by_dense / dense_steps) if dense_steps else NAN,
+        "kl": _estimate(by_task.values(), lambda row: [math.inf if v is None else v for v in row["kl"]], block, None),
+        "top1": _estimate(by_task.values(), lambda row: row["top1"], block, 1.0),
+        "compared": sum(len(example["kl"]) for example in examples),
         "question_tokens": max(example["num_question_tokens"] for example in examples),
     }
 
 
-def _means(pairs: Iterable[tuple[Any, float | None]]) -> dict[Any, float]:
-    values: dict[Any, list[float]] = {}
-    for name, value in pairs:
-        values.setdefault(name, []).append(NAN if value is None else value)
-    return {name: float(np.mean(of_name)) for name, of_name in values.items()}
+def _values(row: Record) -> list[float]:
+    """What an example's score is the mean of (`Suite.values`); results of earlier versions have the score alone."""
+    return [NAN if value is None else value for value in row.get("values", [_score(row)])]
+
+
+def _by(examples: Sequence[Record], name: str) -> dict[Any, list[Record]]:
+    found: dict[Any, list[Record]] = {}
+    for example in examples:
+        found.setdefault(example[name], []).append(example)
+    return found
+
+
+def _estimate(
+    strata: Iterable[Sequence[Record]], values: Callable[[Record], Sequence[float]], block: int, best: float | None
+) -> Estimate:
+    """The mean over strata of each one's mean, with its interval."""
+    units = [[unit for row in rows for unit in units_of(values(row), block)] for rows in strata]
+    arrays = [np.concatenate(of_stratum) for of_stratum in units]
+    means = [float(array.mean()) for array in arrays if array.size]
+    return Estimate(float(np.mean(means)), interval(units, best)) if means else UNKNOWN
 
 
 def _traces(units: Sequence[Record], dense: Sequence[Record]) -> dict[str, Any]:

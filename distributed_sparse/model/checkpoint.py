@@ -6,21 +6,24 @@ import hashlib
 import json
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+
+from distributed_sparse.validation import shown
 
 LOAD_FORMATS = ("auto", "dummy")
 
 # What a hub id may look like: `name` or `organisation/name`. Anything else is meant as a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
-# `consolidated*` and `original/` repeat the same weights under other names.
-_REPEATED_FILES = ["consolidated*", "original/*"]
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# The same weights under other names (Mistral's format), and changes to them (LoRA): never read.
+_OTHER_WEIGHTS = ("consolidated*", "adapter_model*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -28,8 +31,8 @@ def resolve_checkpoint(model: str, load_format: str = "auto") -> Path:
     """The local directory of a checkpoint, downloaded first where ``model`` is a Hugging Face hub id.
 
     Args:
-        model: a directory, or a hub id such as ``Qwen/Qwen3-0.6B``. Of a hub repository only ``*.safetensors``, JSON and
-            tokenizer files are fetched.
+        model: a directory, or a hub id such as ``Qwen/Qwen3-0.6B``. Of a hub repository only JSON and tokenizer files are
+            fetched, and the safetensors files that `TensorFiles` reads.
         load_format: ``auto``, or ``dummy``, which needs config.json but no weights.
 
     Raises:
@@ -59,13 +62,27 @@ def _download(model: str, path: Path, load_format: str) -> Path:
         raise ValueError(f"{path} on node {node} is a file; give the folder of a Hugging Face checkpoint")
     if not _HUB_ID.fullmatch(model):
         raise ValueError(f"no folder {path} on node {node}; every node needs the checkpoint at the same path")
-    patterns = _DESCRIPTION_FILES + (["*.safetensors"] if load_format == "auto" else [])
+    folder = _snapshot(model, _DESCRIPTION_FILES)
+    if load_format == "dummy":
+        return folder
+    revision = folder.name  # a snapshot is named by its commit; the weights come from the same one
+    if weight_map := _weight_map(folder):
+        return _snapshot(model, sorted(set(weight_map.values())), revision, ignored=[])
+    folder = _snapshot(model, [_WHOLE], revision)
+    return folder if (folder / _WHOLE).is_file() else _snapshot(model, ["*.safetensors"], revision)
+
+
+def _snapshot(
+    model: str, patterns: list[str], revision: str | None = None, ignored: Sequence[str] = ("*/*", *_OTHER_WEIGHTS)
+) -> Path:
+    """Fetch files of a hub repository, by default those at its top: folders in it repeat the weights in other formats."""
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=_REPEATED_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=list(ignored)))
     except Exception as error:
         # The hub client has a dozen unrelated exception classes; the user's question is the same for each.
         raise ValueError(
-            f"{model!r} is no folder on node {node}, and the Hugging Face hub did not give it: {type(error).__name__}: {error}"
+            f"{model!r} is no folder on node {socket.gethostname()}, and the Hugging Face hub did not give it: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
@@ -73,41 +90,76 @@ def _has_any(path: Path, *patterns: str) -> bool:
     return any(True for pattern in patterns for _ in path.glob(pattern))
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: it is not valid JSON, or no object; names the file.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, relative to `path`, as the index says; empty without an index."""
+    file = path / _INDEX
+    if not file.is_file():
+        return {}
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{file}: weight_map={shown(weight_map)} must be an object of tensor names and file names")
+    for name, value in weight_map.items():
+        if not isinstance(value, str) or not value or PurePosixPath(value).is_absolute() or ".." in PurePosixPath(value).parts:
+            raise ValueError(f"{file}: weight_map: {name}={shown(value)} must be the name of a file in {path}")
+    return weight_map
+
+
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files that hold the model: model.safetensors, else those of the index, else all that there are.
+    """The safetensors files that hold the model: those of the index; without one, all but consolidated and adapter files.
 
     Raises:
         ValueError: there is none, or the index names one that is absent (node and path are named).
     """
-    whole = path / "model.safetensors"
-    index = path / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        try:
-            files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of safetensors: {type(error).__name__}: {error}") from error
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"{index.name} names {file.name}, which is absent on node {socket.gethostname()}: {file}")
-        return files
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted({path / name for name in _weight_map(path).values()})
+    for file in files:
+        if not file.is_file():
+            whole = (path / _WHOLE).is_file()
+            remedy = f"delete the index if {_WHOLE} holds the whole model" if whole else "download it again"
+            raise ValueError(
+                f"{_INDEX} names {file.relative_to(path)}, which is absent on node {socket.gethostname()}: {file}; {remedy}"
+            )
+    files = files or sorted(
+        file for file in path.glob("*.safetensors") if not any(file.match(other) for other in _OTHER_WEIGHTS)
+    )
     if not files:
         raise ValueError(
             f"no *.safetensors in {path} on node {socket.gethostname()}; "
-            "download them, or use load_format='dummy' for random weights"
+            f"download them, or use load_format='dummy' for random weights ({' and '.join(_OTHER_WEIGHTS)} are not read)"
         )
     return files
 
 
 class TensorFiles:
-    """The tensors of a checkpoint, by name, across its safetensors files. A context manager: it holds the files open."""
+    """The tensors of a checkpoint, by name, across its safetensors files. A context manager: it holds the files open.
+
+    Which file a tensor is read from: the one that the index names; without an index model.safetensors alone, as in
+    transformers; with neither, the one file that holds it.
+
+    Raises:
+        ValueError: two files hold a tensor that no index assigns; an index names a file that is absent, or one that lacks the
+            tensor; a file cannot be read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.file_of: dict[str, Path] = {}
         """Tensor name -> the file that holds it."""
         self._open: dict[Path, Any] = {}
+        weight_map = {name: path / file for name, file in _weight_map(path).items()}
         with ExitStack() as stack:
             for file in weight_files(path):
                 try:
@@ -115,8 +167,26 @@ class TensorFiles:
                 except (SafetensorError, OSError) as error:
                     raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
                 for name in self._open[file].keys():  # noqa: SIM118 - a safe_open, not a dict
+                    if weight_map.get(name, file) != file:
+                        continue
+                    if name in self.file_of:
+                        raise ValueError(
+                            f"tensor {name} is both in {self.file_of[name]} and in {file.name}; keep one of the two files, "
+                            f"or add {_INDEX}, which says where to read each tensor"
+                        )
                     self.file_of[name] = file
             self._stack = stack.pop_all()
+        for name, file in weight_map.items():
+            if name not in self.file_of:
+                self._stack.close()
+                raise ValueError(
+                    f"{path / _INDEX} says that {file.name} holds tensor {name}, but it does not; download both again"
+                )
+        whole = path / _WHOLE
+        if not weight_map and whole in self._open:
+            self.file_of = {name: file for name, file in self.file_of.items() if file == whole}
+        self.unread = whole if whole not in self._open and whole.is_file() else None
+        """model.safetensors, where the index does not name it. transformers would read it, and not the index."""
 
     def __enter__(self) -> TensorFiles:
         return self

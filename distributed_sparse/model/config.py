@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
 
-from distributed_sparse.model.checkpoint import TensorFiles
+from distributed_sparse.model.checkpoint import TensorFiles, read_json
 from distributed_sparse.model.rope import RopeConfig
+from distributed_sparse.validation import check_bool, check_dtype, check_float, check_int, shown
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -24,6 +23,23 @@ ARCHITECTURES = {
 
 CHECKPOINT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that weights may have in a file, by their safetensors names."""
+
+_LARGEST = 2**31 - 1
+_SIZES = {  # key of config.json -> (smallest, largest, whether null is read as absent)
+    "vocab_size": (1, _LARGEST, False),
+    "hidden_size": (1, _LARGEST, False),
+    "intermediate_size": (1, _LARGEST, False),
+    "num_hidden_layers": (1, 10_000, False),
+    "num_attention_heads": (1, _LARGEST, False),
+    "num_key_value_heads": (1, _LARGEST, True),
+    "head_dim": (1, 1 << 16, True),
+    "max_position_embeddings": (1, _LARGEST, False),
+    "max_window_layers": (0, _LARGEST, False),
+}
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+_OTHERS = ("rms_norm_eps", "hidden_act", "sliding_window", "layer_types")
+_NEUTRAL: dict[str, Any] = {"is_causal": True, "per_layer_config": None, "transformers_weights": None}
+"""Keys with which transformers computes another function, or reads other weights, unless they have these values."""
 
 _SUPPORTED = "supported are Llama 2/3/3.1+ (llama), Mistral (mistral), Qwen2/2.5 (qwen2) and Qwen3 (qwen3)"
 
@@ -69,24 +85,28 @@ class ModelConfig:
             ValueError: config.json is malformed, or describes a model that is not supported (named, with the list of what is).
         """
         file = path / "config.json"
-        raw = _read_json(file)
+        raw = read_json(file)
         family = _supported_family(raw, file)
-        try:
-            hf = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-            raise ValueError(f"{file} is refused by transformers: {error}") from error
-
-        generation_file = path / "generation_config.json"
-        generation = _read_json(generation_file) if generation_file.is_file() else {}
+        hf = _transformers_config(raw, family, file)
         heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads
         if heads % kv_heads:
             raise ValueError(f"{file}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
         if hf.hidden_act != "silu":
             raise ValueError(f"{file}: hidden_act={hf.hidden_act!r} is not supported; only 'silu' is")
-        head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
+        head_dim = check_int(
+            f"{file}: head_dim",
+            getattr(hf, "head_dim", None) or hf.hidden_size // heads,
+            *_SIZES["head_dim"][:2],
+            remedy=f"without one it is hidden_size={hf.hidden_size} over num_attention_heads={heads}",
+        )
+        try:
+            rope = RopeConfig.from_config(raw, head_dim, hf.max_position_embeddings)
+        except ValueError as error:
+            place = next((key for key in ("rope_scaling", "rope_parameters") if raw.get(key)), None)
+            raise ValueError(f"{file}: {error}" + (f" ({place}={shown(raw[place], 400)})" if place else "")) from error
         # As in transformers' modules: Qwen2 always has the bias on q, k, v alone, Mistral never, the others by a flag.
-        attention_bias = family in ("llama", "qwen3") and bool(hf.attention_bias)
-        bos = generation.get("bos_token_id")
+        attention_bias = family in ("llama", "qwen3") and hf.attention_bias
+        special = _special_tokens(path, {"eos_token_id": hf.eos_token_id, "bos_token_id": hf.bos_token_id} | raw, hf.vocab_size)
         return cls(
             model_type=family,
             vocab_size=hf.vocab_size,
@@ -98,17 +118,17 @@ class ModelConfig:
             head_dim=head_dim,
             rms_norm_eps=hf.rms_norm_eps,
             hidden_act=hf.hidden_act,
-            rope=RopeConfig.from_parameters(hf.rope_parameters, head_dim, hf.max_position_embeddings),
+            rope=rope,
             max_position_embeddings=hf.max_position_embeddings,
-            tie_word_embeddings=bool(hf.tie_word_embeddings),
+            tie_word_embeddings=hf.tie_word_embeddings,
             qkv_bias=attention_bias or family == "qwen2",
             o_bias=attention_bias,
-            mlp_bias=family == "llama" and bool(hf.mlp_bias),
+            mlp_bias=family == "llama" and hf.mlp_bias,
             qk_norm=family == "qwen3",
             sliding_window=_effective_sliding_window(hf, family, file),
-            dtype=_checkpoint_dtype(hf, path),
-            eos_token_ids=_token_ids(generation.get("eos_token_id", hf.eos_token_id)),
-            bos_token_id=bos if bos is not None else hf.bos_token_id,
+            dtype=_checkpoint_dtype(raw, path),
+            eos_token_ids=special["eos_token_id"],
+            bos_token_id=next(iter(special["bos_token_id"]), None),
         )
 
     def check_context(self, max_model_len: int) -> None:
@@ -125,49 +145,76 @@ class ModelConfig:
             )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
-    return content
-
-
 def _supported_family(raw: dict[str, Any], file: Path) -> str:
     """The model_type, once it is one that runs here. Decided before transformers sees the file, so that the error is ours."""
-    family = raw.get("model_type")
-    architectures = raw.get("architectures") or []
-    if family not in ARCHITECTURES:
-        raise ValueError(f"{file}: model_type={family!r} is not supported; {_SUPPORTED}")
-    if architectures and ARCHITECTURES[family] not in architectures:
+    family, architectures = raw.get("model_type"), raw.get("architectures")
+    if not isinstance(family, str) or family not in ARCHITECTURES:
+        raise ValueError(f"{file}: model_type={shown(family)} is not supported; {_SUPPORTED}")
+    if architectures not in (None, []) and not (isinstance(architectures, list) and ARCHITECTURES[family] in architectures):
         raise ValueError(
-            f"{file}: architectures={architectures} is not supported; only {ARCHITECTURES[family]} is for {family}"
+            f"{file}: architectures={shown(architectures)} is not supported; only {ARCHITECTURES[family]} is for {family}"
         )
-    if quantization := raw.get("quantization_config") or raw.get("compression_config"):
-        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"{file}: quantised checkpoints ({method}) are not supported; use one in float32, float16 or bfloat16")
+    for key in ("quantization_config", "compression_config"):
+        method = raw[key].get("quant_method") if isinstance(raw.get(key), dict) else raw.get(key)
+        # A GGUF that was converted to float weights keeps its entry; weights that are not float are refused by their dtype.
+        if raw.get(key) not in (None, {}) and method != "gguf":
+            raise ValueError(
+                f"{file}: {key}: quantised checkpoints ({shown(method)}) are not supported; "
+                "use one in float32, float16 or bfloat16"
+            )
+    for key, neutral in _NEUTRAL.items():
+        if raw.get(key, neutral) != neutral:
+            raise ValueError(f"{file}: {key}={shown(raw[key])} is not supported; use a checkpoint without it")
     return family
 
 
+def _transformers_config(raw: Mapping[str, Any], family: str, file: Path) -> Any:
+    """transformers' config of the family, which knows its defaults, from the keys that say the model's shape."""
+    from transformers import CONFIG_MAPPING  # here: what it imports takes seconds
+
+    shape = {key: raw[key] for key in (*_SIZES, *_FLAGS, *_OTHERS) if key in raw}
+    for key, value in shape.items():
+        name = f"{file}: {key}"
+        if key in _FLAGS:
+            check_bool(name, value)
+        elif key == "rms_norm_eps":
+            shape[key] = check_float(name, value, 0.0, remedy="give a number such as 1e-6")
+        elif key == "layer_types":
+            if value is not None and not (isinstance(value, list) and all(isinstance(layer, str) for layer in value)):
+                raise ValueError(f"{name}={shown(value)} must be a list of 'full_attention' or 'sliding_attention' per layer")
+        elif key in _SIZES:
+            low, high, may_be_null = _SIZES[key]
+            if value is not None or not may_be_null:
+                check_int(name, value, low, high, remedy="give the value that the model was trained with")
+    hidden, heads = shape.get("hidden_size"), shape.get("num_attention_heads")
+    if family == "llama" and hidden and heads and hidden % heads:  # transformers refuses it, whatever head_dim is
+        raise ValueError(f"{file}: hidden_size={hidden} is no multiple of num_attention_heads={heads}")
+    try:
+        return CONFIG_MAPPING[family](**shape)
+    except Exception as error:  # of a dozen classes
+        raise ValueError(f"{file} is refused by transformers: {' '.join(str(error).split())}") from error
+
+
 def _effective_sliding_window(hf: Any, family: str, file: Path) -> int | None:
-    """The window if any layer would use it: Mistral's is on all layers, Qwen's on those whose layer type says so."""
-    if family == "mistral":
-        return hf.sliding_window
-    if family not in ("qwen2", "qwen3"):
-        return None
-    # transformers derives layer_types from use_sliding_window and max_window_layers where the file has none.
-    used = set(hf.layer_types[: hf.num_hidden_layers])
+    """The window if any layer would use it: Mistral's is on all layers, the others' on those whose layer type says so."""
+    # transformers derives Qwen's layer_types from use_sliding_window and max_window_layers where the file has none.
+    used = set(getattr(hf, "layer_types", None) or ())
     if unknown := used - {"full_attention", "sliding_attention"}:
         raise ValueError(f"{file}: layer_types {sorted(unknown)} are not supported; only full_attention is")
-    return hf.sliding_window if "sliding_attention" in used else None
+    window = getattr(hf, "sliding_window", None)
+    if "sliding_attention" in used or (family == "mistral" and window is not None):
+        return check_int(f"{file}: sliding_window", window, 1, remedy="layers use it: give the tokens that they see")
+    return None
 
 
-def _checkpoint_dtype(hf: Any, path: Path) -> torch.dtype:
+def _checkpoint_dtype(raw: Mapping[str, Any], path: Path) -> torch.dtype:
     """As config.json says, else as the first weight in the files has it, else (no files: dummy weights) float32."""
-    if isinstance(hf.dtype, torch.dtype):
-        return hf.dtype
+    for key in ("dtype", "torch_dtype"):  # of two transformers takes the first
+        if raw.get(key) is not None:
+            name = check_dtype(f"{path / 'config.json'}: {key}", raw[key])
+            if name != "auto":
+                return getattr(torch, name)
+            break
     if not any(path.glob("*.safetensors")):
         return torch.float32
     with TensorFiles(path) as tensors:
@@ -175,7 +222,15 @@ def _checkpoint_dtype(hf: Any, path: Path) -> torch.dtype:
         return next((CHECKPOINT_DTYPES[name] for name in names if name in CHECKPOINT_DTYPES), torch.float32)
 
 
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def _special_tokens(path: Path, config: Mapping[str, Any], vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """eos_token_id and bos_token_id: what generation_config.json says of each, else what config.json does."""
+    generation_file = path / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.is_file() else {}
+    tokens: dict[str, tuple[int, ...]] = {}
+    for key in ("eos_token_id", "bos_token_id"):
+        stated = key in generation and (key == "eos_token_id" or generation[key] is not None)
+        value, file = (generation[key], generation_file) if stated else (config[key], path / "config.json")
+        ids = [] if value is None else value if isinstance(value, list) and key == "eos_token_id" else [value]
+        remedy = f"the model has vocab_size={vocab_size}; correct it, or write null for a model without one"
+        tokens[key] = tuple(dict.fromkeys(check_int(f"{file}: {key}", i, 0, vocab_size - 1, remedy=remedy) for i in ids))
+    return tokens

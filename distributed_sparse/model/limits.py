@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import torch
 
 from distributed_sparse.model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 
 def longest_context(model: ModelConfig) -> int:
@@ -55,3 +60,19 @@ def resolve_device(device: str) -> torch.device:
 def resolve_dtype(dtype: str, checkpoint: torch.dtype) -> torch.dtype:
     """ "auto" is the checkpoint's dtype."""
     return checkpoint if dtype == "auto" else getattr(torch, dtype)
+
+
+def resolve_eos_token_ids(model: ModelConfig, tokenizer: Any | None) -> tuple[int, ...]:
+    """The tokens that end a sequence, as in vLLM: those of the checkpoint and the tokenizer's own, if there is a tokenizer."""
+    eos, own = model.eos_token_ids, getattr(tokenizer, "eos_token_id", None)
+    if own is not None and own >= model.vocab_size:
+        logger.warning(
+            "the tokenizer's eos_token_id=%d is past vocab_size=%d: the model never writes it", own, model.vocab_size
+        )
+    elif own is not None and own not in eos:
+        eos = (*eos, own)
+    if not eos:
+        logger.warning(
+            "neither the checkpoint nor the tokenizer names an eos_token_id: outputs end at max_tokens, stop_token_ids or stop"
+        )
+    return eos

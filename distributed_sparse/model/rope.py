@@ -2,86 +2,134 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+from distributed_sparse.validation import check_bool, check_float, shown
+
+_ORIGINAL = "original_max_position_embeddings"
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (_ORIGINAL,),
+    "longrope": (_ORIGINAL, "short_factor", "long_factor"),
+    "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
+}
+"""Rope type -> the parameters that it cannot do without, beside rope_theta."""
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", "attention_factor"),
+}
+_MAY_BE_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
+ROPE_TYPES = tuple(_REQUIRED)
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """A checkpoint's rotary parameters, under transformers' names. What a rope type does not use is None."""
+    """A checkpoint's rotary embedding."""
 
-    rope_type: str
-    rope_theta: float
     head_dim: int
     max_position_embeddings: int
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None
+    parameters: dict[str, Any]
+    """transformers' ``rope_parameters``: rope_type, rope_theta, and what that type uses. Standardised and checked."""
 
     @classmethod
-    def from_parameters(cls, parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> RopeConfig:
-        """From the ``rope_parameters`` of a transformers config, which it has already brought to its new form.
+    def from_config(cls, raw: Mapping[str, Any], head_dim: int, max_position_embeddings: int) -> RopeConfig:
+        """From the keys of a config.json: rope_parameters, or the older rope_scaling, rope_theta, partial_rotary_factor and
+        original_max_position_embeddings. Which of them counts is decided by transformers' own functions.
 
         Raises:
-            ValueError: a rope type that is unknown, parameters per layer type, a partial rotary embedding, an odd head_dim, or
-                factors of the wrong length.
+            ValueError: names the key and the value: a rope type that is unknown, parameters per layer type, a partial rotary
+                embedding, an odd head_dim, a number that is none, factors of the wrong length.
         """
-        rope_type = parameters.get("rope_type")
-        if rope_type is None and any(isinstance(value, dict) for value in parameters.values()):
-            raise ValueError(
-                f"rope_parameters per layer type ({', '.join(parameters)}) are not supported; one set for all layers is"
-            )
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope_type={rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
-        partial = parameters.get("partial_rotary_factor")
-        if partial is not None and partial != 1.0:
-            raise ValueError(f"partial_rotary_factor={partial} is not supported; only 1.0 is: every channel is rotated")
         if head_dim % 2:
             raise ValueError(f"head_dim={head_dim} is odd; the rotary embedding turns channels in pairs")
-        values: dict[str, Any] = {name: parameters[name] for name in cls._scaling_names() if parameters.get(name) is not None}
-        for name in ("short_factor", "long_factor"):
-            if name in values:
-                values[name] = tuple(float(factor) for factor in values[name])
-                if len(values[name]) != head_dim // 2:
-                    raise ValueError(f"{name} has {len(values[name])} entries; head_dim={head_dim} needs {head_dim // 2}")
-        if rope_type == "yarn" and "factor" not in values:
-            values["factor"] = max_position_embeddings / values["original_max_position_embeddings"]
-        return cls(rope_type, float(parameters["rope_theta"]), head_dim, max_position_embeddings, **values)
+        for key in ("rope_scaling", "rope_parameters"):
+            if not isinstance(raw.get(key), dict | None):
+                raise ValueError(
+                    f"{key}={shown(raw[key])} must be an object such as {{'rope_type': 'yarn', 'factor': 4.0, ...}}"
+                )
+        given = _transformers_config(raw, head_dim, max_position_embeddings).rope_parameters
+        if nested := [key for key, value in given.items() if isinstance(value, dict)]:
+            raise ValueError(
+                f"rope_parameters per layer type ({', '.join(nested)}) are not supported; one set for all layers is"
+            )
+        rope_type, partial = given["rope_type"], given.get("partial_rotary_factor")
+        if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type={shown(rope_type)} is not supported; supported are {', '.join(ROPE_TYPES)}")
+        if partial is not None and partial != 1.0:
+            raise ValueError(f"partial_rotary_factor={shown(partial)} is not supported; only 1.0 is: every channel is rotated")
+        parameters: dict[str, Any] = {"rope_type": rope_type}
+        for name in ("rope_theta", *_REQUIRED[rope_type]):
+            parameters[name] = _checked(name, given.get(name), head_dim)
+        for name in _OPTIONAL.get(rope_type, ()):
+            if name in given:  # null is not the same as absent: truncate=null does not truncate
+                parameters[name] = None if given[name] is None else _checked(name, given[name], head_dim)
+        config = cls(head_dim, max_position_embeddings, parameters)
+        try:
+            cos, _ = Rope(config).cos_sin(torch.ones(2), torch.tensor([1, max_position_embeddings]))
+        except (ArithmeticError, KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"the rotary embedding of {parameters} cannot be computed: {error!r}") from error
+        if not cos.isfinite().all():
+            raise ValueError(f"the rotary embedding of {parameters}, head_dim={head_dim} is not finite; correct these values")
+        return config
 
-    @classmethod
-    def _scaling_names(cls) -> list[str]:
-        shape = ("rope_type", "rope_theta", "head_dim", "max_position_embeddings")
-        return [name for name in cls.__dataclass_fields__ if name not in shape]
+    @property
+    def rope_type(self) -> str:
+        return self.parameters["rope_type"]
 
-    def to_transformers(self) -> LlamaConfig:
-        """A config of one head with these parameters: all that transformers' rope functions look at."""
-        parameters = {name: value for name in self._scaling_names() if (value := asdict(self)[name]) is not None}
-        for name in ("short_factor", "long_factor"):
-            if name in parameters:
-                parameters[name] = list(parameters[name])
-        return LlamaConfig(
-            hidden_size=self.head_dim,
-            num_attention_heads=1,
-            head_dim=self.head_dim,
-            max_position_embeddings=self.max_position_embeddings,
-            rope_parameters={"rope_type": self.rope_type, "rope_theta": self.rope_theta, **parameters},
-        )
+    @property
+    def rope_theta(self) -> float:
+        return self.parameters["rope_theta"]
+
+    @property
+    def factor(self) -> float | None:
+        return self.parameters.get("factor")
+
+    @property
+    def original_max_position_embeddings(self) -> float | None:
+        """Tokens; None for a rope type that has no use for it."""
+        return self.parameters.get(_ORIGINAL)
+
+
+def _checked(name: str, value: Any, head_dim: int) -> Any:
+    if name == "truncate":
+        return check_bool(name, value)
+    if name not in ("short_factor", "long_factor"):
+        low_excluded = name not in _MAY_BE_ZERO
+        return check_float(name, value, 0.0, low_excluded=low_excluded, remedy="give the value that the model was trained with")
+    if not isinstance(value, list):
+        raise ValueError(f"{name}={shown(value)} must be a list of {head_dim // 2} numbers")
+    if len(value) != head_dim // 2:
+        raise ValueError(f"{name} has {len(value)} entries; head_dim={head_dim} needs {head_dim // 2}")
+    return [check_float(name, factor, 0.0, low_excluded=True, remedy="every entry is a positive number") for factor in value]
+
+
+def _transformers_config(raw: Mapping[str, Any], head_dim: int, max_position_embeddings: int) -> Any:
+    """What transformers' rope functions see of a model config, filled in the order of its ``PreTrainedConfig.__post_init__``.
+
+    Its mixin does without the config class of a family, whose import takes seconds, and its checks, which name no key.
+    """
+    from transformers.modeling_rope_utils import RotaryEmbeddingConfigMixin
+
+    config: Any = RotaryEmbeddingConfigMixin()
+    config.head_dim = config.hidden_size = head_dim
+    config.num_attention_heads = 1
+    config.max_position_embeddings = max_position_embeddings
+    raw = deepcopy(dict(raw))  # the defaults are written into the objects that are given
+    config.rope_parameters = raw.get("rope_parameters")
+    older = ("rope_scaling", "rope_theta", "partial_rotary_factor")
+    config.convert_rope_params_to_dict(**{key: raw[key] for key in older if key in raw})
+    if _ORIGINAL in raw:
+        config.original_max_position_embeddings = raw[_ORIGINAL]
+    config.standardize_rope_params()
+    return config
 
 
 class Rope:
@@ -96,15 +144,24 @@ class Rope:
         if config.rope_type == "default":
             inv_freq = 1.0 / config.rope_theta**half
         else:
-            init = ROPE_INIT_FUNCTIONS[config.rope_type]
-            inv_freq, self.attention_factor = init(config.to_transformers(), None)
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+            source = _transformers_config(
+                {"rope_parameters": config.parameters}, config.head_dim, config.max_position_embeddings
+            )
+            init: Any = ROPE_INIT_FUNCTIONS[config.rope_type]
+            inv_freq, self.attention_factor = init(source, None)
         self.inv_freq = inv_freq.to(device)
         """float32 [d/2], radians per position, at lengths that need no change of it."""
         self._long_inv_freq: Tensor | None = None
         if config.rope_type == "longrope":
-            assert config.original_max_position_embeddings is not None
-            past = config.original_max_position_embeddings + 1
-            self._long_inv_freq = init(config.to_transformers(), None, seq_len=past)[0].to(device)
+            past = config.parameters[_ORIGINAL] + 1
+            self._long_inv_freq = init(source, None, seq_len=past)[0].to(device)
+
+    @property
+    def uses_lengths(self) -> bool:
+        """Whether `cos_sin` depends on `rope_lengths`."""
+        return self.config.rope_type in ("dynamic", "longrope")
 
     def cos_sin(self, positions: Tensor, rope_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of each token's angles, the attention factor folded in. No host synchronisation.

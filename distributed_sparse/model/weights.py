@@ -124,6 +124,8 @@ def load_weights(
         if load_format == "dummy":
             return _Assembler(config, parts, _Dummy(), dtype, device, bar).weights(shard)
         with TensorFiles(path) as files:
+            if files.unread is not None and shard.rank == 0:
+                logger.warning("%s is not read: the index beside it names other files (transformers reads it)", files.unread)
             return _Assembler(config, parts, _Checkpoint(path, files, config, parts), dtype, device, bar).weights(shard)
 
 

@@ -82,7 +82,8 @@ def plan(model: ModelConfig, dtype: torch.dtype, grid: Grid, hardware_of: Hardwa
                     row["sparse"] = section
                     for name in ("limit_s", "tpot_s"):
                         row[name.replace("_s", "_speedup")] = of_point[0][name] / row[name]
-                    row["pays"] = None if row is of_point[0] else row["tpot_s"] < of_point[0]["tpot_s"]
+                    compared = row is not of_point[0] and row["memory"]["fits"]
+                    row["pays"] = row["tpot_s"] < of_point[0]["tpot_s"] if compared else None
                 rows += of_point
     return rows
 
@@ -112,5 +113,5 @@ def _row(rank: RankOnPaper, device: Hardware, context: int, batch: int, grid: Gr
 
 
 def does_not_pay(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points where a sparse method is expected to be no faster than dense."""
+    """The points that fit and where a sparse method is expected to be no faster than dense."""
     return [row for row in rows if row["pays"] is False]

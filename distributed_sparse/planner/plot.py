@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distributed_sparse.reporting.figures import new_figure
+from distributed_sparse.reporting.figures import new_figure, plain_log_axis
 
 STYLES = {"tpot_s": "-", "limit_s": ":"}
 
@@ -31,7 +31,8 @@ def write_plot(path: str | Path, rows: Sequence[dict[str, Any]], title: str) -> 
                     label = method if name == "tpot_s" else None
                     axes.plot(x, y, style, marker="o", markersize=3, color=f"C{number}", label=label)
             axes.set_title(f"TP {world_size}, batch {batch}", fontsize=8)
-            axes.set(xscale="log", yscale="log")
+            plain_log_axis(axes, "x")
+            plain_log_axis(axes, "y")
     places[0][0].legend(fontsize=7)
     figure.supxlabel("context (tokens)", fontsize=9)
     figure.supylabel("ms per token (dotted: limit by bytes)", fontsize=9)

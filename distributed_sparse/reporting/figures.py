@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,3 +22,14 @@ def new_figure(width: float = 6.4, height: float = 4.2, columns: int = 1) -> tup
 
     figure = Figure(figsize=(width, height), layout="constrained")  # no pyplot: it would keep figures and pick a screen
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def plain_log_axis(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, with ticks such as 0.1 0.2 0.5 instead of 10^-1."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -52,7 +52,8 @@ class Results:
             if (self.directory / RESULTS).exists():
                 raise ValueError(f"{self.directory} has a {RESULTS} but no {CONFIGURATION}; give another --output")
             written = path.with_suffix(".tmp")
-            written.write_text(json.dumps(configuration, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            text = json.dumps(configuration, indent=2, sort_keys=True, allow_nan=False)
+            written.write_text(text + "\n", encoding="utf-8")
             written.replace(path)
             return
         there, here = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(json.dumps(configuration)))
@@ -116,18 +117,24 @@ class Results:
         self.close()
 
 
-def plain(value: Any) -> Any:
-    """The value in types that JSON has: arrays as lists, floats of six digits, what is not finite as None."""
+def plain(value: Any, digits: int | None = 6) -> Any:
+    """The value in types that JSON has: arrays as lists, what is not finite as None.
+
+    Args:
+        digits: significant ones of a float; None: all.
+    """
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, digits) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return plain(value.tolist(), digits)
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [plain(item, digits) for item in value]
     if isinstance(value, np.generic):
-        return plain(value.item())
+        return plain(value.item(), digits)
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else float(f"{value:.{digits}g}")
     return value
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distributed_sparse.evaluation.methods import label
-from distributed_sparse.reporting.figures import new_figure
+from distributed_sparse.reporting.figures import new_figure, plain_log_axis
 from distributed_sparse.scaling.grid import Point
 from distributed_sparse.scaling.summary import PARTS, Tried, speed_ups, split_ms, varying
 
@@ -71,7 +71,8 @@ def _tpot(done: Tried) -> Figure | None:
     for name, line in lines.items():
         contexts, ms = zip(*sorted(line))
         axes.plot(contexts, ms, marker="o", label=name)
-    axes.set(xlabel="context (prompt tokens)", ylabel="median TPOT (ms)", xscale="log", ylim=(0, None))
+    axes.set(xlabel="context (prompt tokens)", ylabel="median TPOT (ms)", ylim=(0, None))
+    plain_log_axis(axes, "x")
     axes.legend(fontsize=7)
     return figure
 

@@ -186,6 +186,18 @@ class LayerCache:
             kind.append(self, rotated, runs)
         return q
 
+    def read(self, pages: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """K and V [end - start, H_kv, d] of consecutive tokens.
+
+        Args:
+            pages: int64 [P], physical page ids in logical order.
+            start, end: the tokens, counted from the first one of pages[0].
+        """
+        k, v = (
+            cached.index_select(0, pages).transpose(1, 2).flatten(0, 1)[start:end] for cached in (self.k_pages, self.v_pages)
+        )
+        return k, v
+
     @property
     def _written_by_the_kernel(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Metadata as `append` takes it."""

@@ -6,7 +6,7 @@ small, as in a decode step: a socket's wake-ups cost more there than the sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
@@ -110,6 +110,14 @@ class Collectives:
         if self._group is not None:
             self._pass("broadcast", x, lambda way: way.broadcast(x))
         return x
+
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        """Which flags hold on every rank; all ranks pass equally many. Waits for the device."""
+        if self._group is None:
+            return list(flags)
+        held = torch.tensor(flags, dtype=torch.float32, device=self._device)
+        self._pass("agree", held, lambda way: way.all_reduce(held))
+        return (held == self.world_size).tolist()
 
     def barrier(self) -> None:
         """Returns once every rank has called it."""

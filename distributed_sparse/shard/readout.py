@@ -1,16 +1,18 @@
-"""ReadOut: which rows of a step's hidden states are read once they are there: to draw a token, or to score a known one."""
+"""ReadOut: which rows of a step's hidden states are read once they are there: to draw a token, or to score a known one; and
+`fill_result`: what the host learns of them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distributed_sparse.driver.messages import StepPlan
+from distributed_sparse.driver.messages import BadLogits, LogprobBlock, StepPlan, StepResult
 from distributed_sparse.shard.inputs import Arrays
 
 LOGPROB_ROWS = 256
@@ -84,6 +86,31 @@ class ReadOut:
         """Of x [N, ...] the rows that tokens are drawn from, each once, in order; a view where they are the first ones."""
         rows = views.get("drawn_rows")
         return x[: int(self.rows[-1]) + 1] if rows is None else x.index_select(0, rows)
+
+
+def fill_result(result: StepResult, plan: StepPlan, fetched: Mapping[str, NDArray[Any]]) -> None:
+    """Write what was fetched of a step into its result: the tokens, and which logits are NaN or infinite.
+
+    Args:
+        fetched: tokens int64 [R] and scores float32 [R], as of `sampler.sample`; row_sums float32 [N] of the hidden states.
+            What the step has not is absent.
+    """
+    if "tokens" in fetched:
+        result.tokens = fetched["tokens"].tolist()
+        if len(bad := np.flatnonzero(~np.isfinite(fetched["scores"]))):
+            drawn = [(slot, part.end - 1) for part in plan.parts for slot in part.samples]
+            result.bad_logits += [BadLogits(*drawn[i], float(fetched["scores"][i])) for i in bad]
+    if "row_sums" in fetched and len(bad := np.flatnonzero(~np.isfinite(fetched["row_sums"]))):
+        read = [(part.slot, part.end - part.num_tokens + i) for part in plan.parts for i in range(part.num_tokens)]
+        first_of_slot = dict(reversed([read[i] for i in bad]))
+        result.bad_logits += [BadLogits(slot, position, math.nan) for slot, position in first_of_slot.items()]
+
+
+def nan_logprobs(block: LogprobBlock) -> list[BadLogits]:
+    """The first row of a block whose log-probabilities are NaN (one logit that is NaN or infinite makes all of a row NaN)."""
+    first_column = np.frombuffer(block.logprobs, dtype=np.float32)[:: block.width]
+    bad = np.flatnonzero(np.isnan(first_column))[:1].tolist()
+    return [BadLogits(block.slot, block.position + row - 1, math.nan) for row in bad]
 
 
 def _known_rows(plan: StepPlan) -> Iterator[tuple[int, int, int, list[int], int]]:

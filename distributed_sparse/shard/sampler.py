@@ -45,7 +45,7 @@ class Draws:
         return cls(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
 
 
-def sample(logits: Tensor, draws: Draws) -> Tensor:
+def sample(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
     """Draw one token per row.
 
     Masks in vLLM's order: temperature, min_p, top_k, top_p; then Gumbel-max, so a draw is an argmax and repeats exactly.
@@ -56,17 +56,20 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
         draws: how.
 
     Returns:
-        int64 [R].
+        tokens int64 [R], each in 0..V - 1, and their scores float32 [R]: finite, unless the row's logits are NaN or infinite,
+        or every token is masked.
     """
     if draws.suppressed is not None:
         logits = logits.flatten().index_fill(0, draws.suppressed, -torch.inf).view_as(logits)
     if draws.temperature is None:
-        return logits.argmax(-1)
+        scores, tokens = logits.max(-1)
+        return tokens, scores
     of_drawn = logits if draws.drawn is None else logits.index_select(0, draws.drawn)
     scores = mask_logits(of_drawn, draws) + gumbel(draws, logits.shape[1])
     if draws.drawn is not None:
         scores = logits.index_copy(0, draws.drawn, scores)
-    return scores.argmax(-1)
+    best, tokens = scores.max(-1)
+    return tokens, best
 
 
 def mask_logits(logits: Tensor, draws: Draws) -> Tensor:

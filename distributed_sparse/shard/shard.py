@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ from distributed_sparse.shard.graphs import DecodeGraphs, DecodeShapes, dense_un
 from distributed_sparse.shard.inputs import StepInputs
 from distributed_sparse.shard.memory import check_kernels, max_pages
 from distributed_sparse.shard.pending import PendingStep
-from distributed_sparse.shard.readout import LOGPROB_ROWS, ReadOut
+from distributed_sparse.shard.prefill_store import PrefillStore, check_folder, fingerprint
+from distributed_sparse.shard.readout import LOGPROB_ROWS, ReadOut, fill_result, nan_logprobs
 from distributed_sparse.shard.sampler import Draws, logprob_block, sample
 from distributed_sparse.shard.slots import SlotTable
 from distributed_sparse.shard.step_work import StepWork
@@ -56,6 +58,7 @@ class Shard:
         self.device = resolve_device(config.device)
         self.num_pages = 0
         self.graphs: DecodeGraphs | None = None
+        self.prefill_store: PrefillStore | None = None
         self._fixed_shapes = fixed_shapes
 
     @torch.inference_mode()
@@ -66,6 +69,8 @@ class Shard:
             ValueError: the checkpoint, or the settings for it, are wrong; names what and the remedy.
         """
         config = self.config
+        if config.prefill_store is not None:
+            check_folder(config.prefill_store)
         path = resolve_checkpoint(config.model, config.load_format)
         model = ModelConfig.from_pretrained(path)
         self.max_model_len = resolve_max_model_len(config.max_model_len, model)
@@ -96,6 +101,7 @@ class Shard:
         return Loaded(
             rank=self.spec.rank,
             device=str(self.device),
+            dtype=str(dtype).removeprefix("torch."),
             kv_heads=(sizes.first_key_value_head, sizes.first_key_value_head + sizes.num_key_value_heads),
             weight_bytes=weights.nbytes,
             page_bytes=sum(self.page_bytes),
@@ -113,6 +119,7 @@ class Shard:
         """
         with self._on_device():
             self._drop_graphs()
+            self.prefill_store = None  # the warm-up is nothing to keep
             if num_pages != self.num_pages:
                 self._drop_cache()
                 self._make_cache(num_pages)
@@ -123,6 +130,8 @@ class Shard:
             if self._captures or self._fixed_shapes:
                 self.graphs = self._new_graphs()
                 self.graphs.prepare(self.graphs.shapes)
+            if self.config.prefill_store is not None:
+                self.prefill_store = self._new_prefill_store(self.config.prefill_store)
             self.collectives.reset_counts()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # what went wrong is said now
@@ -137,6 +146,15 @@ class Shard:
 
     def _new_slots(self) -> SlotTable:
         return SlotTable(self.config.max_num_seqs, -(-self.max_model_len // self.config.page_size), self.device)
+
+    def _new_prefill_store(self, folder: str) -> PrefillStore:
+        own = np.frombuffer(self._fingerprint, dtype=np.uint8).copy()
+        identity = self.collectives.all_gather(torch.from_numpy(own).to(self.device)[None])
+        return PrefillStore(folder, bytes(identity[0].tolist()), self.model, self.geometry, len(self.policies))
+
+    @cached_property
+    def _fingerprint(self) -> bytes:
+        return fingerprint(self.model, self.geometry, self.config.load_format)
 
     def _drop_cache(self) -> None:
         for name in ("cache", "attention", "slots"):
@@ -207,16 +225,16 @@ class Shard:
         """
         with self._on_device():
             work = StepWork(self.device)
-            result, tokens = self.run(plan)
+            result, on_device = self.run(plan)
             if plan.report:
                 result.report = self._report()
-            return work.pending(result, tokens)
+            return work.pending(result, on_device, lambda fetched: fill_result(result, plan, fetched))
 
-    def run(self, plan: StepPlan) -> tuple[StepResult, Tensor | None]:
+    def run(self, plan: StepPlan) -> tuple[StepResult, dict[str, Tensor]]:
         """The step itself: pages, forward pass, sampling.
 
         Returns:
-            What the host knows of the result; on rank 0 the tokens that were drawn, int64 [R], if any were.
+            What the host knows of the result; on rank 0 what `fill_result` takes of it from the device.
         """
         timer = self.attention.timer
         timer.enabled = plan.profile
@@ -225,7 +243,7 @@ class Shard:
         with timer("shard"):
             return self._run(plan)
 
-    def _run(self, plan: StepPlan) -> tuple[StepResult, Tensor | None]:
+    def _run(self, plan: StepPlan) -> tuple[StepResult, dict[str, Tensor]]:
         result = StepResult(step=plan.step, rank=self.spec.rank)
         shape = self.graphs.shapes.of(plan) if self.graphs is not None else None
         changes = self.slots.take_in(plan)
@@ -235,25 +253,34 @@ class Shard:
             if changes:
                 self._apply(self.inputs.upload(changes))
             self.collectives.barrier()
-            return result, None
-        layout = lay_out(plan, self.slots, self.config.page_size, None if shape is None else shape.num_rows)
+            return result, {}
         readout = ReadOut.of(plan)
-        draws = {}
+        arrays = readout.arrays()
         if self.spec.rank == 0:
             draws = self.slots.sampling.draws(readout.slots, readout.positions, self.model.config.vocab_size)
-        # the layout's first: a captured step finds them where they were
-        arrays = {**layout.arrays, **changes, **readout.arrays(), **{f"draws.{name}": array for name, array in draws.items()}}
-        views = self.inputs.upload(arrays)
-        self._apply(views)
+            arrays |= {f"draws.{name}": array for name, array in draws.items()}
         logits = None
-        if shape is None:
-            hidden = self._forward(plan, layout, views, result)
+        if plan.prefill and self.prefill_store is not None:
+            self._apply(self.inputs.upload(changes))
+            hidden = self._forward_apart(plan, self.prefill_store, result)
+            views = self.inputs.upload(arrays)
         else:
-            assert self.graphs is not None
-            hidden, logits = self.graphs.run(shape, layout, views)
-        tokens = self._sample(readout, views, hidden, logits, result)
+            layout = lay_out(plan, self.slots, self.config.page_size, None if shape is None else shape.num_rows)
+            # the layout's first: a captured step finds them where they were
+            views = self.inputs.upload({**layout.arrays, **changes, **arrays})
+            self._apply(views)
+            if shape is None:
+                hidden = self._forward(plan, layout, views, result)
+            else:
+                assert self.graphs is not None
+                hidden, logits = self.graphs.run(shape, layout, views)
+        on_device = self._sample(readout, views, hidden, logits, result)
         self._prompt_logprobs(readout, views, hidden, result)
-        return result, tokens
+        if self.spec.rank == 0 and any(part.num_tokens > 1 or not part.samples for part in plan.parts):
+            # Rows that nothing is sampled from: one pass over them, as the sum of a row is finite only where all of it is.
+            num_rows = sum(part.num_tokens for part in plan.parts)
+            on_device["row_sums"] = hidden[:num_rows].sum(-1, dtype=torch.float32)
+        return result, on_device
 
     def _apply(self, views: Mapping[str, Tensor]) -> None:
         """New pages into the device's page table; then pages copied."""
@@ -273,22 +300,53 @@ class Shard:
             result.traces = tracer.blocks
         return hidden
 
+    def _forward_apart(self, plan: StepPlan, store: PrefillStore, result: StepResult) -> Tensor:
+        """The same of a plan with prompt chunks where there is a store: decode rows by themselves, then every chunk by itself,
+        found in the store on all ranks or computed on all."""
+        page_size, slots = self.config.page_size, self.slots
+        keys = [store.key(chunk, int(slots.prefill_length[chunk.slot])) for chunk in plan.prefill]
+        stored = [store.find(key, chunk.num_tokens) for key, chunk in zip(keys, plan.prefill)]
+        is_found = self.collectives.agree([chunk is not None for chunk in stored])
+        hidden = []
+        if plan.decode:
+            rows = StepPlan(plan.step, plan.generation, decode=plan.decode)
+            layout = lay_out(rows, slots, page_size)
+            hidden.append(self._forward(rows, layout, self.inputs.upload(layout.arrays), result))
+        for index, chunk in enumerate(plan.prefill):
+            alone = StepPlan(plan.step, plan.generation, prefill=[chunk])
+            layout = lay_out(alone, slots, page_size)
+            views = self.inputs.upload(layout.arrays)
+            found = stored[index]
+            if is_found[index] and found is not None:
+                hidden.append(store.append(found, self.cache, make_batch(layout, views, slots, page_size).runs))
+                result.prefill_from_store += chunk.num_tokens
+            else:
+                hidden.append(self._forward(alone, layout, views, result))
+                store.keep(keys[index], self.cache, slots.host_page_table[chunk.slot], chunk.start, hidden[-1])
+        return torch.cat(hidden)
+
     def _sample(
         self, readout: ReadOut, views: Mapping[str, Tensor], hidden: Tensor, logits: Tensor | None, result: StepResult
-    ) -> Tensor | None:
-        """Rank 0 samples and broadcasts, so ranks never diverge; every rank keeps the tokens as the next step's input."""
+    ) -> dict[str, Tensor]:
+        """Rank 0 samples and broadcasts, so ranks never diverge; every rank keeps the tokens as the next step's input.
+
+        Returns:
+            On rank 0 the tokens int64 [R] that were drawn, and their scores float32 [R], if any were.
+        """
         if not readout.rows.size:
-            return None
+            return {}
         if logits is None:
             logits = self.model.logits(readout.distinct_rows(hidden, views))
         else:
             logits = readout.distinct_rows(logits, views)
         tokens = torch.empty(len(readout.rows), dtype=torch.int64, device=self.device)
+        on_device = {}
         if self.spec.rank == 0:
             if "drawn_places" in views:
                 logits = logits.index_select(0, views["drawn_places"])
             draws = {name.removeprefix("draws."): views[name] for name in views if name.startswith("draws.")}
-            tokens = sample(logits, Draws(**draws))
+            tokens, on_device["scores"] = sample(logits, Draws(**draws))
+            on_device["tokens"] = tokens
             num_best = self.slots.sampling.logprobs[readout.slots].tolist()
             if max(num_best) >= 0:
                 result.logprobs = [
@@ -297,9 +355,10 @@ class Shard:
                         zip(readout.slots.tolist(), readout.positions.tolist(), num_best)
                     )
                 ]
+                result.bad_logits += [bad for block in result.logprobs if block is not None for bad in nan_logprobs(block)]
         tokens = self.collectives.broadcast(tokens)
         self.slots.remember(views["drawn_slots"], tokens)
-        return tokens if self.spec.rank == 0 else None
+        return on_device
 
     def _prompt_logprobs(self, readout: ReadOut, views: Mapping[str, Tensor], hidden: Tensor, result: StepResult) -> None:
         """Log-probabilities of prompt tokens; every rank takes part, in blocks of rows, rank 0 keeps them."""
@@ -308,7 +367,9 @@ class Shard:
             if self.spec.rank == 0:
                 tokens = views["targets"][block.first_target : block.first_target + block.num_rows]
                 best, full_width = max(block.num_best, 0), block.num_best < 0
-                result.prompt_logprobs.append(logprob_block(block.slot, block.position, logits, tokens, best, full_width))
+                found = logprob_block(block.slot, block.position, logits, tokens, best, full_width)
+                result.prompt_logprobs.append(found)
+                result.bad_logits += nan_logprobs(found)
 
     def _report(self) -> ShardReport:
         attention = self.attention

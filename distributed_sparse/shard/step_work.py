@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distributed_sparse.driver.messages import StepResult
@@ -26,29 +29,33 @@ class StepWork:
             self._start = torch.cuda.Event(enable_timing=True)
             self._start.record()
 
-    def pending(self, result: StepResult, tokens: Tensor | None) -> PendingStep:
-        """The step's result, and its sampled tokens (int64 [R], on the device) as they come in.
+    def pending(
+        self, result: StepResult, on_device: Mapping[str, Tensor], fill: Callable[[Mapping[str, NDArray[Any]]], None]
+    ) -> PendingStep:
+        """The step's result, once the device has done the step.
+
+        Args:
+            on_device: what is copied to the host behind the step's work.
+            fill: writes those copies into the result; called once they have arrived.
 
         Raises:
             RuntimeError: the device's error, from the result.
         """
         result.started = self._began
         if not self._is_queued:
-            if tokens is not None:
-                result.tokens = tokens.tolist()
+            fill({name: tensor.numpy() for name, tensor in on_device.items()})
             result.step_ms = (time.perf_counter() - self._started) * 1e3
             return PendingStep.done(result)
-        fetched = None
-        if tokens is not None:
-            fetched = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            fetched.copy_(tokens, non_blocking=True)
+        fetched = {}
+        for name, tensor in on_device.items():
+            fetched[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            fetched[name].copy_(tensor, non_blocking=True)
         end = torch.cuda.Event(enable_timing=True)
         end.record()
 
         def finish() -> StepResult:
             end.synchronize()
-            if fetched is not None:
-                result.tokens = fetched.tolist()
+            fill({name: copied.numpy() for name, copied in fetched.items()})
             result.step_ms = self._start.elapsed_time(end)
             return result
 

@@ -179,7 +179,7 @@ void merge(const State* states, const float* values, const int64_t* places, int6
     float highest = part_lse;
     for (int64_t i = 0; i < num_places; ++i) highest = level_of(i) > highest ? level_of(i) : highest;
     memset(out, 0, dim * sizeof(float));
-    if (highest == -INFINITY) {
+    if (num_places == 0 && part_lse == -INFINITY) {
         *lse = -INFINITY;
         return;
     }
@@ -188,7 +188,7 @@ void merge(const State* states, const float* values, const int64_t* places, int6
         const bool is_part = i == num_places;
         const float* from = is_part ? part : values + places[i] * group * dim;
         const float level = is_part ? part_lse : level_of(i);
-        if (level == -INFINITY) continue;
+        if (is_part && level == -INFINITY) continue;  // a chunk has tokens: it is at -INFINITY where all its logits are NaN
         const float weight = std::exp(level - highest);
         total += weight * (is_part ? 1.0f : states[places[i] * group].total);
         for (int64_t j = 0; j < dim; j += W) store(out + j, load(out + j) + weight * load(from + j));

@@ -20,12 +20,12 @@ from distributed_sparse.bench.layer import (
     make_inputs,
     make_rotation,
 )
+from distributed_sparse.commands import bench
 from distributed_sparse.selection import policy_class, resolve_sparse_config
 from distributed_sparse.selection.base import Policy, Selection
 from distributed_sparse.selection.metadata import Geometry
 from distributed_sparse.selection.quest import QuestPolicy
 from distributed_sparse.selection.window import WindowPolicy
-from launch import bench
 
 SMALL = LayerSettings(context=8192, num_heads=8, num_kv_heads=2, head_dim=64, token_budget=512, caches=2, repeats=2)
 GEOMETRY = Geometry(2, 4, 64, 16, torch.float32, torch.device("cpu"), first_kv_head=0)

@@ -108,6 +108,8 @@ def settings(tmp_path: Path) -> ServeSettings:
         num_prompts=5,
         random_input_len=120,
         random_output_len=6,
+        num_warmups=2,
+        rounds=2,
         set=("sparse.token_budget=48",),
     )
 
@@ -121,9 +123,17 @@ def test_each_method_serves_the_same_requests_at_each_rate(settings: ServeSettin
         assert (row["completed"], row["failed"]) == (5, 0)
         assert (row["total_input_tokens"], row["total_output_tokens"]) == (600, 30)
         assert row["request_throughput"] * row["duration"] == pytest.approx(5)
+        assert row["min_output_throughput"] == row["output_throughput"] <= row["max_output_throughput"]  # of two the slower
         assert row["mean_e2el_ms"] >= row["mean_ttft_ms"] > 0 and row["max_send_delay_ms"] >= 0
     assert rows[0]["greedy_agreement"] == rows[1]["greedy_agreement"] == 1.0
     assert rows[0]["duration"] > arrival_times(5, 200.0, 1.0, 0)[-1], "the last arrives in time, and ends later"
+
+
+def test_of_several_rounds_the_median_one_is_reported_and_no_error_is_lost() -> None:
+    rounds = [{"output_throughput": speed, "errors": errors} for speed, errors in ((3.0, []), (1.0, ["slow"]), (2.0, []))]
+    row = serve_module.median_round(rounds)
+    assert row == {"output_throughput": 2.0, "errors": ["slow"], "min_output_throughput": 1.0, "max_output_throughput": 3.0}
+    assert serve_module.median_round([*rounds, {"wrong": "tokens differ"}]) == {"wrong": "tokens differ"}
 
 
 def test_no_speed_of_a_dense_engine_that_decodes_otherwise_than_it_prefills(

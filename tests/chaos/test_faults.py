@@ -15,6 +15,7 @@ import pytest
 
 from distributed_sparse.chaos.faults import KINDS, Injector, in_turns, parse_kinds
 from distributed_sparse.chaos.processes import SHARD, kill_marked, left_after, marked_processes
+from tests.support.patience import WAIT_S
 from tests.support.soaked_engine import Processes
 
 OWN, OTHER = f"own-{os.getpid()}", f"other-{os.getpid()}"
@@ -97,7 +98,7 @@ def test_kill_all_ends_every_shard_and_with_none_there_is_no_fault(processes: Pr
 def test_a_stopped_shard_is_there_and_does_nothing(processes: Processes) -> None:
     own = processes.start(OWN)
     assert injector().inject("stop") is not None
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + WAIT_S
     while state_of(own) != "T":
         assert time.monotonic() < deadline
         time.sleep(0.01)

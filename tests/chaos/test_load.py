@@ -12,6 +12,7 @@ from distributed_sparse.chaos.outcome import ABORTED, COMPLETED, LOST, TIMED_OUT
 from distributed_sparse.chaos.workload import PooledRequest
 from distributed_sparse.client import EngineError
 from distributed_sparse.sampling_params import SamplingParams
+from tests.support.patience import WAIT_S
 from tests.support.soaked_engine import SoakedEngine, output
 
 PARAMS = SamplingParams(max_tokens=60)
@@ -21,7 +22,7 @@ POOL = [PooledRequest([1], PARAMS, output(PARAMS).outputs)]
 def outcomes_of(engine: SoakedEngine, count: int = 200) -> list[Outcome]:
     load = Load(engine, POOL, num_clients=3, seed=0)  # type: ignore[arg-type]
     load.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + WAIT_S
     while len(load.outcomes) < count and time.monotonic() < deadline:
         time.sleep(0.01)
     load.finish(20.0)
@@ -65,7 +66,7 @@ def test_a_request_that_does_not_end_is_lost_unless_it_is_forgotten(forget: bool
 
     load = Load(SoakedEngine(before=hold), POOL, num_clients=2, seed=1)  # type: ignore[arg-type]
     load.start()
-    assert asked.acquire(timeout=20) and asked.acquire(timeout=20)
+    assert asked.acquire(timeout=WAIT_S) and asked.acquire(timeout=WAIT_S)
     if forget:
         load.stop()
     else:

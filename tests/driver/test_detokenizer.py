@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from distributed_sparse.driver.detokenizer import CompletionText, Detokenizer, StopChecker, StopMatch, TextStream
+from distributed_sparse.driver.detokenizer import CompletionText, Detokenizer, TextStream
+from distributed_sparse.driver.stop_checker import StopChecker, StopMatch
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog. The dog sleeps.",

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from distributed_sparse.config import EngineConfig
+from distributed_sparse.driver.admission import derived_seed
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.detokenizer import Detokenizer
-from distributed_sparse.driver.driver import Driver, derived_seed
+from distributed_sparse.driver.driver import Driver
 from distributed_sparse.driver.in_process import InProcessGroup
 from distributed_sparse.driver.messages import StepPlan
 from distributed_sparse.driver.shard_group import ShardFailure
@@ -233,6 +236,45 @@ def test_a_stop_string_within_min_tokens_does_not_count(engine: Engine) -> None:
     text, string = stop_string_in(engine)
     completion = engine.one(PROMPT, temperature=0, max_tokens=40, min_tokens=40, stop=string)
     assert (completion.text, completion.finish_reason) == (text, "length")
+
+
+def special_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, token: int) -> str:
+    """Make a token of the vocabulary a special one, which the text leaves out; its name."""
+    raw = json.loads(JSON)
+    name = next(name for name, token_id in raw["model"]["vocab"].items() if token_id == token)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    raw["added_tokens"].append({"id": token, "content": name, "special": True, **flags})
+    monkeypatch.setattr(engine.driver, "_detokenizer", Detokenizer(json.dumps(raw)))
+    return name
+
+
+def test_a_stop_string_that_is_a_special_token_stops_at_it(
+    engine: Engine, alone: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = first_seen_late(alone, 5)
+    name = special_at(engine, monkeypatch, alone[place])
+    params: dict[str, Any] = {"temperature": 0, "max_tokens": 40, "stop": ["not in it", name]}
+    text = engine.one(PROMPT, temperature=0, max_tokens=place).text
+    for include in (False, True):
+        completion = engine.one(PROMPT, **params, include_stop_str_in_output=include)
+        assert completion.token_ids == alone[: place + 1]
+        assert (completion.finish_reason, completion.stop_reason) == ("stop", name)
+        assert completion.text == text + (name if include else "")
+    assert engine.one(PROMPT, **params, min_tokens=place + 1).token_ids[: place + 2] == alone[: place + 2]
+    assert [c.stop_reason for c in engine.run(PROMPT, **params, n=3).outputs] == [name] * 3
+
+
+def test_a_stop_string_that_is_the_end_of_sequence_is_the_reason(
+    engine: Engine, alone: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = first_seen_late(alone, 5)
+    name = special_at(engine, monkeypatch, alone[place])
+    monkeypatch.setattr(engine.driver, "model", msgspec.structs.replace(engine.driver.model, eos_token_ids=(alone[place],)))
+    reasons = [
+        engine.one(PROMPT, temperature=0, max_tokens=40, **stops).stop_reason
+        for stops in ({}, {"stop": name}, {"stop": name, "stop_token_ids": [alone[place]]})
+    ]
+    assert reasons == [None, name, alone[place]]
 
 
 @pytest.mark.parametrize("stop", [False, True])

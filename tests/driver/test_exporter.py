@@ -14,6 +14,7 @@ import pytest
 from distributed_sparse import LLM, SamplingParams
 from distributed_sparse.driver.engine_metrics import METRICS
 from tests.support.checkpoints import tiny_checkpoint
+from tests.support.patience import WAIT_S
 
 pytestmark = pytest.mark.ray
 
@@ -27,7 +28,7 @@ def scrape(model: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for node in ray.nodes():
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        for line in urllib.request.urlopen(url, timeout=10.0).read().decode().splitlines():
+        for line in urllib.request.urlopen(url, timeout=WAIT_S).read().decode().splitlines():
             sample = re.fullmatch(r"(\w+)\{(.*)\} (\S+).*", line)
             if sample is not None and f'model_name="{model}"' in sample[2]:
                 name, labels, value = sample.groups()
@@ -44,7 +45,7 @@ def test_a_running_engine_can_be_scraped(local_ray: None, tmp_path: Path) -> Non
         params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, n=2)
         outputs = llm.generate([PROMPT] * NUM_REQUESTS, params, use_tqdm=False)
         assert [output.error for output in outputs] == [None] * NUM_REQUESTS
-        deadline = time.monotonic() + 30.0
+        deadline = time.monotonic() + WAIT_S
         while (found := scrape(model)).get("ray_generation_tokens_total", 0.0) < 2 * NUM_REQUESTS * MAX_TOKENS:
             assert time.monotonic() < deadline, f"scraped only {found}"
             time.sleep(0.5)

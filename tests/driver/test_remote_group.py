@@ -21,15 +21,14 @@ from distributed_sparse.driver.shard_group import ShardFailure
 from distributed_sparse.shard import serve
 from distributed_sparse.shard.serve import ShardArguments, run_shard
 from tests.support import stand_in_shard as stand_in
+from tests.support.patience import WAIT_S
 from tests.support.process_group import ProcessShardGroup, connections, open_ports, open_sockets
 from tests.support.stand_in_shard import StandInShard
 
 
 @pytest.fixture
 def config(tmp_path):
-    return EngineConfig(
-        model=stand_in.write_checkpoint(tmp_path / "model"), tensor_parallel_size=2, device="cpu", startup_timeout_s=60.0
-    )
+    return EngineConfig(model=stand_in.write_checkpoint(tmp_path / "model"), tensor_parallel_size=2, device="cpu")
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def assert_nothing_left(group: ProcessShardGroup) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "handshake"]
 
 
-def step(group: ProcessShardGroup, number: int, timeout: float = 20.0):
+def step(group: ProcessShardGroup, number: int, timeout: float = WAIT_S):
     group.send(StepPlan(step=number, generation=group.generation))
     return group.collect(timeout)
 
@@ -223,7 +222,7 @@ def test_a_rank_that_dies_between_steps_is_found_by_a_check(started):
     group = started()
     group.check()
     os.kill(group.processes[0].pid, signal.SIGKILL)
-    deadline = time.monotonic() + 1.0
+    deadline = time.monotonic() + WAIT_S
     with pytest.raises(ShardFailure, match="SIGKILL") as caught:
         while time.monotonic() < deadline:
             group.check()
@@ -290,7 +289,7 @@ def pids(group: ProcessShardGroup) -> list[int]:
     return [info.pid for info in group.ranks]
 
 
-def fail(group: ProcessShardGroup, number: int, timeout: float = 20.0) -> ShardFailure:
+def fail(group: ProcessShardGroup, number: int, timeout: float = WAIT_S) -> ShardFailure:
     with pytest.raises(ShardFailure) as caught:
         step(group, number, timeout)
     return caught.value

@@ -57,6 +57,7 @@ class Engine:
         max_num_batched_tokens: int = 64,
         kept_pages: tuple[int, int] | None = None,
         forks_copy_pages: bool = False,
+        chunk_multiple: int = 1,
     ) -> None:
         self.num_pages = num_pages
         self.kept_pages = kept_pages
@@ -66,6 +67,7 @@ class Engine:
             "max_num_batched_tokens": max_num_batched_tokens,
             "kept_pages": kept_pages,
             "forks_copy_pages": forks_copy_pages,
+            "chunk_multiple": chunk_multiple,
         }
         self._come_up()
         self.steps = 0
@@ -168,6 +170,26 @@ def test_a_prompt_longer_than_the_token_budget_is_prefilled_in_chunks_and_its_bo
     assert [(plan.prefill[0].start, plan.prefill[0].end) for plan in plans] == [(0, 10), (10, 20), (20, 25)]
     assert [plan.prefill[0].samples for plan in plans] == [[], [], [0]]
     assert request.chunk_borders == [10, 20, 25]
+
+
+def test_evenly_cut_chunks_have_the_same_borders_whatever_decodes_beside_them() -> None:
+    borders = []
+    for decoding in (1, 3, 5):
+        engine = Engine(num_pages=200, max_num_batched_tokens=64, chunk_multiple=16)
+        for _ in range(decoding):
+            engine.add(tokens_of(1), max_tokens=40)
+        engine.step()
+        prompts = [engine.add(tokens_of(length)) for length in (150, 52, 100)]
+        engine.finish()
+        borders.append([request.chunk_borders for request in prompts])
+    assert borders[0] == borders[1] == borders[2] == [[48, 96, 150], [52], [48, 100]]
+
+
+def test_an_evenly_cut_chunk_is_cut_anywhere_where_decode_rows_leave_less_than_its_multiple() -> None:
+    engine = Engine(max_num_batched_tokens=8, chunk_multiple=16)
+    request = engine.add(tokens_of(30))
+    engine.finish()
+    assert request.chunk_borders == [8, 16, 24, 30]
 
 
 def test_running_sequences_decode_while_a_long_prompt_is_prefilled() -> None:
@@ -315,6 +337,18 @@ def test_a_prompt_that_is_only_scored_ends_with_its_last_token_and_samples_nothi
     assert engine.targets[request] == list(enumerate(prompt))[1:]
     assert request.sequences[0].output_token_ids == []
     assert engine.is_empty()
+
+
+@pytest.mark.parametrize(("first", "scored_from"), [(10, 1), (11, 11), (20, 11), (23, 21), (24, 24), (25, 25)])
+def test_chunks_before_the_first_scored_token_predict_nothing(first: int, scored_from: int) -> None:
+    """Chunks end at 10, 20 and 23 tokens; the two last tokens are decoded."""
+    engine = Engine(max_num_batched_tokens=10)
+    prompt = tokens_of(25)
+    request = engine.add(prompt, max_tokens=0, prompt_logprobs=0, decode_last_prompt_tokens=2)
+    request.first_scored = first
+    engine.finish()
+    assert engine.scored[request] == 1
+    assert engine.targets.get(request, []) == list(enumerate(prompt))[scored_from:]
 
 
 @pytest.mark.parametrize("steps", range(6))
@@ -684,6 +718,7 @@ class AnyOrder(RuleBasedStateMachine):
         spare_budget=st.integers(0, 40),
         kept_pages=st.none() | st.tuples(st.integers(0, 2), st.integers(1, 3)),
         forks_copy_pages=st.booleans(),
+        chunk_multiple=st.sampled_from([1, 1, 8, 16]),
         max_in_flight=st.integers(1, 3),
     )
     def start(
@@ -693,12 +728,14 @@ class AnyOrder(RuleBasedStateMachine):
         spare_budget: int,
         kept_pages: tuple[int, int] | None,
         forks_copy_pages: bool,
+        chunk_multiple: int,
         max_in_flight: int,
     ) -> None:
         self.kept_pages, self.forks_copy_pages = kept_pages, forks_copy_pages
         self.max_num_seqs = max_num_seqs
         self.budget = max_num_seqs + spare_budget
-        self.engine = Engine(num_pages, max_num_seqs, self.budget, kept_pages, forks_copy_pages)
+        self.chunk_multiple = chunk_multiple
+        self.engine = Engine(num_pages, max_num_seqs, self.budget, kept_pages, forks_copy_pages, chunk_multiple)
         self.max_in_flight = max_in_flight
         self.requests: list[Request] = []
         self.admitted: list[Request] = []
@@ -861,7 +898,8 @@ class AnyOrder(RuleBasedStateMachine):
             if chunk.start < sequence.replay_end:
                 assert (chunk.start, chunk.end) in itertools.pairwise([0, *ends]), "the chunks of the first time"
                 continue
-            if chunk.end < request.prefill_length:
+            is_even = chunk.end % self.chunk_multiple == 0
+            if chunk.end < request.prefill_length and not (is_even and self.chunk_multiple > 1):
                 assert place == len(plan.prefill) - 1, "only the last chunk may be cut by the budget"
                 assert sum(part.num_tokens for part in plan.parts) == self.budget
             assert [chunk.start] == (ends[-1:] or [0]), "what was computed is computed again before anything new"

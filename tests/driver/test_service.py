@@ -18,9 +18,9 @@ from distributed_sparse.driver.pages import pages_for
 from distributed_sparse.driver.service import DriverService
 from distributed_sparse.driver.shard_group import ShardFailure
 from distributed_sparse.sampling_params import SamplingParams
+from tests.support.patience import WAIT_S
 from tests.support.scripted_group import VOCAB_SIZE, ScriptedGroup, expected_tokens
 
-WAIT_S = 20.0
 PROMPT = [5, 6, 7, 8]
 INFO = ModelInfo(VOCAB_SIZE, num_layers=1, num_kv_heads=1, eos_token_ids=(), max_model_len=512)
 FAILURE = ShardFailure((0,), "rank 0 (node n, host h, pid 1) failed: ArithmeticError: boom", "Traceback ...")

@@ -22,12 +22,13 @@ def decode(rows: int) -> StepPlan:
     return StepPlan(step=0, generation=0, decode=[DecodeRow(slot, 100, None, [slot]) for slot in range(rows)])
 
 
-def after(plan: StepPlan, seconds: float, times: StepTimes, count: int = 20) -> None:
+def after(plan: StepPlan, seconds: float, times: StepTimes, count: int = 20, from_store: int = 0) -> None:
     for _ in range(count):
         clock = StepClock(
             sent=0.001, received=0.001 + seconds, received_before=-0.001, driver=0.002, cpu=0.0005, same_clock=True
         )
-        times.add(plan, [StepResult(step=0, rank=0, started=0.002, step_ms=seconds * 900)], clock)
+        result = StepResult(step=0, rank=0, started=0.002, step_ms=seconds * 900, prefill_from_store=from_store)
+        times.add(plan, [result], clock)
 
 
 def test_short_prompts_do_not_set_the_deadline_of_long_ones() -> None:
@@ -43,6 +44,14 @@ def test_fast_steps_have_the_floor_and_slow_ones_twenty_times_their_p99() -> Non
     after(decode(64), 1.0, times)
     assert times.timeout(decode(4)) == TIMEOUT_FLOOR_S
     assert times.timeout(decode(64)) == pytest.approx(20.0)
+
+
+def test_prompts_from_the_store_do_not_set_the_deadline_of_computed_ones() -> None:
+    times = StepTimes(None)
+    after(prefill(2048), 0.1, times, from_store=2048)
+    assert times.timeout(prefill(2048)) == FIRST_STEPS_TIMEOUT_S
+    after(prefill(2048), 30.0, times)
+    assert times.timeout(prefill(2048)) == pytest.approx(600.0)
 
 
 def test_a_traced_step_is_not_held_to_the_deadline_of_the_others() -> None:

@@ -115,11 +115,24 @@ def test_examples_repeat_and_differ_from_each_other() -> None:
     assert first != NeedleSuite(tasks=("single",), lengths=(600,), depths=(0.5,), samples=3, seed=1).examples(MODEL)
 
 
-def test_the_chat_template_belongs_to_the_question() -> None:
-    example, _, question = one("single", chat=True)
-    assert question.rstrip().endswith("[assistant]")
-    assert text_of(example).startswith("[user]Secret numbers")
-    assert example.token_ids.count(TOKENIZER.bos_token_id) == 1
+@pytest.mark.parametrize("task", TASKS)
+def test_in_a_chat_the_cue_begins_the_assistants_answer(task: str) -> None:
+    """The model goes on with `The secret number is`; in the user's turn it would be a half sentence of the user's."""
+    example, _, question = one(task, chat=True)
+    asked, _, cue = one(task)[2].lstrip().partition("? ")
+    assert cue and question.endswith(f"{asked}?\n[assistant]{cue}")
+    assert text_of(example).startswith("[user]") and text_of(example).count("[assistant]") == 1
+    assert example.token_ids.count(TOKENIZER.bos_token_id) == 1 and len(example.token_ids) <= LENGTH
+
+
+def test_the_cue_of_a_pass_key_stands_in_the_assistants_turn() -> None:
+    for chat, end in (
+        (False, "What is the pass key? The pass key is"),
+        (True, "What is the pass key?\n[assistant]The pass key is"),
+    ):
+        (example,) = PasskeySuite(lengths=(400,), depths=(0.5,), samples=1, chat=chat).examples(MODEL)
+        question = TOKENIZER.decode(example.token_ids[-example.num_question_tokens :], skip_special_tokens=True)
+        assert question.endswith(end) and "Remember it" not in question
 
 
 @pytest.mark.parametrize(

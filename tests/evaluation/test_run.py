@@ -20,8 +20,8 @@ from distributed_sparse.evaluation.methods import parse_methods, settings_key
 from distributed_sparse.evaluation.recall import make_quiz, score_quiz
 from distributed_sparse.evaluation.recall_model import save_recall_checkpoint
 from distributed_sparse.evaluation.run import Evaluation, RunOptions
+from distributed_sparse.evaluation.suites.agreement import AgreementSuite
 from distributed_sparse.evaluation.suites.passkey import PasskeySuite
-from distributed_sparse.evaluation.suites.ppl import PplSuite
 from distributed_sparse.evaluation.suites.recall import RecallSuite
 from distributed_sparse.evaluation.summary import summarise_run
 from distributed_sparse.llm import LLM
@@ -54,6 +54,7 @@ class Engines:
     def __init__(self) -> None:
         self.open = self.most_open = 0
         self.methods: list[tuple[str, bool]] = []
+        self.prefilled: list[dict[str, int]] = []
 
     @contextmanager
     def __call__(self, config: EngineConfig) -> Iterator[LLM]:
@@ -61,10 +62,11 @@ class Engines:
         self.methods.append((config.sparse["method"], config.trace))
         self.open += 1
         self.most_open = max(self.most_open, self.open)
-        settings = {name: getattr(config, name) for name in ("sparse", "trace", *ENGINE)}
+        settings = {name: getattr(config, name) for name in ("sparse", "trace", "prefill_store", *ENGINE)}
         try:
             with make_llm(config.model, config.tensor_parallel_size, **settings) as llm:
                 yield llm
+                self.prefilled.append(llm.stats()["prefill_tokens"])
         finally:
             self.open -= 1
 
@@ -98,7 +100,7 @@ def test_a_run_measures_what_the_engine_says(recall: str, recall_records: dict[s
     record = recall_records[f"{settings_key(quest)}/answers/one-hop, 400 tokens/0"]
     summary = summarise_run(list(recall_records.values()), settings_key(quest), "one-hop, 400 tokens")
     assert summary is not None and summary.layer_density is not None
-    assert summary.score == score_quiz(quiz, output.prompt_logprobs).accuracy
+    assert summary.score.mean == score_quiz(quiz, output.prompt_logprobs).accuracy
     assert summary.layer_density == pytest.approx(np.array(stats["attention"]["density"]), rel=1e-9)
     assert summary.sparse_share == 1.0 and summary.density == pytest.approx(summary.layer_density[2:].mean())
     assert record["counters"]["bytes_read"] == stats["attention"]["bytes_read"]
@@ -131,9 +133,9 @@ def test_dense_is_its_own_reference_and_a_blind_window_is_far_from_it(recall_rec
         )
     )
     assert dense is not None and quest is not None and window is not None
-    assert (dense.score, dense.kl, dense.top1, dense.density, dense.mass) == (1.0, 0.0, 1.0, 1.0, 1.0)
+    assert (dense.score.mean, dense.kl.mean, dense.top1.mean, dense.density, dense.mass) == (1.0, 0.0, 1.0, 1.0, 1.0)
     assert max(dense.error, quest.error) < 1e-3 < window.error
-    assert quest.score > window.score and quest.kl < window.kl and quest.mass > window.mass
+    assert quest.score.mean > window.score.mean and quest.kl.mean < window.kl.mean and quest.mass > window.mass
     assert dense.compared == quest.compared == 4
 
 
@@ -188,9 +190,10 @@ def test_two_ranks_measure_what_one_does(recall: str, tmp_path: Path) -> None:
     assert one is not None and two is not None
     assert one.layer_density is not None and two.layer_density is not None
     assert np.array_equal(one.layer_density, two.layer_density)
-    for name in ("score", "density", "held_kv", "held_metadata", "read_per_step", "top1"):
+    assert (two.score.mean, two.top1.mean) == (one.score.mean, one.top1.mean)
+    for name in ("density", "held_kv", "held_metadata", "read_per_step", "read_share"):
         assert getattr(two, name) == pytest.approx(getattr(one, name), rel=1e-4), name
-    assert two.kl == pytest.approx(one.kl, rel=1e-2, abs=1e-4)
+    assert two.kl.mean == pytest.approx(one.kl.mean, rel=1e-2, abs=1e-4)
 
 
 def test_generated_answers_are_compared_at_the_dense_runs_tokens(text: str, tmp_path: Path) -> None:
@@ -225,10 +228,22 @@ def test_generated_answers_are_compared_at_the_dense_runs_tokens(text: str, tmp_
     assert trace["positions"][0] >= len(example.token_ids) - 1  # the steps that say the answer
 
 
+def test_every_prompt_is_prefilled_by_the_dense_run_alone(text: str, tmp_path: Path) -> None:
+    """Answered in batches, compared one by one and traced: the other engines find all of it, and nothing is left behind."""
+    suite = PasskeySuite(lengths=(300,), depths=(0.2, 0.8), samples=2, max_tokens=3)
+    given = evaluation(text, suite, parse_methods(["quest,tova"], [48]), RunOptions(trace_examples=1, batch=3, controls=False))
+    run(tmp_path, given)
+    dense, *others = given._open_engine.prefilled
+    assert dense["computed"] > 4 * 200
+    assert [engine["computed"] for engine in others] == [0, 0]
+    assert others[0]["from_store"] == others[1]["from_store"] == sum(dense.values())
+    assert not list(tmp_path.glob("prefill-*"))
+
+
 def test_a_table_that_is_too_large_is_not_made_but_the_text_is_still_scored(text: str, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("the quick brown fox jumps over the lazy dog. " * 30)
-    suite = PplSuite(text=str(path), context=200, decoded=6, windows=1)
+    suite = AgreementSuite(text=(str(path),), lengths=(200,), decoded=6)
     found = []
     for limit in (1000, 1 << 30):
         options = RunOptions(trace_examples=0, controls=False, table_bytes=limit)
@@ -236,11 +251,6 @@ def test_a_table_that_is_too_large_is_not_made_but_the_text_is_still_scored(text
         found.append(next(r["examples"][0] for r in records.values() if r["settings"]["method"] == "quest"))
     assert found[0]["kl"] == [] and len(found[1]["kl"]) == 6 and max(found[1]["kl"]) > 0
     assert found[0]["scores"] == found[1]["scores"]
-    (example,) = suite.examples(evaluation(text, suite, []).model)
-    with make_llm(text, sparse=parse_methods(["quest"], [48])[0], **ENGINE) as llm:
-        (scored,) = llm.score(example.token_ids, decode_last_prompt_tokens=7)
-    bits = -scored.token_logprobs[-6:].astype(np.float64).sum() / math.log(2)
-    assert found[0]["scores"]["score"] == pytest.approx(bits / example.meta["num_bytes"], rel=1e-5)
 
 
 def test_evicted_pages_are_not_traced_but_counted_as_freed(text: str, tmp_path: Path) -> None:

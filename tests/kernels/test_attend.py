@@ -442,3 +442,54 @@ def test_the_kernels_compile_without_a_gpu_and_spill_nothing(dim, group, page_si
 
 def test_a_chunk_holds_whole_pages_of_every_page_size():
     assert all(CHUNK_TOKENS % page_size == 0 for page_size in (16, 32, 64))
+
+
+# ---- numbers that are none
+
+
+@pytest.mark.parametrize(
+    ("where", "tokens"),
+    [
+        *(("key", 1), ("key", 530), ("all keys", 530), ("value", 40), ("query", 40), ("infinite key", 40)),
+        *(("listed token", 1), ("partial", 40)),
+    ],
+)
+def test_a_row_that_attends_a_nan_is_nan_and_no_other_row_is(implementation: Implementation, where: str, tokens: int) -> None:
+    """Else a sequence whose keys are NaN would go on with plausible numbers."""
+    torch.manual_seed(21)
+    pages = -(-tokens // 16)
+    case = make_case([[pages, pages], [pages, pages]], [(tokens - 1) % 16 + 1] * 2, num_tokens=[[20, 20], [20, 20]])
+    nan, page, slot = torch.nan, int(case.pages[0, 1, pages // 2]), int(case.tokens[0, 1, 7])  # type: ignore[index]
+    heads = slice(4, 8)
+    if where == "key":
+        case.k_pages[page, 1, 0, 3] = nan
+    elif where == "all keys":
+        case.k_pages[:, 1].fill_(nan)
+    elif where == "infinite key":
+        case.k_pages[page, 1, 0] = torch.inf  # the products' signs differ
+    elif where == "value":
+        case.v_pages[page, 1, 0].fill_(nan)
+    elif where == "listed token":
+        case.k_pages[slot // 16, 1, slot % 16].fill_(nan)
+    elif where == "query":
+        case.q[0, heads] = nan
+    else:
+        case.partial = (torch.randn(2, 8, 64), torch.randn(2, 8))
+        case.partial[1][0, heads] = nan
+    out, lse = case.run(implementation, return_lse=True)
+    sequences = 2 if where == "all keys" else 1
+    is_nan = torch.zeros(2, 8, dtype=torch.bool)
+    is_nan[:sequences, heads] = True
+    assert torch.equal(out.isnan().all(-1), is_nan) and torch.equal(out.isnan().any(-1), is_nan)
+    assert not lse[~is_nan].isnan().any()
+
+
+@pytest.mark.implementations("torch", "interpreter", "triton")
+def test_a_nan_partial_is_merged_and_an_empty_one_is_not(implementation: Implementation) -> None:
+    function = implementation.function("combine", file="attend")
+    outs, lses = torch.randn(3, 2, 1, 64), torch.tensor([[0.0, torch.nan], [0.0, -torch.inf], [torch.nan, torch.nan]])
+    outs[1, 1] = torch.nan
+    counts = torch.full((3,), 2, dtype=torch.int32)
+    device = implementation.device
+    out, _ = function(outs.to(device), lses[..., None].to(device), counts.to(device))
+    assert out.cpu().isnan().all(-1).flatten().tolist() == [True, False, True]

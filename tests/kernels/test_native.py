@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from distributed_sparse.kernels.sample_residual_native import sample_residual_na
 from distributed_sparse.kernels.sample_residual_torch import sample_residual_torch
 from distributed_sparse.kernels.top_p_native import top_p_native
 from tests.support.kernels import TOLERANCE, assert_near, bits
+from tests.support.patience import WAIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,6 +46,13 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     native.library.cache_clear()
     yield tmp_path / "distributed_sparse"
     native.library.cache_clear()
+
+
+@pytest.fixture
+def smallest(fresh: Path) -> Path:
+    """The same with the one source that is compiled soonest."""
+    (native.SOURCES / "rms_norm.cpp").unlink()
+    return fresh
 
 
 def dense_case(context: int = 1200, dim: int = 64) -> tuple[torch.Tensor, ...]:
@@ -135,7 +144,7 @@ def test_of_processes_that_want_it_at_once_one_builds_and_all_get_it_whole(
     monkeypatch.setenv("CXX", str(compiler))
     told = "import torch; from distributed_sparse.kernels import native; assert native.library() is not None"
     processes = [subprocess.Popen([sys.executable, "-c", told], cwd=ROOT) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    assert [process.wait(timeout=WAIT_S) for process in processes] == [0, 0, 0]
     assert [path.suffix for path in fresh.iterdir()] == [".so"]
     compiled = [line.split(" -c ")[1].split()[0] for line in said.read_text().splitlines() if " -c " in line]
     sources = (ROOT / "kernels" / "cpp").glob("*.cpp")
@@ -194,6 +203,98 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(fresh: Path, monkeypatch: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(no_folder))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert native.library() is not None
+    assert len([*tmp_path.glob("distributed_sparse-*/native-*.so")]) == 1
+
+
+def damage(path: Path, kind: str) -> None:
+    """Put something else in the place of a library."""
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "a folder":
+        (path / "with").mkdir(parents=True)
+    elif kind == "a link to nothing":
+        path.symlink_to(path.with_name("nothing"))
+    elif kind == "unreadable":
+        path.symlink_to(path.name)  # a loop: root may read what is only forbidden
+    else:
+        changed = bytearray(content)
+        changed[18:20] = b"\xb7\x00"  # e_machine: AArch64
+        kinds = {"empty": b"", "garbage": b"\0" * 5000, "cut": content[: len(content) // 2], "other": bytes(changed)}
+        path.write_bytes(kinds[kind])
+
+
+@pytest.mark.parametrize("kind", ["empty", "garbage", "cut", "other", "a folder", "a link to nothing", "unreadable"])
+def test_a_damaged_library_is_built_again(smallest: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    assert native.library() is not None
+    (built,) = smallest.iterdir()
+    whole = built.read_bytes()
+    damage(built, kind)
+    native.library.cache_clear()
+    assert native.library() is not None and not caplog.records
+    assert [path.name for path in smallest.iterdir()] == [built.name]
+    assert len(built.read_bytes()) == len(whole) and native._whole(built) is not None
+
+
+def test_what_killed_processes_left_behind_is_removed_and_holds_nobody_up(smallest: Path) -> None:
+    (smallest / "building-left").mkdir(parents=True)
+    hold = "fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    held = f"import fcntl, os, sys; {hold}"
+    holder = subprocess.Popen([sys.executable, "-c", held, str(smallest)], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    holder.kill()
+    holder.communicate()
+    assert native.library() is not None
+    assert [path.suffix for path in smallest.iterdir()] == [".so"]
+
+
+def test_a_process_that_holds_the_lock_for_too_long_is_waited_for_no_longer(
+    smallest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smallest.mkdir()
+    (smallest / "building-still").mkdir()
+    monkeypatch.setattr(native, "LOCK_TIMEOUT_S", 2.0)
+    with native._lock_on(smallest) as locked:
+        assert locked
+        monkeypatch.setattr(native._Recipe, "build", lambda self, folder: shutil.copy(__file__, folder / self.name))
+        with pytest.raises(OSError):  # it went on, and what was built is no library
+            native._built(native._Recipe("native-x.so", [], [], None), smallest)
+    assert (smallest / "building-still").exists(), "who is waited for may be at work there"
+
+
+@pytest.mark.parametrize("home", ["no home", "a home that is no folder", "a cache that is no folder"])
+def test_without_a_home_the_library_lies_in_a_private_temporary_folder_and_is_found_again(
+    smallest: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "file").touch()
+    if home == "no home":
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where HOME is not set, and the user is unknown
+    elif home == "a home that is no folder":
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        smallest.touch()
+    found = []
+    for _ in range(2):
+        assert native.library() is not None
+        native.library.cache_clear()
+        (built,) = tmp_path.glob("distributed_sparse-*/native-*.so")
+        assert built.parent.stat().st_mode & 0o077 == 0
+        found.append(built.stat().st_mtime_ns)
+    assert found[0] == found[1]
+
+
+def test_a_temporary_folder_that_others_can_write_is_not_trusted(
+    smallest: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (shared := tmp_path / f"distributed_sparse-{os.getuid()}").mkdir()
+    shared.chmod(0o777)
+    assert native.library() is not None
+    assert not list(shared.iterdir())
     assert len([*tmp_path.glob("distributed_sparse-*/native-*.so")]) == 1
 
 

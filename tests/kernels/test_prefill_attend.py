@@ -188,3 +188,17 @@ def test_the_kernel_compiles_without_a_gpu_and_spills_nothing(dim, group, page_s
     case = make_case([(3, 2)], dim=dim, group=group, page_size=page_size, dtype=dtype)
     launcher = prefill_attend_triton.prefill_attend_triton
     assert_compiles(launcher, *case.tensors, case.scale, case.max_query_len, architecture=architecture)
+
+
+@pytest.mark.parametrize("where", ["key", "value", "history"])
+def test_a_query_that_attends_a_nan_is_nan_and_no_other_chunk_is(implementation: Implementation, where: str) -> None:
+    """Else a prompt with a NaN in it would go on with plausible numbers."""
+    torch.manual_seed(5)
+    case = make_case([(100, 33), (130, 70)], heads=2)
+    position = 10 if where == "history" else 70
+    cache = case.v_pages if where == "value" else case.k_pages
+    cache[case.page_table[0, position // 16], 1, position % 16] = torch.nan
+    out = case.run(implementation).unflatten(1, (2, -1))  # [N, H_kv, G, d]
+    first_query = 100 - 33
+    assert out[max(position - first_query, 0) : 33, 1].isnan().all()
+    assert not out[:33, 0].isnan().any() and not out[33:].isnan().any()

@@ -18,7 +18,7 @@ from distributed_sparse.bench import plots, step
 from distributed_sparse.bench.contestants import Engine
 from distributed_sparse.bench.ops import attention
 from distributed_sparse.client import EngineError
-from launch import bench
+from distributed_sparse.commands import bench
 from tests.support.bench_models import tiny_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -231,7 +231,7 @@ def test_the_script_that_measures_everything_says_only_what_the_command_line_tak
     (recorder := tmp_path / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$*" >> "$RECORDED"\n[ "$3" != layer ]\n')
     recorder.chmod(0o755)
     told = {"BENCH_PYTHON": str(recorder), "RECORDED": str(tmp_path / "recorded"), "NAME": "here", "PATH": os.environ["PATH"]}
-    script = Path(bench.__file__).with_name("bench.sh")
+    script = Path(__file__).resolve().parents[2] / "launch" / "bench.sh"
     ended = subprocess.run(["bash", str(script), device], env=told, capture_output=True, text=True)
     assert ended.returncode == 1, ended.stderr  # layer's
     lines = [line.split() for line in (tmp_path / "recorded").read_text().splitlines()]

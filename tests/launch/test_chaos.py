@@ -17,7 +17,8 @@ from distributed_sparse.chaos.faults import Fault
 from distributed_sparse.chaos.outcome import COMPLETED, LOST, Outcome
 from distributed_sparse.chaos.processes import MARK, left_after
 from distributed_sparse.chaos.report import SoakReport
-from launch import chaos
+from distributed_sparse.commands import chaos
+from tests.support.patience import WAIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,7 +104,7 @@ def test_an_interrupted_soak_prints_its_table_and_leaves_nothing(number: int, co
 
 def mark_of_child(pid: int) -> str:
     """The mark that the processes of a soak carry, read from one that it has started."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from distributed_sparse.commands import demo
 from distributed_sparse.evaluation.recall_model import ensure_recall_checkpoint
-from launch import demo
+from tests.support.patience import WAIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +20,7 @@ def test_the_table_has_dense_and_quest_right_and_the_window_wrong(ray_environmen
     command = [sys.executable, "-m", "launch.demo", "--context", "2048", "--facts", "128", "--questions", "8"]
     checkpoint = tmp_path / "made" / "demo"
     done = subprocess.run(
-        [*command, "--set", f"model={checkpoint}"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [*command, "--set", f"model={checkpoint}"], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False
     )
     assert done.returncode == 0, done.stderr
     assert (checkpoint / "model.safetensors").is_file()

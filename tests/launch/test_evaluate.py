@@ -16,10 +16,11 @@ import pytest
 import yaml
 
 from distributed_sparse import LLM
+from distributed_sparse.commands.evaluate import main
 from distributed_sparse.evaluation.recall_model import save_recall_checkpoint
 from distributed_sparse.evaluation.suites import SUITES
-from launch.evaluate import main
 from tests.support.checkpoints import tiny_checkpoint
+from tests.support.patience import WAIT_S
 from tests.support.text_checkpoint import text_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,8 +65,8 @@ def test_recall_from_the_command_to_the_report(
         for plot in ("score", "density", "mass", "tokens"):
             assert (tmp_path / f"{plot}-{group}-400-tokens.png").read_bytes().startswith(PNG)
     for row in (
-        "| dense | 1.000 | 1.000 |",
-        "| quest 64 | 1.000 | 0.1",
+        "| dense | 1 | 4 | 1.000 [0.473, 1.000] | - | 1.000 | 1.000 | 0.0000 |",
+        "| quest 64 | 1 | 4 | 1.000 [0.473, 1.000] |",
         "| = window 64 |",
         "| = random 64 |",
         "| = oracle_topk 64 |",
@@ -85,27 +86,51 @@ def test_recall_from_the_command_to_the_report(
     assert "holds results of recall.seed=0, and this run has recall.seed=1" in capsys.readouterr().err
 
 
-def test_ppl_of_a_text(configs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog, and 你好 🙂 again. " * 30)
-    command = ["ppl", "--config", configs["text"], "--text", str(text), "--context", "200", "--decoded", "6", "--windows", "2"]
-    command += [
-        "--methods",
-        "quest",
-        "--budgets",
-        "32",
-        "--output",
-        str(tmp_path / "out"),
-        "--no-plots",
-        "--set",
-        "page_size=32",
-    ]
-    assert main(command) == 2
+def test_agreement_on_texts(configs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("fox", "dog"):
+        (tmp_path / f"{name}.txt").write_text(f"the quick brown {name} jumps over the lazy dog, and 你好 🙂 again. " * 30)
+    command = ["agreement", "--config", configs["text"], "--text", str(tmp_path / "fox.txt"), str(tmp_path / "dog.txt")]
+    command += ["--lengths", "100,200", "--decoded", "6", "--batch", "1", "--trace-examples", "0", "--methods", "quest"]
+    command += ["--output", str(tmp_path / "out"), "--set", "page_size=32", "--budgets"]
+    assert main([*command, "32"]) == 2
     assert "sparse.token_budget=32 is below the 2 forced pages of 32 tokens" in capsys.readouterr().err
-    command[command.index("32")] = "64"
-    assert main(command) == 0
-    assert "bits per byte" in (tmp_path / "out" / "report.md").read_text()
-    assert not list((tmp_path / "out").glob("*.png"))
+    assert main([*command, "64"]) == 0
+    printed = capsys.readouterr()
+    report = (tmp_path / "out" / "report.md").read_text()
+    for length in (100, 200):
+        assert (
+            f"## {length} tokens" in report
+            and "| run | examples | tokens | perplexity | against dense | bytes / dense |" in report
+        )
+        assert (tmp_path / "out" / f"agreement-{length}-tokens.png").read_bytes().startswith(PNG)
+    assert "perplexity by task, 2 examples and 12 tokens in all\n\n| task | fox | dog |" in report
+    # without a terminal each unit is a line; dense, quest and three controls, each with two texts of two lengths
+    lines = [line for line in printed.err.splitlines() if " units, " in line]
+    assert [line.split()[0] for line in lines] == [f"{i}/{8 if i <= 8 else 20}" for i in range(1, 21)]
+    assert ": quest 64, 100 tokens, answers of fox-100-0" in lines[4]
+
+
+def test_where_dense_itself_fails_it_is_said_before_the_methods_run_and_in_the_report(
+    configs: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [
+        "passkey",
+        "--config",
+        configs["text"],
+        "--lengths",
+        "300",
+        "--depths",
+        "0.5",
+        "--samples",
+        "2",
+        "--max-tokens",
+        "3",
+    ]
+    command += ["--methods", "quest", "--budgets", "64", "--no-controls", "--no-plots", "--trace-examples", "0"]
+    assert main([*command, "--output", str(tmp_path)]) == 0
+    (warning,) = (record.getMessage() for record in caplog.records if "dense attention itself" in record.getMessage())
+    assert warning.startswith("passkey, 300 tokens: dense attention itself has keys found (0-100) 0 over 2 examples, below 50")
+    assert f"**{warning}**" in (tmp_path / "report.md").read_text()
 
 
 def test_profile_of_a_checkpoint_without_a_tokenizer_writes_overrides_that_an_engine_takes(
@@ -143,7 +168,7 @@ def test_needle_with_answers_of_text(configs: dict[str, str], tmp_path: Path) ->
     [
         (["needle", "--methods", "quest"], "'{bare}' has no tokenizer; give one with --set tokenizer=FOLDER"),
         (["recall", "--methods", "quest"], "recall needs the checkpoint that is built for it"),
-        (["ppl", "--context", "300", "--methods", "quest"], "give either --text FILE, or --token-ids FILE"),
+        (["agreement", "--lengths", "300", "--methods", "quest"], "'{bare}' has no tokenizer; give --token-ids FILE"),
         (["longbench", "--methods", "quest"], "'{bare}' has no tokenizer; give one with --set tokenizer=FOLDER"),
         (["profile", "--methods", "qest"], "sparse.method='qest' is not known"),
         (["needle"], "--methods is missing, and the configuration has no sparse method"),
@@ -188,7 +213,7 @@ def test_an_interrupt_leaves_a_directory_to_go_on_from(configs: dict[str, str], 
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.evaluate", *command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + WAIT_S
     while (not results.exists() or not results.read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

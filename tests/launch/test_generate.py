@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 
 import distributed_sparse
 from distributed_sparse import CompletionOutput, EngineConfig, Logprob, RequestOutput, SamplingParams
+from distributed_sparse.commands.generate import main
+from distributed_sparse.commands.rows import Row, json_line, make_row, read_rows, row_out
 from distributed_sparse.metrics import RequestMetrics
-from launch.generate import Row, main, make_row, read_rows, row_out
+from tests.support.patience import WAIT_S
 from tests.support.text_checkpoint import byte_level_bos_tokenizer, text_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,6 +161,21 @@ def test_a_row_out_is_json_with_logprobs_and_times() -> None:
     }
 
 
+NAN_ROW = {"id": float("inf"), "outputs": [{"text": "é", "logprobs": [{"7": {"logprob": -float("inf")}}]}], "x": float("nan")}
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (NAN_ROW, '{"id": null, "outputs": [{"text": "é", "logprobs": [{"7": {"logprob": null}}]}], "x": null}'),
+        ({"id": "\ud800", "text": "你"}, '{"id": "\\ud800", "text": "\\u4f60"}'),
+        ({"id": 10**400}, f'{{"id": {10**400}}}'),
+    ],
+)
+def test_every_line_is_strict_json_in_utf_8(row: dict[str, Any], line: str) -> None:
+    assert json_line(row).decode("utf-8") == line + "\n"
+
+
 # ---- the command line, with an engine that only echoes
 
 
@@ -165,7 +183,7 @@ def test_rows_come_back_in_order_and_bad_ones_stop_no_other(
     tmp_path: Path, echo: type[EchoLLM], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = rows_file(tmp_path, {"prompt": "abc"}, "{", {"prompt": "refuse"}, {"prompt": [4, 5], "id": "z"})
-    assert main(["--config", config_file(tmp_path), "--prompts-file", rows, "--max-tokens", "2"]) == 0
+    assert main(["--config", config_file(tmp_path), "--prompts-file", rows, "--max-tokens", "2"]) == 1
     captured = capsys.readouterr()
     written = read_jsonl(captured.out)
     assert [row["id"] for row in written] == [1, 2, 3, "z"]
@@ -271,11 +289,144 @@ def test_a_wrong_call_is_refused_before_an_engine_is_made(
     assert not echo.instances
 
 
+# ---- rows that are wrong in any way, and outputs that fail
+
+
+def strict(line: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+WRONG_LINES: list[tuple[bytes, Any, str]] = [
+    (b'{"id": NaN, "prompt": "a"}', 2, "line 2: id=nan cannot be written back as JSON"),
+    (b'{"id": [1, -Infinity], "prompt": "a"}', 2, "line 2: id=[1, -inf] cannot"),
+    (b'{"id": 1e999, "prompt": "a"}', 2, "line 2: id=inf cannot"),
+    (b'{"id": ' + b"9" * 5000 + b', "prompt": "a"}', 2, "line 2 is not JSON"),
+    (b"[" * 100_000, 2, "line 2 is not JSON"),
+    (b'{"id": "x", "prompt": "\xff"}', 2, "line 2 is not UTF-8"),
+    (b'{"prompt": "a"} {"prompt": "b"}', 2, "line 2 is not JSON"),
+    (b'{"prompt": "a"', 2, "line 2 is not JSON"),
+    (b"\x00", 2, "line 2 is not JSON"),
+    (b'"prompt"', 2, "is not an object"),
+    (b"null", 2, "None is not an object"),
+    (b"{}", 2, "give either 'prompt' or 'messages'"),
+    (b'{"id": "x", "prompt": {"a": 1}}', "x", "prompt={'a': 1} must be a str"),
+    (b'{"id": "x", "prompt": true}', "x", "prompt=True must be"),
+    (b'{"id": "x", "messages": 3}', "x", "messages"),
+    (b'{"id": "x", "messages": [3]}', "x", "messages[0]=3"),
+    (b'{"id": "x", "prompt": "a", "sampling_params": []}', "x", "must be a mapping"),
+    (b'{"id": "x", "prompt": "a", "sampling_params": {"temperature": NaN}}', "x", "temperature=nan"),
+    (b'{"id": "x", "prompt": "a", "sampling_params": {"seed": ' + b"9" * 400 + b"}}", "x", "seed=9"),
+    (b'{"id": "x", "prompt": "a", "sampling_params": {"repetition_penalty": 1.2}}', "x", "repetition_penalty=1.2"),
+    (b'{"id": "x", "prompt": "a", "max_tokens": 3}', "x", "unknown key 'max_tokens'"),
+]
+
+
+@pytest.mark.parametrize(("line", "row_id", "message"), WRONG_LINES, ids=[message for _, _, message in WRONG_LINES])
+def test_a_wrong_line_becomes_a_row_with_an_error_and_the_others_are_generated(
+    tmp_path: Path, echo: type[EchoLLM], monkeypatch: pytest.MonkeyPatch, line: bytes, row_id: Any, message: str
+) -> None:
+    monkeypatch.setattr(echo, "tokenizer", byte_level_bos_tokenizer())
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b'{"prompt": "abc"}\n' + line + b'\n{"prompt": "def"}\n')
+    assert main(["--config", config_file(tmp_path), "--prompts-file", str(source), "--output", str(output)]) == 1
+    first, wrong, last = (strict(written) for written in output.read_text(encoding="utf-8").splitlines())
+    assert (first["outputs"][0]["text"], last["outputs"][0]["text"]) == ("abc", "def")
+    assert wrong["id"] == row_id and message in wrong["error"] and "outputs" not in wrong
+
+
+def test_a_byte_order_mark_crlf_blank_lines_and_ids_of_any_kind_are_taken(tmp_path: Path, echo: type[EchoLLM]) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    ids = ["a", "a", None, 1.5, {"k": [1]}, "\ud83d", True, "\u2028"]
+    lines = [json.dumps({"id": row_id, "prompt": "x", "sampling_params": None}) for row_id in ids]
+    source.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode() + b"\r\n \r\n\xef\xbb\xbf" + lines[0].encode())
+    assert main(["--config", config_file(tmp_path), "--prompts-file", str(source), "--output", str(output)]) == 0
+    assert [strict(line)["id"] for line in output.read_text(encoding="utf-8").split("\n")[:-1]] == [*ids, "a"]
+
+
+def test_any_exception_of_one_row_is_that_rows_error(tmp_path: Path, echo: type[EchoLLM]) -> None:
+    class Brittle(EchoLLM):
+        def stream(self, prompt: Any, params: SamplingParams) -> Iterator[RequestOutput]:
+            if prompt == "odd":
+                raise KeyError("odd")
+            return super().stream(prompt, params)
+
+    distributed_sparse.LLM = Brittle  # type: ignore[misc,assignment] # the fixture puts it back
+    output = tmp_path / "out.jsonl"
+    rows = rows_file(tmp_path, {"prompt": "abc"}, {"prompt": "odd"}, {"prompt": "def"})
+    assert main(["--config", config_file(tmp_path), "--prompts-file", rows, "--output", str(output)]) == 1
+    assert [row.get("error") for row in read_jsonl(output.read_text())] == [None, "KeyError: 'odd'", None]
+
+
+def test_the_file_of_the_prompts_is_not_overwritten(
+    tmp_path: Path, echo: type[EchoLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_file(tmp_path, {"prompt": "abc"})
+    assert main(["--config", config_file(tmp_path), "--prompts-file", rows, "--output", rows]) == 2
+    assert "is the file of the prompts" in capsys.readouterr().err
+    assert read_jsonl(Path(rows).read_text()) == [{"prompt": "abc"}]
+
+
+def test_an_output_that_takes_no_more_ends_the_run_with_whole_lines(
+    tmp_path: Path, echo: type[EchoLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    rows = rows_file(tmp_path, *({"prompt": "abcdef"} for _ in range(50)))
+    arguments = ["--config", config_file(tmp_path), "--prompts-file", rows, "--output", str(output)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert main(arguments) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    text = output.read_text()
+    written = [strict(line) for line in text.splitlines()]
+    assert text.endswith("}\n") and 1 <= len(written) < 50
+    assert capsys.readouterr().err == (
+        f"error: the output cannot be written: File too large; {len(written)} of 50 rows are written\n"
+    )
+    assert echo.instances[0].shut_down
+
+
+@pytest.mark.parametrize("what", ["file", "stdout", "pipe"])
+def test_a_full_device_and_a_reader_that_has_left_are_named(
+    tmp_path: Path, echo: type[EchoLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    arguments = ["--config", config_file(tmp_path), "--prompts-file", rows_file(tmp_path, {"prompt": "abc"})]
+    if what == "file":
+        arguments += ["--output", "/dev/full"]
+    elif what == "stdout":
+        monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
+    else:
+        read, write = os.pipe()
+        os.close(read)
+        monkeypatch.setattr(sys, "stdout", open(write, "w"))  # noqa: SIM115
+    assert main(arguments) == 1
+    why = "Broken pipe" if what == "pipe" else "No space left on device"
+    assert capsys.readouterr().err == f"error: the output cannot be written: {why}; 0 of 1 rows are written\n"
+
+
+def test_rows_are_not_lost_where_stdout_is_closed_and_not_mixed_with_messages_where_stderr_is(
+    tmp_path: Path, echo: type[EchoLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", config_file(tmp_path), "--prompts-file", rows_file(tmp_path, {"prompt": "abc"}, "{")]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        assert main(arguments) == 2
+    assert capsys.readouterr().err == "error: standard output is closed; give --output\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)
+        assert main(arguments) == 1
+    assert [strict(line)["id"] for line in capsys.readouterr().out.splitlines()] == [1, 2]
+
+
 # ---- the command line, for real
 
 
 def run(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, **kwargs)
 
 
 @pytest.mark.parametrize("how", [["-m", "launch.generate"], ["launch/generate.py"]])
@@ -311,18 +462,54 @@ def test_a_prompt_gives_the_same_tokens_as_text_in_a_file_and_as_token_ids(tiny_
         {"prompt": token_ids},
         {"prompt": [331]},
         {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
     )
     output = tmp_path / "out.jsonl"
     done = run("-m", "launch.generate", "--config", tiny_run, "--prompts-file", rows, "--output", str(output))
-    assert done.returncode == 0, done.stderr
-    text, tokens, wrong, chat = read_jsonl(output.read_text())
+    assert done.returncode == 1, done.stderr
+    text, tokens, wrong, chat, chat_of_parts, image = read_jsonl(output.read_text())
     assert text["outputs"] == tokens["outputs"]
     assert len(text["outputs"][0]["token_ids"]) == 12 == len(chat["outputs"][0]["token_ids"])
+    assert chat_of_parts["outputs"] == chat["outputs"]
     assert "outside the vocabulary of 331 tokens" in wrong["error"]
+    assert "content part" in image["error"] and "of type 'image_url' is not supported" in image["error"]
 
     done = run("launch/generate.py", "--config", tiny_run, "--prompt", "the quick", encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout == text["outputs"][0]["text"] + "\n"
+
+
+def test_wrong_rows_among_others_of_a_real_engine(tiny_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"id": "good", "prompt": "the quick", "sampling_params": {"logprobs": 2, "prompt_logprobs": 1}}
+    rows: list[Any] = [
+        good,
+        {"id": "\ud800", "prompt": "the fox"},
+        {"id": 2, "prompt": "\udfff"},
+        {"id": 3, "prompt": [5] * 3_500_000},
+        {"id": 4, "messages": [{"role": "user", "content": "\ud800"}]},
+        {"id": 5, "prompt": "the", "sampling_params": {"stop": "\ud800"}},
+        {"id": 6, "prompt": [10**400]},
+        good,
+    ]
+    assert main(["--config", tiny_run, "--prompts-file", rows_file(tmp_path, *rows)]) == 1
+    captured = capsys.readouterr()
+    written = [strict(line) for line in captured.out.splitlines()]
+    assert [row["id"] for row in written] == ["good", "\ud800", 2, 3, 4, 5, 6, "good"]
+    assert [len(row["outputs"][0]["token_ids"]) for row in written if "error" not in row][:2] == [12, 12]
+    assert all("error" in row for row in (written[2], written[3], written[4], written[6]))
+    assert written[0]["outputs"][0]["token_ids"] == written[-1]["outputs"][0]["token_ids"]
+    assert captured.err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_reader_that_leaves_ends_a_real_run_with_one_line(tiny_run: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "launch.generate", "--config", tiny_run, "--prompt", "the quick"]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.endswith("error: the output cannot be written: Broken pipe; the text is not complete\n")
 
 
 def test_ctrl_c_ends_a_real_run_cleanly(tiny_run: str, tmp_path: Path) -> None:
@@ -331,7 +518,7 @@ def test_ctrl_c_ends_a_real_run_cleanly(tiny_run: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launch.generate", "--config", tiny_run, "--prompts-file", rows, "--output", str(output)]
     process = subprocess.Popen([*command, "--max-tokens", "50"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + WAIT_S
         while not (output.exists() and output.read_text()):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from distributed_sparse import LLM, SamplingParams
+from tests.support.patience import WAIT_S
 from tests.support.ray_processes import assert_no_processes, own_ray, ray_processes
 from tests.support.text_checkpoint import text_checkpoint
 
@@ -65,11 +66,11 @@ def started_head(ray_environment: Path, binaries: Path) -> Iterator[dict[str, st
         command = [str(binaries / "ray"), "start", "--head", f"--port={port}", "--num-cpus=2", "--num-gpus=0"]
         command += ["--include-dashboard=true", f"--dashboard-port={dashboard_port}", "--dashboard-agent-listen-port=0"]
         command += ["--object-store-memory=100000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
         assert done.returncode == 0, done.stdout + done.stderr
         wait_for(f"{address}/api/version")
         yield environment
-    assert_no_processes(environment["RAY_TMPDIR"], timeout=1.0)
+    assert_no_processes(environment["RAY_TMPDIR"])
 
 
 def free_ports(count: int) -> list[int]:
@@ -88,12 +89,12 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
-def wait_for(url: str, timeout: float = 60.0) -> None:
+def wait_for(url: str, timeout: float = WAIT_S) -> None:
     """Until something answers there; a refusal for want of a token is an answer."""
     deadline = time.monotonic() + timeout
     while True:
         try:
-            urllib.request.urlopen(url, timeout=5.0).close()
+            urllib.request.urlopen(url, timeout=WAIT_S).close()
             return
         except urllib.error.HTTPError:
             return
@@ -125,7 +126,7 @@ def expected(path: Path) -> list[Any]:
 
 
 def submit(
-    environment: dict[str, str], *arguments: str, options: tuple[str, ...] = (), timeout: float = 240.0
+    environment: dict[str, str], *arguments: str, options: tuple[str, ...] = (), timeout: float = WAIT_S
 ) -> subprocess.CompletedProcess[str]:
     """The README's command: from the repository's root, its files uploaded. `options`: of `ray job submit`."""
     command = [RAY, "job", "submit", "--address", environment["RAY_API_SERVER_ADDRESS"], "--working-dir", ".", *options]
@@ -186,15 +187,15 @@ def test_a_job_that_is_stopped_leaves_no_shard_and_no_placement_group(
     rows = ("--prompts-file", str(tmp_path / "in.jsonl"), "--output", str(output))
     done = submit(head, "--config", config, *rows, options=("--no-wait", "--submission-id", job))
     assert done.returncode == 0, done.stdout + done.stderr
-    deadline = time.monotonic() + 120.0
+    deadline = time.monotonic() + WAIT_S
     while not (output.exists() and output.stat().st_size):  # it decodes
         assert time.monotonic() < deadline, "the job has answered nothing"
         time.sleep(0.2)
     stop = [RAY, "job", "stop", "--address", head["RAY_API_SERVER_ADDRESS"], job]
-    done = subprocess.run(stop, cwd=ROOT, env=head, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(stop, cwd=ROOT, env=head, capture_output=True, text=True, timeout=WAIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "was stopped" in done.stdout + done.stderr
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + WAIT_S
     while left := [
         command for command in ray_processes(head["RAY_TMPDIR"]).values() if "Actor" in command or "launch." in command
     ]:
@@ -202,7 +203,7 @@ def test_a_job_that_is_stopped_leaves_no_shard_and_no_placement_group(
         time.sleep(0.2)
     state = subprocess.run(
         [RAY, "list", "placement-groups", "--address", head["RAY_API_SERVER_ADDRESS"], "--format", "json"],
-        cwd=ROOT, env=head, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env=head, capture_output=True, text=True, timeout=WAIT_S,
     )  # fmt: skip
     assert state.returncode == 0, state.stdout + state.stderr
     assert all(group["state"] == "REMOVED" for group in json.loads(state.stdout))

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from distributed_sparse.commands.lifetime import TERMINATED, ends_on_sigterm, one_ray
 from distributed_sparse.config import EngineConfig
-from launch.lifetime import TERMINATED, ends_on_sigterm, one_ray
 
 
 def test_sigterm_unwinds_with_its_own_exit_code_and_the_handler_of_before_comes_back() -> None:

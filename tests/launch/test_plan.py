@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from distributed_sparse.commands import plan
 from distributed_sparse.planner import measure
 from distributed_sparse.planner.hardware import Hardware, Rate
 from distributed_sparse.planner.rank import RankOnPaper
-from launch import plan
 
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 LLAMA = str(MODELS / "llama-3.1-8b")
@@ -51,8 +51,17 @@ def test_points_where_sparse_does_not_pay_are_marked_and_listed(capsys: pytest.C
     assert ["quest", "8", "8192", "1"] in marked and ["quest", "8", "131072", "8"] not in marked
     listed = output.split("Where it does not pay")[1].splitlines()[1:]
     assert len(listed) == len(marked) and "context 8192, batch 1:" in listed[0]
-    assert run("--context", "131072", "--batch", "8") == 0
-    assert "expected to pay at every point" in capsys.readouterr().out
+    assert run("--context", "131072", "--batch", "1") == 0
+    assert "expected to pay at every point that fits" in capsys.readouterr().out
+
+
+def test_nothing_is_said_of_whether_points_pay_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--context", "131072", "--batch", "8") == 0  # 137 GB of cache on a GPU of 80
+    output = capsys.readouterr().out
+    assert [line.endswith("does not fit") for line in output.splitlines() if line.split()[0] in ("dense", "quest")] == [
+        True
+    ] * 2
+    assert "No point with a sparse method fits." in output
 
 
 def test_what_is_given_replaces_what_the_data_sheet_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -108,7 +117,7 @@ def test_the_shapes_that_come_along_are_those_of_their_names(name: str, tmp_path
         (["--set", "page_size=32"], "only keys of `sparse` can be set here"),
         (["--set", "sparse.method=window"], "give it as --method"),
         (["--context", "200000"], "over the 131072 positions"),
-        (["--dtype", "int8"], "dtype='int8' is not known"),
+        (["--dtype", "int8"], "dtype='int8' is not supported"),
         (["--bandwidth", "0"], "--bandwidth=0.0 must be finite, > 0"),
         (["--measure"], "leave it out, or plan for --gpu cpu"),
     ],

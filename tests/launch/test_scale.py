@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.lifetime import FAILED, USAGE
-from launch.scale import main
+from distributed_sparse.commands.lifetime import FAILED, USAGE
+from distributed_sparse.commands.scale import main
 
 ROOT = Path(__file__).resolve().parents[2]
 CUT = [

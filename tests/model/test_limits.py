@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from distributed_sparse.model.config import ModelConfig
-from distributed_sparse.model.limits import longest_context, resolve_device, resolve_dtype, resolve_max_model_len
+from distributed_sparse.model.limits import (
+    longest_context,
+    resolve_device,
+    resolve_dtype,
+    resolve_eos_token_ids,
+    resolve_max_model_len,
+)
 from tests.support.checkpoints import ROPE_PARAMETERS, tiny_config
+from tests.support.text_checkpoint import byte_level_bos_tokenizer
 
 
 def model(folder: Path, family: str = "llama", drop: tuple[str, ...] = (), **raw: Any) -> ModelConfig:
@@ -25,6 +32,7 @@ def model(folder: Path, family: str = "llama", drop: tuple[str, ...] = (), **raw
 
 OLD = ("rope_parameters",)
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+FACTOR = {"type": "yarn", "factor": 4.0}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -45,6 +53,13 @@ LLAMA3 = {
         # Llama 3.1: the file gives more than factor x original, and is believed
         ("llama", {"max_position_embeddings": 131072, "rope_theta": 5e5, "rope_scaling": LLAMA3}, 131072),
         ("llama", {"max_position_embeddings": 8192, "rope_theta": 5e5, "rope_scaling": LLAMA3}, 65536),
+        # the original length beside rope_scaling, as Phi 3 writes it, and one within that does not count
+        (
+            "qwen2",
+            {"max_position_embeddings": 131072, "original_max_position_embeddings": 32768, "rope_scaling": FACTOR},
+            131072,
+        ),
+        ("llama", {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rope_scaling": YARN}, 16384),
         # Vicuna 16K: linear has no field for the original length
         ("llama", {"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
         # a dynamic base follows the length itself; longrope gives the length that it was made for
@@ -104,3 +119,27 @@ def test_auto_takes_the_device_there_is_and_the_dtype_of_the_checkpoint() -> Non
 def test_cuda_without_a_gpu_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match="device='cuda' but this process sees no CUDA device; use device='cpu'"):
         resolve_device("cuda")
+
+
+def test_the_tokenizers_eos_joins_those_of_the_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = byte_level_bos_tokenizer()
+    assert tokenizer.eos_token_id == 2
+    for eos, expected in ((2, (2,)), (7, (7, 2)), ([7, 2], (7, 2)), (None, (2,))):
+        assert resolve_eos_token_ids(model(tmp_path, eos_token_id=eos), tokenizer) == expected
+    assert resolve_eos_token_ids(model(tmp_path, eos_token_id=7), None) == (7,)
+    assert not caplog.text
+
+
+def test_a_tokenizers_eos_that_the_model_cannot_write_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = byte_level_bos_tokenizer()
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(100)])
+    tokenizer.eos_token = "<extra 99>"
+    assert resolve_eos_token_ids(model(tmp_path, eos_token_id=7), tokenizer) == (7,)
+    assert f"eos_token_id={tokenizer.eos_token_id} is past vocab_size=331" in caplog.text
+
+
+def test_a_model_without_any_eos_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert resolve_eos_token_ids(model(tmp_path, eos_token_id=None), None) == ()
+    assert caplog.text.count("names an eos_token_id") == 1

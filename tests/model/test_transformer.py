@@ -187,6 +187,26 @@ def test_an_older_config_with_rope_theta_and_rope_scaling_equals_transformers(
     assert_equal_logits(dense_logits(path, PROMPT), reference_logits(path, PROMPT))
 
 
+@pytest.mark.parametrize("rope_type", ["yarn", "longrope", "llama3"])
+@pytest.mark.parametrize("within", [False, True])
+def test_an_original_length_at_the_top_of_the_config_equals_transformers(tmp_path: Path, rope_type: str, within: bool) -> None:
+    """As Phi 3 writes it; with one within rope_scaling too, the one at the top counts."""
+    path = tiny_checkpoint(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    del config["rope_parameters"]
+    scaling = {key: value for key, value in ROPE_PARAMETERS[rope_type].items() if key != "original_max_position_embeddings"}
+    misread = {**config, "rope_scaling": scaling}
+    config = {**misread, "original_max_position_embeddings": 48}
+    if within:
+        misread["rope_scaling"] = config["rope_scaling"] = scaling | {"original_max_position_embeddings": 300}
+    found = []
+    for written in (config, misread):
+        (path / "config.json").write_text(json.dumps(written))
+        found.append(dense_logits(path, PROMPT))
+        assert_equal_logits(found[-1], reference_logits(path, PROMPT))
+    assert (found[0] - found[1]).abs().max() > 0.1 * found[0].std()  # so that the key matters here
+
+
 def test_forward_never_waits_for_the_device(tmp_path: Path) -> None:
     """On the meta device a value cannot be read back: .item(), a mask used as an index, or a branch on data would raise."""
     path = tiny_checkpoint(tmp_path, "qwen3", rope_parameters=ROPE_PARAMETERS["longrope"])

@@ -16,6 +16,7 @@ from distributed_sparse.scaling.workload import Workload
 from distributed_sparse.shard.margin import relative_margin
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import make_llm
+from tests.support.patience import WAIT_S
 
 LOAD = Workload(input_len=20, output_len=6, batch=2, num_prompts=5)
 
@@ -61,7 +62,7 @@ def test_a_refused_request_is_an_error_and_the_others_are_aborted(llm: LLM) -> N
     requests = [*LOAD.requests(0, 1, 331), *Workload(input_len=60, output_len=6).requests(0, 1, 331)]
     with pytest.raises(EngineError, match="max_model_len=64"):
         send(llm, requests, 2)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WAIT_S
     while llm.stats()["requests"]["running"] and time.monotonic() < deadline:
         time.sleep(0.01)
     assert llm.stats()["pages"]["used"] == 0

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from distributed_sparse.shard import shared_memory
 from distributed_sparse.shard.collectives import CollectiveError, Collectives
 from distributed_sparse.shard.shared_memory import CAPACITY
+from tests.support.patience import WAIT_S
 from tests.support.process_group import PRELOAD
 
 
@@ -31,7 +32,9 @@ def way(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def in_ranks(world_size: int, body: Callable[[Collectives], object], timeout: float = 60.0, way: str = "shared memory") -> list:
+def in_ranks(
+    world_size: int, body: Callable[[Collectives], object], timeout: float = WAIT_S, way: str = "shared memory"
+) -> list:
     """What `body` returned, or the text of what it raised, in each of `world_size` processes; None where one died."""
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(PRELOAD)

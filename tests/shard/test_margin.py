@@ -27,12 +27,12 @@ def test_a_draw_s_margin_is_by_how_much_the_sampler_s_own_choice_won() -> None:
     setup = SlotSetup(0, 1, 1, 11, 2, 1.0, 1.0, 0, 0.0, None, [], 0)
     for position in range(20):
         draws = Draws.of([setup], [position], 50, logits.device)
-        (token,) = sample(logits[None], draws).tolist()
+        (token,) = sample(logits[None], draws)[0].tolist()
         gap = relative_margin(logits, params, 2, position) * float(logits.std())
         for change, same in ((0.99, True), (1.01, False)):
             lowered = logits.clone()
             lowered[token] -= change * gap
-            assert (sample(lowered[None], draws).item() == token) == same
+            assert (sample(lowered[None], draws)[0].item() == token) == same
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def draws_of(setups: list[SlotSetup], positions: list[int], vocab_size: int) -> 
 
 def sample(logits: Tensor, setups: list[SlotSetup], positions: list[int]) -> Tensor:
     """One token per row, as `setups` say."""
-    return sample_draws(logits, draws_of(setups, positions, logits.shape[1]))
+    return sample_draws(logits, draws_of(setups, positions, logits.shape[1]))[0]
 
 
 def masked_by(logits: Tensor, setups: list[SlotSetup]) -> Tensor:
@@ -373,3 +373,28 @@ def test_the_first_token_follows_the_models_softmax(llm: LLM) -> None:
     rest = (count - sum(observed), count - sum(expected))
     assert rest[1] > 1
     assert scipy.stats.chisquare([*observed, rest[0]], [*expected, rest[1]]).pvalue > 1e-4
+
+
+# ---- logits that are no numbers
+
+
+@pytest.mark.parametrize("mask", [{"temperature": 0.0}, *MASKS[::4]])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_is_not_finite_where_logits_are_not_and_other_rows_are_drawn_as_ever(
+    mask: dict[str, Any], value: float
+) -> None:
+    """The token is one of the vocabulary all the same: the next step, which may be queued already, reads it."""
+    logits = random_logits(3)
+    setups, positions = [setup(**mask), setup(**mask), setup(temperature=0.0)], [5, 6, 7]
+    expected, scores = sample_draws(logits, draws_of(setups, positions, VOCAB_SIZE))
+    assert scores.isfinite().all()
+    logits[1, slice(None) if value < 0 else 40] = value
+    found, scores = sample_draws(logits, draws_of(setups, positions, VOCAB_SIZE))
+    assert scores.isfinite().tolist() == [True, False, True]
+    assert found[[0, 2]].tolist() == expected[[0, 2]].tolist() and 0 <= found[1] < VOCAB_SIZE
+
+
+def test_a_score_is_minus_infinity_where_every_token_is_suppressed() -> None:
+    both = [setup(suppressed=list(range(VOCAB_SIZE)), suppress_until=9), setup()]
+    _, scores = sample_draws(random_logits(2), draws_of(both, [8, 8], VOCAB_SIZE))
+    assert scores[0] == -math.inf and scores[1].isfinite()

@@ -28,6 +28,7 @@ from distributed_sparse.shard.collectives import CollectiveError
 from distributed_sparse.shard.pending import PendingStep
 from distributed_sparse.shard.serve import Serving, ShardArguments, heartbeat, next_message
 from tests.support import stand_in_shard as stand_in
+from tests.support.patience import WAIT_S
 from tests.support.stand_in_shard import QUIET_STEP, StandInShard
 
 BROKEN_STEP = 77
@@ -150,7 +151,7 @@ def test_it_says_that_it_is_alive_until_it_ends_or_nobody_listens(monkeypatch, g
     channel = Sent()
     before = threading.active_count()
     with heartbeat(channel, 0):  # type: ignore[arg-type]
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + WAIT_S
         while len(channel.messages) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.005)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 
 from distributed_sparse.driver.messages import StepResult
+from distributed_sparse.shard.pending import PendingStep
 from distributed_sparse.shard.step_work import StepWork
 
 
@@ -60,7 +62,15 @@ def queue(stream: Stream, ms: float, tokens: list[int] | None = None) -> Any:
     """One step whose work takes so long."""
     work = StepWork(torch.device("cuda"))
     stream.now_ms += ms
-    return work.pending(StepResult(step=0, rank=0), None if tokens is None else torch.tensor(tokens))
+    return pending(work, StepResult(step=0, rank=0), {} if tokens is None else {"tokens": torch.tensor(tokens)})
+
+
+def pending(work: StepWork, result: StepResult, on_device: dict[str, torch.Tensor]) -> PendingStep:
+    def fill(fetched: Mapping[str, Any]) -> None:
+        for name, array in fetched.items():
+            setattr(result, name, array.tolist())
+
+    return work.pending(result, on_device, fill)
 
 
 def test_a_queued_step_is_waited_for_in_its_result_and_nowhere_else(stream: Stream) -> None:
@@ -97,7 +107,7 @@ def test_on_a_cpu_a_step_is_done_when_it_has_been_begun() -> None:
     before = time.monotonic()
     work = StepWork(torch.device("cpu"))
     time.sleep(0.01)
-    step = work.pending(StepResult(step=3, rank=0), torch.tensor([4, 2]))
+    step = pending(work, StepResult(step=3, rank=0), {"tokens": torch.tensor([4, 2])})
     assert step.ready
     result = step.result()
     assert result.tokens == [4, 2] and result.step_ms >= 10.0 and before <= result.started <= time.monotonic() - 0.01

@@ -18,6 +18,9 @@ def answers_record(
     layers: Sequence[int] = (1,),
     tasks: Sequence[str | None] = (),
     kl: Sequence[float | None] = (0.5, 0.25),
+    top1: Sequence[bool] = (True, False),
+    needed: float | None = None,
+    bytes_read: int = 1000,
 ) -> dict[str, Any]:
     """Two layers of two KV heads, one decode step per example; layers outside `layers` attend the whole context."""
     steps = len(scores)
@@ -32,7 +35,8 @@ def answers_record(
             "num_question_tokens": 2 + i,
             "pages": 7 + i,
             "kl": list(kl),
-            "top1": [True, False],
+            "top1": list(top1),
+            "needed": needed,
         }
         for i, score in enumerate(scores)
     ]
@@ -43,7 +47,7 @@ def answers_record(
             "context": context * steps,
             "attended": of_layer,
             "rows_sparse": 0 if attended == context else steps * 2 * len(layers),
-            "bytes_read": 1000 * steps,
+            "bytes_read": bytes_read * steps,
         },
         "page_bytes": {"kv": 64.0, "metadata": 4.0},
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import re
 import subprocess
 import tempfile
@@ -22,9 +21,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from distributed_sparse.kernels import scratch
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether this process runs Triton kernels in the interpreter, on CPU tensors: the second of the two pytest processes."""
 
 SHARED_MEMORY_LIMIT = 99 * 1024
 """Bytes of shared memory that one block may use on every GPU aimed at (sm_86 and sm_89 have the least)."""

@@ -25,6 +25,7 @@ from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.group import RayShardGroup
 from distributed_sparse.driver.messages import StepPlan
 from distributed_sparse.driver.shard_group import ShardFailure
+from tests.support.patience import WAIT_S
 from tests.support.stand_in_shard import StandInShard
 
 
@@ -43,7 +44,7 @@ class Losses:
         self.group = self.new_group()
 
     def new_group(self) -> RayShardGroup:
-        config = EngineConfig(model=self.model, tensor_parallel_size=2, device="cpu", startup_timeout_s=60.0)
+        config = EngineConfig(model=self.model, tensor_parallel_size=2, device="cpu")
         self.group = RayShardGroup(config, shard_factory=StandInShard, name="lost-nodes")
         return self.group
 
@@ -78,7 +79,7 @@ class Losses:
         finally:
             removal.join()
 
-    def rebuild(self, timeout: float = 60.0) -> dict[str, Any]:
+    def rebuild(self, timeout: float = WAIT_S) -> dict[str, Any]:
         """How long it took, with the error if there was one, or `found`.
 
         A rank that is found dead on the way is replaced by another rebuild, as the engine's recovery does it.

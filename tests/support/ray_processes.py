@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.support.patience import WAIT_S
+
 FAST_HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "500",
     "RAY_health_check_period_ms": "500",
@@ -48,7 +50,7 @@ def ray_processes(folder: str) -> dict[int, str]:
     return found
 
 
-def assert_no_processes(folder: str, timeout: float, but: tuple[str, ...] = ()) -> None:
+def assert_no_processes(folder: str, timeout: float = WAIT_S, but: tuple[str, ...] = ()) -> None:
     """Within `timeout` seconds all processes of that Ray end, `but` for those whose commands begin so."""
     deadline = time.monotonic() + timeout
     while left := [command for command in ray_processes(folder).values() if not command.startswith(but)]:
@@ -56,7 +58,7 @@ def assert_no_processes(folder: str, timeout: float, but: tuple[str, ...] = ()) 
         time.sleep(0.1)
 
 
-def kill_processes(folder: str, timeout: float = 10.0) -> None:
+def kill_processes(folder: str, timeout: float = WAIT_S) -> None:
     deadline = time.monotonic() + timeout
     while (left := ray_processes(folder)) and time.monotonic() < deadline:
         for pid in left:

@@ -195,8 +195,8 @@ class ScriptedGroup(ShardGroup):
         self.cache = CacheModel(self.cache_pages, self.page_size, self._window)
         self.ranks = [
             RankInfo(
-                rank=0, node_id="n", hostname="h", pid=1, device="cpu", kv_heads=(0, 1), weight_bytes=0, page_bytes=64,
-                max_pages=self.cache_pages, cache_bytes=0, metadata_bytes=0, kept_pages=self._window,
+                rank=0, node_id="n", hostname="h", pid=1, device="cpu", dtype="float32", kv_heads=(0, 1), weight_bytes=0,
+                page_bytes=64, max_pages=self.cache_pages, cache_bytes=0, metadata_bytes=0, kept_pages=self._window,
                 forks_copy_pages=self._copies,
             )
         ]  # fmt: skip

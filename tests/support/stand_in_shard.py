@@ -43,6 +43,7 @@ class StandInShard:
         return Loaded(
             rank=self.rank,
             device="cpu",
+            dtype="float32",
             kv_heads=(self.rank, self.rank + 1),
             weight_bytes=100,
             page_bytes=64,

@@ -23,6 +23,7 @@ from distributed_sparse.outputs import RequestOutput
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.shard.collectives import Collectives
 from distributed_sparse.shard.shard import Shard
+from tests.support.patience import WAIT_S
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ class ThreadShardGroup(ShardGroup):
 
         def make(rank: int) -> Shard:
             own = dist.TCPStore("127.0.0.1", store.port, is_master=False) if store is not None else None
-            collectives = Collectives(rank, self.world_size, "cpu", own, timeout=60.0)
+            collectives = Collectives(rank, self.world_size, "cpu", own, timeout=WAIT_S)
             collectives.meet()
             return Shard(self._config, rank, self.world_size, collectives)
 

@@ -23,6 +23,7 @@ class LongBenchSuite(Suite):
 
     name: ClassVar[str] = "longbench"
     score_label: ClassVar[str] = "LongBench metric (0-100)"
+    least_of_dense: ClassVar[float] = 10.0  # a good model's F1 or ROUGE-L is often 20 to 30
 
     data: str = field(default="", metadata={"help": "folder with LongBench's JSONL files, as hotpotqa.jsonl"})
     datasets: tuple[str, ...] = field(default=(), metadata={"help": "datasets (default: all that the folder has)"})
@@ -40,7 +41,7 @@ class LongBenchSuite(Suite):
     )
 
     def examples(self, model: EvaluatedModel) -> list[Example]:
-        model.need_tokenizer(self.name, "give one with --set tokenizer=FOLDER, or use the suites recall or ppl")
+        model.need_tokenizer(self.name, "give one with --set tokenizer=FOLDER, or use the suites recall or agreement")
         if self.limit is not None:
             check_int("longbench: limit", self.limit, 1, remedy="leave it out to take all examples")
         check_int("longbench: max_question_tokens", self.max_question_tokens, 1, remedy="give a number of tokens")

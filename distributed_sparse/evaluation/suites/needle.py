@@ -38,7 +38,9 @@ class NeedleSuite(Suite):
     seed: int = field(default=0, metadata={"help": "chooses needles and filler"})
 
     def examples(self, model: EvaluatedModel) -> list[Example]:
-        tokenizer = model.need_tokenizer(self.name, "give one with --set tokenizer=FOLDER, or use the suites recall or ppl")
+        tokenizer = model.need_tokenizer(
+            self.name, "give one with --set tokenizer=FOLDER, or use the suites recall or agreement"
+        )
         check_names(self.name, "tasks", self.tasks, list(TASKS))
         longest_output = self.max_tokens or max(MAX_TOKENS[task] for task in self.tasks)
         check_lengths(self.name, self.lengths, longest_output, model)
@@ -58,7 +60,7 @@ class NeedleSuite(Suite):
         made = TASKS[task](random.Random(f"{self.seed} {name}"), depth, haystack)
 
         def encoded(count: int) -> tuple[list[int], int]:
-            return encode_question(tokenizer, made.introduction + made.body(count), made.question, self.chat)
+            return encode_question(tokenizer, made.introduction + made.body(count), made.question, self.chat, cue=made.cue)
 
         count = fit(lambda count: len(encoded(count)[0]), length, f"needle {task}")
         token_ids, num_question = encoded(count)

@@ -14,11 +14,12 @@ _SYLLABLES = [first + vowel for first in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 @dataclass(frozen=True)
 class NeedleTask:
-    """`introduction + body(count) + question` is the prompt; `body` grows with `count`."""
+    """`introduction + body(count) + question + cue` is the prompt; `body` grows with `count`, the cue begins the answer."""
 
     introduction: str
     body: Callable[[int], str]
     question: str
+    cue: str
     references: tuple[str, ...]
 
 
@@ -55,8 +56,8 @@ def _secrets(rng: random.Random, depth: float, haystack: Haystack, asked: int, v
     return NeedleTask(
         "Secret numbers are mentioned in the text below. Keep them in mind: they will be asked for.\n\n",
         lambda count: haystack.with_needles(needles, count, offset),
-        f"\n\nWhich {'are all the secret numbers' if many else 'is the secret number'} of {whose}? "
-        f"According to the text, the secret {'numbers' if many else 'number'} of {whose} {'are' if many else 'is'}",
+        f"\n\nWhich {'are all the secret numbers' if many else 'is the secret number'} of {whose}?",
+        f" According to the text, the secret {'numbers' if many else 'number'} of {whose} {'are' if many else 'is'}",
         tuple(numbers[: asked * values]),
     )
 
@@ -100,7 +101,8 @@ def variable_tracking(rng: random.Random, depth: float, haystack: Haystack) -> N
     return NeedleTask(
         "Variables are set in the text below, some of them to the value of another. Follow them.\n\n",
         lambda count: haystack.with_needles(needles, count, offset),
-        f"\n\nWhich five variables hold the value {value}? The variables that hold {value} are",
+        f"\n\nWhich five variables hold the value {value}?",
+        f" The variables that hold {value} are",
         tuple(chain),
     )
 
@@ -128,7 +130,8 @@ def common_words(rng: random.Random, depth: float, haystack: Haystack) -> Needle
     return NeedleTask(
         "Below is a numbered list of words. Some of them appear much more often than the others; remember those.\n\n",
         lambda count: " ".join(f"{i}. {word}" for i, word in enumerate(listed(count), 1)),
-        "\n\nWhich ten words appear most often in the list? The ten most common words are",
+        "\n\nWhich ten words appear most often in the list?",
+        " The ten most common words are",
         tuple(words),
     )
 
@@ -152,7 +155,8 @@ def frequent_words(rng: random.Random, depth: float, haystack: Haystack) -> Need
     return NeedleTask(
         "Below is a text in a code. Count how often each of its words appears.\n\n",
         body,
-        "\n\nWhich three words appear most often in the text in code? The three most frequent words are",
+        "\n\nWhich three words appear most often in the text in code?",
+        " The three most frequent words are",
         tuple(vocabulary[:3]),
     )
 

@@ -20,7 +20,7 @@ _NOISE = (
     "One road leads out, another leads home.",
 )
 _INTRODUCTION = "A pass key is hidden in the text below, among much that does not matter. Find it and keep it in mind.\n\n"
-_QUESTION = "\n\nWhat is the pass key? The pass key is"
+_QUESTION, _CUE = "\n\nWhat is the pass key?", " The pass key is"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,9 @@ class PasskeySuite(Suite):
     seed: int = field(default=0, metadata={"help": "chooses the keys"})
 
     def examples(self, model: EvaluatedModel) -> list[Example]:
-        tokenizer = model.need_tokenizer(self.name, "give one with --set tokenizer=FOLDER, or use the suites recall or ppl")
+        tokenizer = model.need_tokenizer(
+            self.name, "give one with --set tokenizer=FOLDER, or use the suites recall or agreement"
+        )
         check_lengths(self.name, self.lengths, self.max_tokens, model)
         check_depths(self.name, self.depths)
         check_int("passkey: samples", self.samples, 1, remedy="give the number of keys per length and depth")
@@ -52,7 +54,7 @@ class PasskeySuite(Suite):
 
                     def encoded(count: int, needle: str = needle, depth: float = depth) -> tuple[list[int], int]:
                         text = haystack.with_needles([(depth, needle)], count)
-                        return encode_question(tokenizer, _INTRODUCTION + text, _QUESTION, self.chat)
+                        return encode_question(tokenizer, _INTRODUCTION + text, _QUESTION, self.chat, cue=_CUE)
 
                     count = fit(lambda count, encoded=encoded: len(encoded(count)[0]), length, self.name)  # type: ignore[misc]
                     token_ids, num_question = encoded(count)

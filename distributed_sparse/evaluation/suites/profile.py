@@ -11,7 +11,7 @@ from distributed_sparse.evaluation.haystack import filler_sentences
 from distributed_sparse.evaluation.recall import make_quiz
 from distributed_sparse.evaluation.recall_vocabulary import VOCAB_SIZE
 from distributed_sparse.evaluation.suite import Answer, EvaluatedModel, Example, Suite, check_lengths
-from distributed_sparse.evaluation.token_text import TokenText, encode_text, read_text
+from distributed_sparse.evaluation.token_text import TokenText, encode_text, read_texts
 from distributed_sparse.validation import check_int
 
 
@@ -52,10 +52,12 @@ class ProfileSuite(Suite):
                 return [_quiz(length, self.seed + number) for number in range(self.samples)]
             if model.tokenizer is not None:
                 return self._windows(_filler(model, self.samples * length, self.seed), length)
-        return self._windows(read_text(model, self.name, self.text, self.token_ids), length)
+        files = ([path] if path else [] for path in (self.text, self.token_ids))
+        (given,) = read_texts(model, self.name, *files).values()
+        return self._windows(given, length)
 
     def _windows(self, text: TokenText, length: int) -> list[list[int]]:
-        return [text.window(start, length)[0] for start in text.starts(length, self.samples, self.name)]
+        return [text.window(start, length) for start in text.starts(length, self.samples, self.name)]
 
     def score(self, example: Example, answer: Answer) -> dict[str, float]:
         raise AssertionError("a profile has no answers")
@@ -66,7 +68,7 @@ class ProfileSuite(Suite):
 
 def _filler(model: EvaluatedModel, length: int, seed: int) -> TokenText:
     """Generated sentences of at least `length` tokens."""
-    text, found = "", TokenText([], [], None)
+    text, found = "", TokenText([], [])
     while len(found.token_ids) < length:
         text += " ".join(filler_sentences(seed)) + " "
         seed += 1

@@ -19,6 +19,9 @@ class RecallSuite(Suite):
 
     name: ClassVar[str] = "recall"
     score_label: ClassVar[str] = "right answers (0-1)"
+    best: ClassVar[float | None] = 1.0
+    block: ClassVar[int] = 1  # questions about one document do not depend on each other
+    least_of_dense: ClassVar[float] = 0.5
 
     tasks: tuple[str, ...] = field(default=TASKS, metadata={"help": "some of one-hop, two-hop, majority"})
     lengths: tuple[int, ...] = field(default=(4096,), metadata={"help": "tokens of a document with its questions"})
@@ -64,11 +67,14 @@ class RecallSuite(Suite):
         ]
         return [_of_quiz(f"{task}-{length}-{number}", group, quiz) for number, quiz in enumerate(quizzes)]
 
-    def score(self, example: Example, answer: Answer) -> dict[str, float]:
+    def values(self, example: Example, answer: Answer) -> list[float]:
         if not answer.token_ids:
             raise ValueError("recall needs log-probabilities of the whole vocabulary; raise --table-bytes")
-        right = sum(said == wanted for said, wanted in zip(answer.token_ids, example.wanted, strict=True))
-        return {"score": right / len(example.wanted)}
+        return [float(said == wanted) for said, wanted in zip(answer.token_ids, example.wanted, strict=True)]
+
+    def score(self, example: Example, answer: Answer) -> dict[str, float]:
+        right = self.values(example, answer)
+        return {"score": sum(right) / len(right)}
 
 
 def _of_quiz(name: str, group: str, quiz: RecallQuiz) -> Example:

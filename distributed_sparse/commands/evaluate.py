@@ -1,0 +1,184 @@
+"""Compare sparse methods with dense attention on a task suite, each beside controls of equal density.
+
+    python -m launch.evaluate recall --config configs/demo.yaml --methods quest,twilight --budgets 64,128 --output DIR
+
+Writes results.jsonl, report.md and PNG plots. The same command again goes on where it was interrupted; other methods and
+budgets are added to what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+
+from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm, one_ray
+from distributed_sparse.config import load_run_config
+from distributed_sparse.evaluation.suites import SUITES
+
+if TYPE_CHECKING:  # what brings torch is imported where it is called, so that --help is quick
+    from distributed_sparse.evaluation.run import Evaluation
+    from distributed_sparse.reporting.results import Results
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.evaluate") -> int:
+    """Run the command line; the exit code: 0 done, 1 an engine failed, 2 bad usage, 130 interrupted (run again to go on)."""
+    args = _parser(prog, sys.argv[1:] if argv is None else argv).parse_args(argv)
+    from distributed_sparse.reporting.results import Results
+
+    try:
+        evaluation, write_plots_too = _prepare(args)
+        results = Results(args.output, evaluation.configuration())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    with results:
+        try:
+            with one_ray(evaluation.config), ends_on_sigterm():  # in this order: Ray sets a handler of its own
+                evaluation.run(results)
+        except KeyboardInterrupt:
+            print(f"interrupted; the same command goes on from {args.output}", file=sys.stderr)
+            return INTERRUPTED
+        except (ValueError, RuntimeError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return FAILED
+        _write(args, evaluation, results, write_plots_too)
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> tuple[Evaluation, bool]:
+    """Everything that can be wrong before an engine is made."""
+    from distributed_sparse.evaluation.methods import parse_methods
+    from distributed_sparse.evaluation.run import Evaluation, RunOptions
+    from distributed_sparse.reporting.figures import check_plots
+
+    plots = not args.no_plots
+    if plots:
+        check_plots()
+    config, _ = load_run_config(args.config, args.set)
+    kind = SUITES[args.suite]
+    suite = kind(**_given(args, kind))
+    own = [config.sparse["method"]] if config.sparse and "method" in config.sparse else []
+    texts = args.methods or list(suite.default_methods) or own
+    if not texts:
+        raise ValueError("--methods is missing, and the configuration has no sparse method; write --methods quest,twilight")
+    methods = parse_methods(texts, args.budgets, args.sweep, (config.sparse or {}) | suite.forced)
+    return Evaluation(config, suite, methods, RunOptions(**_given(args, RunOptions))), plots
+
+
+def _write(args: argparse.Namespace, evaluation: Evaluation, results: Results, plots: bool) -> None:
+    """The report, plots and overrides; the report's text to the terminal."""
+    from distributed_sparse.evaluation.plots import write_plots
+    from distributed_sparse.evaluation.profile_report import layer_budgets, tokens_needed, write_layers
+    from distributed_sparse.evaluation.report import report
+    from distributed_sparse.selection.base import SparseConfig
+
+    records, suite = list(results.records.values()), evaluation.suite
+    text = report(evaluation.configuration(), suite, evaluation.methods, records)
+    written = [results.directory / "report.md"]
+    written[0].write_text(text, encoding="utf-8")
+    if plots:
+        written += write_plots(results.directory, suite, evaluation.methods, records, evaluation.config.page_size)
+    layers_file = getattr(args, "write_layers", None)
+    if layers_file:
+        group = list(evaluation.groups)[-1]  # the longest texts, as lengths are usually given
+        needed = tokens_needed(records, group)
+        assert needed is not None, "a profile traces the dense run"
+        sparse = evaluation.config.sparse or {}
+        dense_layers, sinks, recent = (
+            sparse.get(key, getattr(SparseConfig, key)) for key in ("dense_layers", "sink_pages", "recent_pages")
+        )
+        overrides = layer_budgets(needed, evaluation.config.page_size, dense_layers, sinks + recent)
+        write_layers(layers_file, overrides, group)
+        written.append(Path(layers_file))
+    print(text)
+    print("Written: " + ", ".join(map(str, written)))
+
+
+# ---- the command line
+
+
+def _parser(prog: str, argv: Sequence[str]) -> argparse.ArgumentParser:
+    summary, _, details = (__doc__ or "").replace("python -m launch.evaluate", prog).partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    for name, suite in SUITES.items():
+        own = suites.add_parser(name, help=(suite.__doc__ or "").partition("\n")[0])
+        own.add_argument("--config", required=True, metavar="YAML", help="the engine, as for launch.generate")
+        own.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of it")
+        own.add_argument(
+            "--methods", nargs="+", default=[], metavar="METHOD",
+            help="names (quest,twilight) or YAML objects ('{method: vattention, epsilon: 0.05}'); "
+            f"default: {' '.join(suite.default_methods) or 'that of the configuration'}",
+        )  # fmt: skip
+        own.add_argument(
+            "--budgets", type=_listed(int), default=(), metavar="N,N", help="a run for each, of methods with a token_budget"
+        )
+        own.add_argument(
+            "--sweep", action="append", default=[], metavar="METHOD.KEY=V,V", help="a run for each value: twilight.p=0.85,0.95"
+        )
+        own.add_argument("--output", required=True, metavar="DIR", help="results; one configuration to a directory")
+        own.add_argument("--no-plots", action="store_true", help="go without matplotlib")
+        if suite.traces_only:
+            own.add_argument("--write-layers", metavar="FILE", help="`layers:` overrides: tokens for .95 mass of each layer")
+        _add_fields(own.add_argument_group("suite"), suite)
+        if name in argv[:1]:
+            from distributed_sparse.evaluation.run import RunOptions  # brings torch
+
+            _add_fields(own.add_argument_group("run"), RunOptions)
+    return parser
+
+
+def _add_fields(group: Any, kind: type) -> None:
+    """One option for each field of a dataclass, with its type, default and help."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        name, hint, default = f"--{field.name.replace('_', '-')}", _bare(hints[field.name]), field.default
+        text = (
+            f"{field.metadata['help']} (default: {_shown(default)})"
+            if default not in (None, "", ())
+            else field.metadata["help"]
+        )
+        text = text.replace("%", "%%")
+        if hint is bool:
+            group.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=field.metadata["help"])
+        elif "nargs" in field.metadata:
+            group.add_argument(name, nargs=field.metadata["nargs"], default=None, metavar="FILE", help=text)
+        elif get_origin(hint) is tuple:
+            group.add_argument(name, type=_listed(get_args(hint)[0]), default=None, metavar="A,B", help=text)
+        else:
+            group.add_argument(name, type=hint, default=None, metavar=hint.__name__.upper(), help=text)
+
+
+def _bare(hint: Any) -> Any:
+    """`int` of `int | None`."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(part for part in get_args(hint) if part is not type(None))
+    return hint
+
+
+def _shown(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _listed(of: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        return tuple(of(part.strip()) for part in text.split(",") if part.strip())
+
+    parse.__name__ = f"list of {getattr(of, '__name__', 'values')}"  # argparse names it in its errors
+    return parse
+
+
+def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The fields of `kind` that were given on the command line."""
+    found = {field.name: getattr(args, field.name) for field in fields(kind)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items() if value is not None}

@@ -1,0 +1,322 @@
+"""Plan an engine from a model's shape: bytes, memory, limits and expected times of decode, sparse beside dense.
+
+    python -m launch.plan --model configs/models/llama-3.1-8b --gpu h100 --tensor-parallel-size 1,2,4,8 \
+        --context 32768,131072 --batch 1,8,64 --method quest
+
+Bytes are exact: the engine's counters say the same. Times follow from them and from data sheets; none is measured, but with
+`--gpu cpu --measure`, which times this machine first, at the largest context and batch of the grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distributed_sparse.bench.report import print_table, write_json
+from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE
+from distributed_sparse.config import set_override
+from distributed_sparse.planner.hardware import MEASURED, PRESETS, Hardware, Interconnect, Protocol, Rate, preset
+from distributed_sparse.validation import check_choice, check_dtype, check_float, shown
+
+if TYPE_CHECKING:  # what brings torch is imported where it is called, so that --help is quick
+    from distributed_sparse.model.config import ModelConfig
+    from distributed_sparse.planner.plan import Grid, HardwareOf
+    from distributed_sparse.planner.rank import RankOnPaper
+
+COLUMNS = {
+    "method": "{}",
+    "TP": "{}",
+    "context": "{}",
+    "batch": "{}",
+    "weights_GB": "{:.2f}",
+    "KV_GB": "{:.2f}",
+    "scored_GB": "{:.3f}",
+    "written_MB": "{:.2f}",
+    "held_GB": "{:.1f}",
+    "fits": "{}",
+    "max_batch": "{}",
+    "reduce_MB": "{:.2f}",
+    "reduce_ms": "{:.2f}",
+    "limit_ms": "{:.2f}",
+    "tpot_ms": "{:.2f}",
+    "limit": "{:.2f}x",
+    "speedup": "{:.2f}x",
+    "": "{}",
+}
+
+OVERRIDES = {
+    "memory": ("memory_bytes", "bytes of a rank's device"),
+    "bandwidth": ("bandwidth", "bytes per second that a device reads at most"),
+    "weights-share": ("weights_share", "share of it that matrices reach"),
+    "attention-share": ("dense_share", "share of it that attention over whole contexts reaches"),
+    "sparse-share": ("sparse_share", "share of it that attention over a selection reaches"),
+    "select-share": ("select_share", "share of it that scoring reaches"),
+    "kernel-latency": ("kernel_s", "seconds that each kernel costs beside its bytes, launched by itself"),
+    "graph-gap-time": ("graph_gap_s", "seconds that each kernel of a CUDA graph costs beside its bytes"),
+    "graph-launch-time": ("graph_launch_s", "seconds of a CUDA graph's launch"),
+    "driver-time": ("driver_s", "seconds of a step outside the ranks"),
+}
+"""Options that replace a number of the hardware: name -> (field of Hardware, help)."""
+
+RATES = {"TP": "{}", "rate": "{}", "median": "{:.4g}", "p10": "{:.4g}", "p90": "{:.4g}", "unit": "{}"}
+
+SHOWN = {"bytes/s": (1e-9, "GB/s"), "op/s": (1e-9, "Gop/s"), "s": (1e6, "us")}
+"""Unit of a rate -> (factor, unit in the table)."""
+
+MOST_VARIED = 1.5
+"""A rate whose p90 is more than so many times its p10 says little about the machine."""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.plan") -> int:
+    """Run the command line; the exit code: 0 done, 1 the measurement failed, 2 bad usage, 130 interrupted."""
+    args = _parser(prog).parse_args(argv)
+    from distributed_sparse.planner.plan import plan
+
+    try:
+        model, dtype, grid, hardware_of = _prepare(args)
+        rows = plan(model, dtype, grid, hardware_of)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    title = f"{args.model}, {str(dtype).removeprefix('torch.')}, {args.gpu}, pages of {grid.page_size}"
+    title += ", eager" if grid.enforce_eager else ""
+    if args.measure:
+        _print_rates(args.devices)
+    print(f"{title}: one rank's bytes and one step's times, {'measured rates' if args.measure else 'computed, not measured'}")
+    print_table([_cells(row) for row in rows], COLUMNS)
+    _print_losses(rows)
+    if args.json:
+        devices = {size: {name: asdict(device) for name, device in of_size.items()} for size, of_size in args.devices.items()}
+        write_json(args.json, "plan", {"model": args.model, "hardware": devices, "grid": asdict(grid)}, rows)
+    if args.plot:
+        from distributed_sparse.planner.plot import write_plot
+
+        write_plot(args.plot, rows, title)
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, HardwareOf]:
+    from distributed_sparse.model.limits import resolve_dtype
+    from distributed_sparse.planner.memory import DEFAULT_RESERVE_BYTES
+    from distributed_sparse.planner.plan import Grid
+
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib, which is not installed; run pip install -e '.[eval]', or leave --plot out")
+    check_choice("gpu", args.gpu, [*PRESETS, MEASURED])
+    if args.gpu == MEASURED and not args.measure:
+        raise ValueError(f"--gpu {MEASURED} has no data sheet; add --measure, which times this machine")
+    if args.gpu != MEASURED and args.measure:
+        raise ValueError(f"--measure times this machine's CPUs, no {args.gpu}; leave it out, or plan for --gpu {MEASURED}")
+    model = _model(args.model)
+    dtype = resolve_dtype(check_dtype("dtype", args.dtype), model.dtype)
+    grid = Grid(
+        tensor_parallel_sizes=args.tensor_parallel_size,
+        contexts=args.context,
+        batches=args.batch,
+        sparse=_sections(args.method, args.set),
+        density=args.density,
+        page_size=args.page_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        reserve_bytes=DEFAULT_RESERVE_BYTES if args.reserve is None else args.reserve,
+        enforce_eager=args.enforce_eager,
+    )
+    changes: dict[str, Any] = {
+        field: check_float(f"--{name}", value, 0.0, low_excluded=not name.endswith(("latency", "time")), remedy=text)
+        for name, (field, text) in OVERRIDES.items()
+        if (value := getattr(args, name.replace("-", "_"))) is not None
+    }
+    args.devices = {}  # tensor_parallel_size -> method -> Hardware
+
+    def hardware_of(ranks: list[RankOnPaper]) -> list[Hardware]:
+        if args.measure:
+            from distributed_sparse.planner.measure import measure_cpu
+
+            found = measure_cpu(ranks, max(grid.contexts), max(grid.batches), args.threads)
+        else:
+            found = [preset(args.gpu)] * len(ranks)
+        devices = [replace(device, **changes, links=_links(device.links, args)) for device in found]
+        args.devices[ranks[0].shard.world_size] = {rank.method: device for rank, device in zip(ranks, devices)}
+        return devices
+
+    return model, dtype, grid, hardware_of
+
+
+def _model(given: str) -> ModelConfig:
+    """The shape that a folder, its config.json or a hub id describes."""
+    from distributed_sparse.model.checkpoint import resolve_checkpoint
+    from distributed_sparse.model.config import ModelConfig
+
+    path = Path(given).expanduser()
+    if path.is_file():
+        if path.name != "config.json":
+            raise ValueError(f"--model {given}: is no config.json; give one, the folder that holds it, or a hub id")
+        return ModelConfig.from_pretrained(path.parent)
+    return ModelConfig.from_pretrained(resolve_checkpoint(given, "dummy"))
+
+
+def _sections(methods: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """A `sparse:` section for each method, with what `--set` changes in all of them."""
+    sections = []
+    for method in methods:
+        run: dict[str, Any] = {"sparse": {"method": method}}
+        for override in overrides:
+            set_override(run, override)
+        if set(run) != {"sparse"} or not isinstance(run["sparse"], dict):
+            other = next((key for key in run if key != "sparse"), "sparse")
+            raise ValueError(f"--set {other}: only keys of `sparse` can be set here: --set sparse.token_budget=1024")
+        if run["sparse"].get("method") != method:
+            raise ValueError(f"--set sparse.method={shown(run['sparse'].get('method'))}: give it as --method")
+        sections.append(run["sparse"] if method != "dense" else {"method": "dense"})
+    return sections
+
+
+def _links(links: Interconnect, args: argparse.Namespace) -> Interconnect:
+    """The links, with what was given of them."""
+    if args.all_reduce_bandwidth is not None:
+        remedy = "give bytes per second that a rank sends in one direction"
+        bandwidth = check_float("--all-reduce-bandwidth", args.all_reduce_bandwidth, 0.0, low_excluded=True, remedy=remedy)
+        links = replace(links, bandwidth=bandwidth)
+    if args.all_reduce_latency is not None:
+        latency = check_float("--all-reduce-latency", args.all_reduce_latency, 0.0, remedy="give seconds of a small all-reduce")
+        links = replace(links, protocols=(Protocol(latency, 0.0, 1.0),))
+    return links
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    held = row["memory"]
+    return {
+        "method": row["method"],
+        "TP": row["tensor_parallel_size"],
+        "context": row["context"],
+        "batch": row["batch"],
+        "weights_GB": row["weight_bytes_read"] / 1e9,
+        "KV_GB": row["kv_bytes_read"] / 1e9,
+        "scored_GB": row["scored_bytes"] / 1e9,
+        "written_MB": row["written_bytes"] / 1e6,
+        "held_GB": sum(held[f"{part}_bytes"] for part in ("weight", "cache", "metadata", "constant")) / 1e9,
+        "fits": "yes" if held["fits"] else "NO",
+        "max_batch": held["max_batch"],
+        "reduce_MB": row["all_reduce_bytes"] / 1e6,
+        "reduce_ms": row["parts_s"]["all_reduce_s"] * 1e3,
+        "limit_ms": row["limit_s"] * 1e3,
+        "tpot_ms": row["tpot_s"] * 1e3,
+        "limit": row["limit_speedup"],
+        "speedup": row["tpot_speedup"],
+        "": "does not fit" if not held["fits"] else "does not pay" if row["pays"] is False else "",
+    }
+
+
+def _print_rates(devices: dict[int, dict[str, Hardware]]) -> None:
+    """What was measured of each tensor_parallel_size; on stderr, what varied too much to be trusted."""
+    found: dict[tuple[int, Rate], None] = {}  # methods share most of their rates
+    for world_size, of_size in devices.items():
+        found |= {(world_size, rate): None for device in of_size.values() for rate in device.rates}
+    lines = []
+    for world_size, rate in found:
+        factor, unit = SHOWN[rate.unit]
+        numbers = {"median": rate.median * factor, "p10": rate.low * factor, "p90": rate.high * factor}
+        lines.append({"TP": world_size, "rate": rate.name, "unit": unit, **numbers})
+    print("Measured on this machine: median, 10th and 90th percentile, of the slowest rank")
+    print_table(lines, RATES)
+    print()
+    for world_size in devices:
+        varied = [rate for size, rate in found if size == world_size and rate.varied > MOST_VARIED]
+        if varied:
+            names = ", ".join(f"{rate.name} ({rate.varied:.1f}x)" for rate in varied)
+            print(
+                f"warning: at tensor_parallel_size {world_size}, p90 is more than {MOST_VARIED} times p10 of {names}: "
+                "times that follow from them are rough; measure again while nothing else runs",
+                file=sys.stderr,
+            )
+
+
+def _print_losses(rows: Sequence[dict[str, Any]]) -> None:
+    from distributed_sparse.planner.plan import does_not_pay
+
+    losses = does_not_pay(rows)
+    if not losses:
+        pays = any(row["pays"] for row in rows)
+        print(
+            "Every sparse method is expected to pay at every point that fits."
+            if pays
+            else "No point with a sparse method fits."
+        )
+        return
+    print("Where it does not pay (expected TPOT no shorter than dense):")
+    for row in losses:
+        print(
+            f"  {row['method']} at tensor_parallel_size {row['tensor_parallel_size']}, context {row['context']}, "
+            f"batch {row['batch']}: {row['tpot_speedup']:.2f}x"
+        )
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=(__doc__ or "").replace("python -m launch.plan", prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, metavar="MODEL", help="a config.json, the folder that holds it, or a hub id")
+    parser.add_argument("--gpu", required=True, metavar="NAME", help=f"{', '.join(PRESETS)}; or {MEASURED}, with --measure")
+    parser.add_argument(
+        "--measure", action="store_true", help=f"time this machine first (--gpu {MEASURED}), at the largest context and batch"
+    )
+    threads = "torch threads of each rank that is timed (default: its share of the cores)"
+    parser.add_argument("--threads", type=_positive, metavar="N", help=threads)
+    for name, default, text in (
+        ("tensor-parallel-size", (1,), "ranks"),
+        ("context", (32768,), "tokens of each sequence, prompt and output together"),
+        ("batch", (1,), "sequences that decode at once"),
+    ):
+        parser.add_argument(f"--{name}", type=_ints, default=default, metavar="N,N", help=f"{text} (default: {default[0]})")
+    parser.add_argument(
+        "--method",
+        type=_names,
+        default=("quest",),
+        metavar="NAME,NAME",
+        help="sparse methods, planned beside dense; an unknown one is answered with all names (default: quest)",
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="sparse.KEY=VALUE", help="a key of the methods")
+    parser.add_argument("--density", type=float, metavar="D", help="tokens attended / in context, where the data decides")
+    parser.add_argument("--dtype", default="auto", help="of weights and cache (default: the checkpoint's)")
+    parser.add_argument("--page-size", type=int, default=16, metavar="N", help="tokens per page (default: 16)")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")
+    reserve = "bytes beside weights and cache: CUDA context, activations, sampler (default: 2 GiB)"
+    parser.add_argument("--reserve", type=int, metavar="BYTES", help=reserve)
+    parser.add_argument("--enforce-eager", action="store_true", help="plan an engine without CUDA graphs")
+    replaced = parser.add_argument_group("in place of the hardware's own numbers")
+    for name, (_, text) in OVERRIDES.items():
+        replaced.add_argument(f"--{name}", type=float, metavar="X", help=text)
+    replaced.add_argument("--all-reduce-latency", type=float, metavar="S", help="seconds of a small all-reduce")
+    replaced.add_argument("--all-reduce-bandwidth", type=float, metavar="X", help="bytes per second in one direction")
+    parser.add_argument("--json", metavar="FILE", help="also write rows and hardware there, in bytes and seconds")
+    parser.add_argument("--plot", metavar="FILE.png", help="also plot time per token against the context (needs matplotlib)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part.strip())
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+_ints.__name__, _names.__name__ = "list of whole numbers", "list of names"  # argparse names them in its errors
