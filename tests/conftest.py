@@ -16,7 +16,7 @@ if INTERPRETED:
     sum_dots_in_order()
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # xdist reads the markers in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where several processes share the tests, a file's stay together, and so do all that start Ray, which go first."""
     if not config.pluginmanager.hasplugin("xdist"):
