@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +17,32 @@ from tests.support.interpreter import INTERPRETED, sum_dots_in_order
 if INTERPRETED:
     sum_dots_in_order()
 
+ROOT = Path(__file__).resolve().parents[1]
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the markers in the same hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, a file's stay together, and so do all that start Ray, which go first."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.location[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+
+@functools.cache
+def starts_ray(file: str) -> bool:
+    """Whether a test file, a path below the repository's root, holds tests that are marked `ray`."""
+    return "mark.ray" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, the files that start Ray go first."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+        items.sort(key=lambda item: not starts_ray(item.location[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay in one process, so that its fixtures are made once, and so do all files that start Ray."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ray" if starts_ray(file) else file
+
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="module")
