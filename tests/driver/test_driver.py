@@ -244,7 +244,7 @@ def special_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, token: int) -> s
     name = next(name for name, token_id in raw["model"]["vocab"].items() if token_id == token)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     raw["added_tokens"].append({"id": token, "content": name, "special": True, **flags})
-    monkeypatch.setattr(engine.driver, "_detokenizer", Detokenizer(json.dumps(raw)))
+    monkeypatch.setattr(engine.driver._admission, "_detokenizer", Detokenizer(json.dumps(raw)))
     return name
 
 
