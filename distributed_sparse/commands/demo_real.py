@@ -41,8 +41,7 @@ def run_real_half(checkpoints: Path) -> None:
                 model = EvaluatedModel(str(folder), llm.model_config.vocab_size, llm.max_model_len, llm.tokenizer)
                 suite = PasskeySuite(lengths=(CONTEXT,), depths=(0.4,), samples=1)
                 (example,) = suite.examples(model)
-                read_sparsely = {"decode_last_prompt_tokens": example.num_question_tokens}
-                params = SamplingParams(temperature=0.0, max_tokens=12, **read_sparsely)
+                params = SamplingParams(temperature=0.0, max_tokens=12, decode_last_prompt_tokens=example.num_question_tokens)
                 (key,) = llm.generate(example.token_ids, params, use_tqdm=False)
                 heads = [density for layer in llm.stats()["attention"]["density"] for density in layer]
                 (answer,) = llm.chat(

@@ -49,7 +49,7 @@ class RulerSuite(Suite):
     chat: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template"})
 
     def examples(self, model: EvaluatedModel) -> list[Example]:
-        tokenizer = model.need_tokenizer(self.name, "give one with --set tokenizer=FOLDER, or use the suites recall or agreement")
+        tokenizer = model.need_tokenizer(self.name, "give one with --set tokenizer=FOLDER, or use recall or agreement")
         tasks = self._tasks()
         check_names(self.name, "tasks", tasks, list(TASKS))
         check_lengths(self.name, self.lengths, 0, model)
