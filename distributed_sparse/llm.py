@@ -25,6 +25,7 @@ from distributed_sparse.model.limits import resolve_max_model_len
 from distributed_sparse.model.sharding import check_divisibility
 from distributed_sparse.output_builder import OutputBuilder, block_arrays
 from distributed_sparse.outputs import RequestOutput, ScoreOutput
+from distributed_sparse.process import on_usable_thread
 from distributed_sparse.request_validation import validate_request
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.selection import layer_configs
@@ -39,6 +40,8 @@ Prompt = str | Sequence[int]
 
 class LLM:
     """A model, ready to decode. Use it in a `with` block, or call `shutdown()`; left alone, it cleans up when collected.
+
+    It belongs to the process that made it: in a forked child its methods raise RuntimeError, and `shutdown` does nothing.
 
     Args:
         model: local checkpoint folder or Hugging Face hub id.
@@ -115,6 +118,7 @@ class LLM:
                 prompts.
             EngineError: the engine failed on a single prompt.
         """
+        self._client.origin.check()
         single = _is_single(prompts)
         given: list[Any] = [prompts] if single else list(prompts)
         if sampling_params is None:
@@ -144,6 +148,7 @@ class LLM:
         Raises:
             ValueError: no tokenizer, no template, or malformed messages.
         """
+        self._client.origin.check()
         tokenizer = self._need_tokenizer("chat")
         if not isinstance(messages, Sequence) or isinstance(messages, str):
             raise ValueError(
@@ -162,6 +167,7 @@ class LLM:
         Raises:
             ValueError: the request is refused.
         """
+        self._client.origin.check()
         params = sampling_params or SamplingParams()
         request, builder = self._prepare(prompt, params, request_id)
         self._validate(request)
@@ -189,6 +195,7 @@ class LLM:
             ValueError: a sequence is refused.
             EngineError: the engine failed.
         """
+        self._client.origin.check()
         sequences: list[Any] = [token_ids] if _is_single(token_ids) else list(token_ids)
         for sequence in sequences:
             if not isinstance(sequence, Sequence) or isinstance(sequence, str | bytes | bytearray):
@@ -234,7 +241,7 @@ class LLM:
 
     def health(self) -> bool:
         """True only if a step went through every rank lately."""
-        return self._client.service.health()
+        return self._client.health()
 
     def shutdown(self) -> None:
         """End every request and every process of the engine. Idempotent."""
@@ -260,7 +267,7 @@ class LLM:
         from distributed_sparse.driver.service import DriverService
 
         service = DriverService(config, info, tokenizer, InProcessGroup(config))
-        service.start()
+        on_usable_thread(service.start)
         return service
 
     def _run(self, prompts: list[Any], params: list[SamplingParams], use_tqdm: bool) -> list[OutputBuilder]:
@@ -297,7 +304,7 @@ class LLM:
                     running.discard(update.request_id)
                 yield update
         finally:
-            if running:
+            if running and self._client.origin.is_here:
                 self.abort(list(running))
 
     def _new_request_id(self) -> str:
@@ -369,8 +376,8 @@ class Stream:
             self.close()
 
     def close(self) -> None:
-        """Abort the request if it still runs."""
-        if not self._builder.output.finished:
+        """Abort the request if it still runs; in a forked child it is the parent's, and goes on."""
+        if self._client.origin.is_here and not self._builder.output.finished:
             self._client.abort([self.request_id])
 
     def _take(self, update: RequestUpdate) -> RequestOutput:
