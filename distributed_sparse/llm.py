@@ -9,6 +9,7 @@ import queue
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.detokenizer import Detokenizer
 from distributed_sparse.driver.shard_group import ShardFailure
-from distributed_sparse.model.checkpoint import resolve_checkpoint
+from distributed_sparse.model.checkpoint import absolute_path, resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_max_model_len
 from distributed_sparse.model.sharding import check_divisibility
@@ -79,6 +80,7 @@ class LLM:
             num_kv_heads=model.num_key_value_heads,
             eos_token_ids=model.eos_token_ids,
             max_model_len=self.max_model_len,
+            name=config.model,
         )
         try:
             self._client = Client(self._start_service(info, text))
@@ -257,7 +259,7 @@ class LLM:
 
     def _start_service(self, info: ModelInfo, tokenizer: str | None) -> Service:
         """The Driver: in this process for one rank, else in a Ray actor. Ray is imported here only."""
-        config = self.config
+        config = _with_absolute_paths(self.config)
         backend = config.distributed_executor_backend
         if backend == "ray" or (backend == "auto" and config.tensor_parallel_size > 1):
             from distributed_sparse.driver.actor import connect_driver
@@ -385,6 +387,14 @@ class Stream:
         if update.finished:
             _raise_error(self._builder)
         return self._builder.snapshot()
+
+
+def _with_absolute_paths(config: EngineConfig) -> EngineConfig:
+    """The config for other processes, whose working directory is another; `LLM.config` keeps what the user wrote."""
+    sparse = config.sparse
+    if sparse is not None and isinstance(sparse.get("hash_weights"), str):
+        sparse = sparse | {"hash_weights": absolute_path(sparse["hash_weights"])}
+    return replace(config, model=absolute_path(config.model), sparse=sparse)
 
 
 def _is_single(prompts: Any) -> bool:

@@ -77,7 +77,7 @@ class DriverActor:
         group = RayShardGroup(config, **self._group_options)
         self._service = DriverService(config, model_info, tokenizer_json, group)
         info = self._service.start()
-        self._exporter = MetricsExporter(self._service, config.model)
+        self._exporter = MetricsExporter(self._service, model_info.name or config.model)
         self._started = True
         return info
 
