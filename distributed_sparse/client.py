@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from distributed_sparse.driver.client_messages import NewRequest, RequestUpdate
+from distributed_sparse.process import Origin
 from distributed_sparse.validation import check_text
 
 POLL_S = 1.0
@@ -28,6 +29,7 @@ class Updates:
 
     def __init__(self) -> None:
         self.on_put: Callable[[], object] | None = None
+        self._origin = Origin()
         self._queue: queue.SimpleQueue[RequestUpdate] = queue.SimpleQueue()
 
     def put(self, update: RequestUpdate) -> None:
@@ -38,7 +40,13 @@ class Updates:
                 self.on_put()
 
     def get(self, block: bool = True, timeout: float | None = None) -> RequestUpdate:
-        """The next one. Raises queue.Empty if there is none and `block` is False, or none within `timeout` seconds."""
+        """The next one.
+
+        Raises:
+            queue.Empty: there is none and `block` is False, or none within `timeout` seconds.
+            RuntimeError: this is a forked child, in which nobody puts any.
+        """
+        self._origin.check()
         return self._queue.get(block, timeout)
 
 
@@ -54,9 +62,16 @@ class Service(Protocol):
 
 
 class Client:
-    """Owns the thread that receives updates. Calls from several threads at once are fine."""
+    """Owns the thread that receives updates. Calls from several threads at once are fine.
+
+    In a forked child every call raises RuntimeError, but for `close`, which does nothing.
+
+    Attributes:
+        origin: the process that made it.
+    """
 
     def __init__(self, service: Service) -> None:
+        self.origin = Origin()
         self.service = service
         self._client_id = uuid.uuid4().hex
         self._waiting: dict[str, Updates] = {}
@@ -75,6 +90,7 @@ class Client:
             ValueError: a request_id that is no text, occurs twice, or is running already; nothing is sent.
             EngineError: the engine has gone.
         """
+        self.origin.check()
         updates = Updates() if updates is None else updates
         ids = [check_text("request_id", request.request_id, "give a string of valid Unicode") for request in requests]
         if len(set(ids)) < len(ids):
@@ -97,17 +113,26 @@ class Client:
 
     def abort(self, request_ids: list[str]) -> None:
         """End requests; each still gets its last update. Unknown ids are ignored, and so is everything after `close`."""
+        self.origin.check()
         if not self._closed.is_set():
             with _as_engine_error():
                 self.service.abort(self._client_id, request_ids)
 
     def stats(self) -> dict[str, Any]:
         """The engine's counters."""
+        self.origin.check()
         with _as_engine_error():
             return self.service.stats()
 
+    def health(self) -> bool:
+        """See `DriverService.health`."""
+        self.origin.check()
+        return self.service.health()
+
     def close(self) -> None:
-        """Shut the service down and end what still waits. Idempotent."""
+        """Shut the service down and end what still waits. Idempotent; in a forked child it does nothing."""
+        if not self.origin.is_here:
+            return
         if not self._closed.is_set():
             self._closed.set()
             self.service.shutdown()

@@ -9,6 +9,7 @@ import queue
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from tqdm import tqdm
@@ -19,12 +20,13 @@ from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, Req
 from distributed_sparse.driver.detokenizer import Detokenizer
 from distributed_sparse.driver.shard_group import ShardFailure
 from distributed_sparse.generation_defaults import default_sampling_params
-from distributed_sparse.model.checkpoint import resolve_checkpoint
+from distributed_sparse.model.checkpoint import absolute_path, resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_eos_token_ids, resolve_max_model_len
 from distributed_sparse.model.sharding import check_divisibility
 from distributed_sparse.output_builder import OutputBuilder, block_arrays
 from distributed_sparse.outputs import RequestOutput, ScoreOutput
+from distributed_sparse.process import on_usable_thread
 from distributed_sparse.prompts import Prompt, is_single_prompt, parse_prompt
 from distributed_sparse.request_validation import validate_request
 from distributed_sparse.sampling_params import SamplingParams
@@ -46,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 class LLM:
     """A model, ready to decode. Use it in a `with` block, or call `shutdown()`; left alone, it cleans up when collected.
+
+    It belongs to the process that made it: in a forked child its methods raise RuntimeError, and `shutdown` does nothing.
 
     Args:
         model: local checkpoint folder or Hugging Face hub id.
@@ -87,6 +91,7 @@ class LLM:
             num_kv_heads=model.num_key_value_heads,
             eos_token_ids=resolve_eos_token_ids(model, self.tokenizer),
             max_model_len=self.max_model_len,
+            name=config.model,
         )
         try:
             self._client = Client(self._start_service(info, text))
@@ -129,6 +134,7 @@ class LLM:
                 prompts.
             EngineError: the engine failed on a single prompt.
         """
+        self._client.origin.check()
         check_keys(drop_neutral(vllm_args, CALL), ("prompts", "sampling_params", "use_tqdm"), "generate")
         single = is_single_prompt(prompts)
         given: list[Any] = [prompts] if single else list(cast(Any, prompts))
@@ -163,6 +169,7 @@ class LLM:
         Raises:
             ValueError: no tokenizer, no template, arguments that it cannot have, or a single conversation is malformed.
         """
+        self._client.origin.check()
         tokenizer = self._need_tokenizer("chat")
         template_args = drop_neutral(template_args, CALL)
         template_args |= template_args.pop("chat_template_kwargs", None) or {}
@@ -189,6 +196,7 @@ class LLM:
         Raises:
             ValueError: the request is refused.
         """
+        self._client.origin.check()
         params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
         request, builder = self._prepare(prompt, params, request_id)
         self._validate(request)
@@ -219,6 +227,7 @@ class LLM:
             ValueError: a sequence is refused.
             EngineError: the engine failed.
         """
+        self._client.origin.check()
         sequences: list[Any] = [token_ids] if is_single_prompt(token_ids) else list(token_ids)
         for sequence in sequences:
             if not isinstance(sequence, Sequence) or isinstance(sequence, str | bytes | bytearray):
@@ -281,7 +290,7 @@ class LLM:
 
     def health(self) -> bool:
         """True only if a step went through every rank lately."""
-        return self._client.service.health()
+        return self._client.health()
 
     def shutdown(self) -> None:
         """End every request and every process of the engine. Idempotent."""
@@ -297,7 +306,7 @@ class LLM:
 
     def _start_service(self, info: ModelInfo, tokenizer: str | None) -> Service:
         """The Driver: in this process for one rank, else in a Ray actor. Ray is imported here only."""
-        config = self.config
+        config = _with_absolute_paths(self.config)
         backend = config.distributed_executor_backend
         if backend == "ray" or (backend == "auto" and config.tensor_parallel_size > 1):
             from distributed_sparse.driver.actor import connect_driver
@@ -307,7 +316,7 @@ class LLM:
         from distributed_sparse.driver.service import DriverService
 
         service = DriverService(config, info, tokenizer, InProcessGroup(config))
-        service.start()
+        on_usable_thread(service.start)
         return service
 
     def _run(self, prompts: list[Any], params: list[SamplingParams], use_tqdm: bool) -> list[OutputBuilder]:
@@ -345,7 +354,7 @@ class LLM:
                     running.discard(update.request_id)
                 yield update
         finally:
-            if running:
+            if running and self._client.origin.is_here:
                 self.abort(list(running))
 
     def _new_request_id(self) -> str:
@@ -428,8 +437,8 @@ class Stream:
             self.close()
 
     def close(self) -> None:
-        """Abort the request if it still runs."""
-        if not self._builder.output.finished:
+        """Abort the request if it still runs; in a forked child it is the parent's, and goes on."""
+        if self._client.origin.is_here and not self._builder.output.finished:
             self._client.abort([self.request_id])
 
     def _take(self, update: RequestUpdate) -> RequestOutput:
@@ -437,6 +446,14 @@ class Stream:
         if update.finished:
             _raise_error(self._builder)
         return self._builder.snapshot()
+
+
+def _with_absolute_paths(config: EngineConfig) -> EngineConfig:
+    """The config for other processes, whose working directory is another; `LLM.config` keeps what the user wrote."""
+    sparse = config.sparse
+    if sparse is not None and isinstance(sparse.get("hash_weights"), str):
+        sparse = sparse | {"hash_weights": absolute_path(sparse["hash_weights"])}
+    return replace(config, model=absolute_path(config.model), sparse=sparse)
 
 
 def _raise_error(builder: OutputBuilder) -> None:

@@ -1,6 +1,7 @@
 """The client's tokenizer: text and chat messages to token ids. Back to text is `driver/detokenizer.py`."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast | None":
     """
     from transformers import AutoTokenizer
 
-    folder = Path(path) if Path(path).is_dir() else _download(path)
+    local = Path(os.path.expanduser(path))
+    folder = local if local.is_dir() else _download(path)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:

@@ -125,6 +125,17 @@ def test_two_engines_in_one_process_keep_to_their_own_actors(engines: Engines) -
     assert together[0] != together[1], "else nothing tells the two engines apart"
 
 
+def test_a_relative_path_counts_from_where_the_user_is(
+    local_ray: None, engines: Engines, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's workers stay in the directory in which Ray was started."""
+    monkeypatch.chdir(path.parent)
+    with LLM(path.name, tokenizer=f"./{path.name}", tensor_parallel_size=2, **SETTINGS) as llm:
+        monkeypatch.chdir("/")
+        assert (llm.config.model, llm.config.tokenizer) == (path.name, f"./{path.name}")
+        assert tokens(llm, GREEDY) == tokens(engines("dense", 1), GREEDY)
+
+
 # ---- what goes wrong
 
 

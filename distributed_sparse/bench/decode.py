@@ -160,7 +160,7 @@ def one_ray(settings: DecodeSettings) -> Iterator[None]:
     if max(settings.tensor_parallel_size) == 1:
         yield
         return
-    from distributed_sparse.driver.actor import ensure_ray
+    from distributed_sparse.driver.ray_session import ensure_ray
 
     session = ensure_ray(max(settings.tensor_parallel_size))
     try:

@@ -105,7 +105,7 @@ def _with_checkpoint(config: EngineConfig) -> EngineConfig:
 
 def _compare(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> list[Result]:
     """Each method's result, on one Ray for all."""
-    from distributed_sparse.driver.actor import ensure_ray
+    from distributed_sparse.driver.ray_session import ensure_ray
 
     budget = getattr(config.resolve_sparse(), "token_budget", 128)
     methods: list[dict[str, Any]] = [

@@ -5,8 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import os
-import socket
 import threading
 import uuid
 from collections.abc import Iterator
@@ -27,8 +25,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.exporter import MetricsExporter
 from distributed_sparse.driver.group import RayShardGroup, demand, reason, remove, with_device
+from distributed_sparse.driver.ray_session import RaySession, ensure_ray
 from distributed_sparse.driver.service import DriverService
 from distributed_sparse.driver.shard_group import ShardFailure
+from distributed_sparse.process import Origin
 
 if TYPE_CHECKING:
     from distributed_sparse.config import EngineConfig
@@ -44,8 +44,6 @@ START_MARGIN_S = 60.0
 """What making the Driver's own process may take beside the shards' start-up deadline."""
 STOP_TIMEOUT_S = 30.0
 """How long a Driver has for an orderly end before it is killed."""
-REACH_TIMEOUT_S = 10.0
-"""How long a cluster's head has to accept a connection."""
 DRIVER_DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 """What Ray raises when the Driver's process, or its node with what it had answered, has gone."""
 OWN_RAY_CPUS_PER_RANK = 0.01
@@ -79,7 +77,7 @@ class DriverActor:
         group = RayShardGroup(config, **self._group_options)
         self._service = DriverService(config, model_info, tokenizer_json, group)
         info = self._service.start()
-        self._exporter = MetricsExporter(self._service, config.model)
+        self._exporter = MetricsExporter(self._service, model_info.name or config.model)
         self._started = True
         return info
 
@@ -109,115 +107,11 @@ class DriverActor:
             self._exporter.close()
 
 
-class RaySession:
-    """One engine's hold on this process's connection to Ray, of which there is one: the last to let go closes it.
-
-    A connection that the process had made before is only used. The class itself keeps who has begun it and how many hold
-    it, since Ray keeps its connection per process, too.
-
-    Attributes:
-        own: this process has started that Ray, for engines alone.
-    """
-
-    _lock = threading.Lock()
-    _begun: str | None = None
-    """Job of the connection that was begun here."""
-    _own = False
-    _holders = 0
-
-    def __init__(self, num_ranks: int) -> None:
-        cls = type(self)
-        with cls._lock:
-            if not ray.is_initialized():
-                cls._own = begin_ray(num_ranks)
-                cls._begun, cls._holders = current_job(), 0
-            self._held = current_job() == cls._begun
-            self.own = self._held and cls._own
-            cls._holders += self._held
-
-    def release(self) -> None:
-        """Let go. Harmless when called again, or when the process has closed the connection itself."""
-        cls = type(self)
-        with cls._lock:
-            if not self._held:
-                return
-            self._held = False
-            if ray.is_initialized() and current_job() == cls._begun:
-                cls._holders -= 1
-                if cls._holders == 0:
-                    ray.shutdown()
-                    cls._begun = None
-
-
-def ensure_ray(num_ranks: int) -> RaySession:
-    """Use the Ray that this process is connected to, or that RAY_ADDRESS or `ray start` names; else start a local one.
-
-    A local one has a logical CPU for each of `num_ranks` even where the machine has fewer cores.
-
-    Raises:
-        ValueError: RAY_ADDRESS cannot be reached.
-    """
-    return RaySession(num_ranks)
-
-
-def begin_ray(num_ranks: int) -> bool:
-    """Connect; whether a Ray was started for it.
-
-    No `address="auto"`: it would also join the private Ray of any other process on this machine.
-    """
-    address = os.environ.get("RAY_ADDRESS", "")
-    check_reachable(address)
-    # Ray's workers are nice by 15 unless told: any other process takes their cores, and all ranks wait for the slowest.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    num_cpus = max(len(os.sched_getaffinity(0)), num_ranks)
-    options: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.WARNING}
-    try:
-        ray.init(num_cpus=num_cpus, **options)
-        return True
-    except ValueError as error:
-        if "existing cluster" not in str(error):
-            raise
-    try:
-        ray.init(**options)  # the cluster that was found knows its own CPUs
-        return False
-    except ConnectionError as error:
-        if address:
-            raise unreachable(address, error) from None
-        logger.warning("the Ray that `ray start` left behind does not answer; starting another")
-        ray.init(address="local", num_cpus=num_cpus, **options)
-        return True
-
-
-def check_reachable(address: str) -> None:
-    """Whether somebody listens at a RAY_ADDRESS of host and port: Ray itself would try for minutes.
-
-    Raises:
-        ValueError: nobody does.
-    """
-    host, _, port = address.rpartition("//")[2].rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=REACH_TIMEOUT_S).close()
-        except OSError as error:
-            raise unreachable(address, error) from None
-
-
-def unreachable(address: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"RAY_ADDRESS={address!r} cannot be reached ({error}); start that cluster, or unset RAY_ADDRESS for a local one"
-    )
-
-
-def current_job() -> str:
-    """A name for this process's connection to Ray."""
-    context = ray.get_runtime_context()
-    return f"{context.gcs_address} {context.get_job_id()}"
-
-
 class RemoteDriver:
     """A DriverService behind an actor: the same methods, from any thread. Made by `connect_driver`."""
 
     def __init__(self, session: RaySession, actor: Any, placement_name: str) -> None:
+        self._origin = Origin()
         self._session = session
         self._actor = actor
         self._placement_name = placement_name
@@ -277,7 +171,12 @@ class RemoteDriver:
             return False
 
     def shutdown(self) -> None:
-        """End the service, its actors and its placement group, by force if need be. Harmless when called again."""
+        """End the service, its actors and its placement group, by force if need be.
+
+        Harmless when called again, and in a forked child.
+        """
+        if not self._origin.is_here:
+            return
         with self._idle:
             if self._closed:
                 return

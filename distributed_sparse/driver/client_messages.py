@@ -68,3 +68,5 @@ class ModelInfo(msgspec.Struct, frozen=True):
     num_kv_heads: int
     eos_token_ids: tuple[int, ...]
     max_model_len: int
+    name: str = ""
+    """What the user calls it: the label of its metrics."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,15 @@ _OTHER_WEIGHTS = ("consolidated*", "adapter_model*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
+def absolute_path(name: str) -> str:
+    """The absolute path of what lies on this node under `name`, with `~` expanded; `name` itself if nothing does (a hub id).
+
+    Other processes have another working directory, and this one may change its own.
+    """
+    path = Path(os.path.expanduser(name))
+    return str(path.absolute()) if path.exists() else name
+
+
 def resolve_checkpoint(model: str, load_format: str = "auto") -> Path:
     """The local directory of a checkpoint, downloaded first where ``model`` is a Hugging Face hub id.
 
@@ -41,7 +51,7 @@ def resolve_checkpoint(model: str, load_format: str = "auto") -> Path:
     """
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format={load_format!r} is unknown; use one of {', '.join(LOAD_FORMATS)}")
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if not path.is_dir():
         path = _download(model, path, load_format)
     if not (path / "config.json").is_file():

@@ -296,21 +296,6 @@ def test_two_engines_share_a_ray_of_their_own_and_the_last_one_ends_it(ray_envir
     assert_gone(pids)
 
 
-def test_an_address_that_cannot_be_reached_is_refused_by_name(ray_environment):
-    root = str(Path(__file__).parents[2])
-    code = "from distributed_sparse.driver.actor import ensure_ray\nensure_ray(2)"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"RAY_ADDRESS": "127.0.0.1:9"},
-        capture_output=True,
-        text=True,
-        cwd=root,
-        timeout=WAIT_S,
-    )
-    assert run.returncode != 0
-    assert "RAY_ADDRESS='127.0.0.1:9' cannot be reached" in run.stderr
-
-
 def test_a_request_that_raises_in_the_driver_is_refused_alone_among_those_of_its_call(driver):
     client_id = uuid.uuid4().hex
     first, wrong, last = new_requests(3)

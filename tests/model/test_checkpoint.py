@@ -15,7 +15,13 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from distributed_sparse.model import checkpoint
-from distributed_sparse.model.checkpoint import TensorFiles, resolve_checkpoint, weight_files, weights_fingerprint
+from distributed_sparse.model.checkpoint import (
+    TensorFiles,
+    absolute_path,
+    resolve_checkpoint,
+    weight_files,
+    weights_fingerprint,
+)
 from tests.support.checkpoints import tiny_checkpoint, transformers_model
 from tests.support.dense_model import dense_logits
 
@@ -24,6 +30,16 @@ HOST = socket.gethostname()
 
 def test_a_folder_is_used_as_it_is(tmp_path: Path) -> None:
     assert resolve_checkpoint(str(tiny_checkpoint(tmp_path))) == tmp_path
+
+
+def test_what_lies_here_has_an_absolute_path_and_a_hub_id_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "organisation" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in ("organisation/name", "./organisation/name", "~/organisation/name", str(tmp_path / "organisation/name")):
+        assert absolute_path(given) == str(tmp_path / "organisation" / "name")
+    for given in ("organisation/other", "other", "~no-such-user/name"):
+        assert absolute_path(given) == given
 
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "./models/absent", "a/b/c"])
