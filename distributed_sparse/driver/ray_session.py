@@ -119,7 +119,7 @@ def find_cluster() -> str | None:
     if given not in ("", "auto", "local"):
         check_address(given)
     try:
-        address = services.canonicalize_bootstrap_address(None)
+        address = services.canonicalize_bootstrap_address(None)  # type: ignore[arg-type]
         if address is not None:
             check_answers(address)
         return address
@@ -184,8 +184,8 @@ def _abandon_in_child() -> None:
         for value in vars(owner).values():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))  # its destructor never runs
     worker.global_worker.set_is_connected(False)
-    worker.global_worker.set_mode(None)
-    del worker.global_worker.core_worker
+    worker.global_worker.set_mode(None)  # type: ignore[arg-type]
+    del worker.global_worker.core_worker  # type: ignore[attr-defined]
     worker._global_node = None
     handler = signal.getsignal(signal.SIGTERM)
     if getattr(handler, "__module__", "").startswith("ray."):  # it ends the processes of the parent's Ray
