@@ -39,14 +39,20 @@ class StopChecker:
     ) -> None:
         self.include = include_stop_str_in_output
         self._min_tokens = min_tokens
-        self._automaton = _automaton(tuple((s, symbols) for s in stop for symbols in dict.fromkeys((s, to_symbols(s)))))
-        self._state = 0
+        with_ids = ((s, to_symbols(s)) for s in stop)
+        patterns = (
+            tuple((s, s) for s in stop),
+            tuple((s, ids) for s, ids in with_ids if not all(isinstance(i, str) for i in ids)),
+        )
+        # two, since a special token changes nothing for a stop string of text alone, and ends the match of others
+        self._automata = [_automaton(own) for own in patterns if own]
+        self._states = [0] * len(self._automata)
         self._checked = 0  # no stop string ends within text[:_checked], or it did not count
 
     @property
     def special_ids(self) -> frozenset[int]:
         """The special tokens that stop strings hold."""
-        return self._automaton.special_ids
+        return self._automata[-1].special_ids if self._automata else frozenset()
 
     def check(self, text: str, num_tokens: int, special_id: int | None = None) -> StopMatch | None:
         """Look at a text that has grown.
@@ -56,21 +62,23 @@ class StopChecker:
             num_tokens: the tokens that it came from.
             special_id: one of `special_ids`, when the last of these tokens is that one.
         """
-        automaton = self._automaton
-        if not automaton.has_stops:
+        if not self._automata:
             return None
         symbols: list[Symbol] = [*text[self._checked :]]
         if special_id is not None:
             symbols.append(special_id)
         for symbol in symbols:
-            self._checked += isinstance(symbol, str)
-            state = automaton.step(self._state, symbol)
-            if state is None:
-                continue
-            self._state = state
-            stop = automaton.stops[state]
-            if stop is not None and num_tokens > self._min_tokens:
-                return StopMatch(stop, self._checked - automaton.stop_lengths[state])
+            is_char = isinstance(symbol, str)
+            self._checked += is_char
+            found = []
+            for i, automaton in enumerate(self._automata):
+                if is_char or automaton.special_ids:
+                    state = self._states[i] = automaton.step(self._states[i], symbol)
+                    stop = automaton.stops[state]
+                    if stop is not None:
+                        found.append(StopMatch(stop, self._checked - automaton.stop_lengths[state]))
+            if found and num_tokens > self._min_tokens:
+                return min(found, key=lambda match: match.start)
         return None
 
     def publishable(self, text: str) -> int:
@@ -79,8 +87,11 @@ class StopChecker:
         The longest end of the text that could be the beginning of a stop string is held back. An output that keeps its stop
         string holds back only what follows a special token, since the token's name would stand before it.
         """
-        held = self._automaton.after_special if self.include else self._automaton.lengths
-        return len(text) - held[self._state]
+        held = (
+            (automaton.after_special if self.include else automaton.lengths)[state]
+            for automaton, state in zip(self._automata, self._states)
+        )
+        return len(text) - max(held, default=0)
 
 
 class StopAutomaton:
@@ -90,7 +101,6 @@ class StopAutomaton:
     """
 
     def __init__(self, patterns: Sequence[tuple[str, Sequence[Symbol]]]) -> None:
-        self.has_stops = bool(patterns)
         self.special_ids = frozenset(symbol for _, pattern in patterns for symbol in pattern if isinstance(symbol, int))
         self._next: list[dict[Symbol, int]] = [{}]
         self._shorter = [0]  # the longest proper end of this state that is a state too
@@ -106,11 +116,11 @@ class StopAutomaton:
             self._add(stop, pattern)
         self._link()
 
-    def step(self, state: int, symbol: Symbol) -> int | None:
-        """The state after one more symbol; None: a special token that no stop string goes on with, which changes nothing."""
+    def step(self, state: int, symbol: Symbol) -> int:
+        """The state after one more symbol."""
         while symbol not in self._next[state]:
             if state == 0:
-                return 0 if isinstance(symbol, str) else None
+                return 0
             state = self._shorter[state]
         return self._next[state][symbol]
 
@@ -137,7 +147,7 @@ class StopAutomaton:
             state = states.popleft()
             shorter = self._shorter[state]
             for symbol, following in self._next[state].items():
-                self._shorter[following] = self.step(shorter, symbol) or 0
+                self._shorter[following] = self.step(shorter, symbol)
                 states.append(following)
             if self.stops[state] is None:
                 self.stops[state], self.stop_lengths[state] = self.stops[shorter], self.stop_lengths[shorter]

@@ -163,7 +163,7 @@ def test_prompts_that_cannot_even_be_shown_are_refused_alone(llm: LLM, expected:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("seed", 2**64, "seed=18446744073709551616 must be in 0..9223372036854775807"),
+        ("seed", 2**64, "seed=18446744073709551616 must be in -1..9223372036854775807"),
         ("seed", "7", "seed='7' must be an integer"),
         ("top_k", 2**70, "top_k=.* must be in -1..2147483647"),
         ("stop_token_ids", [2**70], "token id .* is outside the vocabulary"),

@@ -94,6 +94,12 @@ def test_other_special_tokens_are_passed_over_as_in_the_text() -> None:
     assert read(ids("a<|pad|><|end|>"), ["a<|end|>"])[:2] == ("", "a<|end|>")
 
 
+def test_a_stop_string_of_text_is_found_beside_one_with_a_special_token_that_begins_alike() -> None:
+    for stop in (["ab", "a<|end|>c"], ["a<|end|>c", "ab"]):
+        assert read(ids("xa<|end|>b"), stop)[:2] == ("x", "ab")
+        assert read(ids("xa<|end|>c"), stop)[:2] == ("x", "a<|end|>c")
+
+
 def test_a_special_token_within_min_tokens_does_not_count() -> None:
     assert read(ids("a<|end|>b<|end|>c"), ["<|end|>"], min_tokens=2)[:2] == ("ab", "<|end|>")
     assert read(ids("a<|end|>b<|end|>c"), ["<|end|>"], min_tokens=4)[:2] == ("abc", None)
@@ -151,7 +157,7 @@ def test_the_work_per_character_does_not_grow_with_the_stop_strings(monkeypatch:
 
     automaton = StopAutomaton([(s, s) for s in stop])
     automaton._next = [Counted(following) for following in automaton._next]
-    monkeypatch.setattr(checker, "_automaton", automaton)
+    monkeypatch.setattr(checker, "_automata", [automaton])
     text = ("a" * 100 + "b") * 40
     for end in range(1, len(text) + 1):
         assert checker.check(text[:end], end) is None
