@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.support.interpreter import INTERPRETED, sum_dots_in_order
 
@@ -18,6 +19,9 @@ if INTERPRETED:
     sum_dots_in_order()
 
 ROOT = Path(__file__).resolve().parents[1]
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @functools.cache
