@@ -117,7 +117,7 @@ def test_the_shapes_that_come_along_are_those_of_their_names(name: str, tmp_path
         (["--set", "page_size=32"], "only keys of `sparse` can be set here"),
         (["--set", "sparse.method=window"], "give it as --method"),
         (["--context", "200000"], "over the 131072 positions"),
-        (["--dtype", "int8"], "dtype='int8' is not supported"),
+        (["--dtype", "int8"], "dtype='int8' is not known"),
         (["--bandwidth", "0"], "--bandwidth=0.0 must be finite, > 0"),
         (["--measure"], "leave it out, or plan for --gpu cpu"),
     ],
