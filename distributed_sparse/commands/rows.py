@@ -114,7 +114,7 @@ def json_line(row: dict[str, Any]) -> bytes:
     """A row as one line of JSON in UTF-8. Numbers that JSON lacks (NaN, infinities) are null; lone surrogates are escaped."""
     try:
         text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-    except ValueError:
+    except (TypeError, ValueError):  # a trace's arrays, or numbers that JSON lacks
         row = plain(row, digits=None)
         text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     try:
