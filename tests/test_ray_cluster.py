@@ -56,7 +56,7 @@ CLUSTER = """
     ray.init(address=cluster.address, logging_level="ERROR")
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     left = [entry["name"] for entry in ray.util.placement_group_table().values() if entry["state"] != "REMOVED"]
-    deadline = time.monotonic() + WAIT_S  # Ray's nodes report what is free now and then
+    deadline = time.monotonic() + 300.0  # Ray's nodes report what is free now and then
     while (free := ray.available_resources().get("CPU")) != 2.0 and time.monotonic() < deadline:
         time.sleep(0.1)
     ray.shutdown()
