@@ -30,6 +30,7 @@ from distributed_sparse.chaos.report import SoakReport, as_dict, as_text, verdic
 from distributed_sparse.chaos.soak import Soak, SoakOptions
 from distributed_sparse.commands.demo import CONFIG, ROOT
 from distributed_sparse.commands.lifetime import FAILED, TERMINATED, USAGE
+from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.evaluation.recall_model import ensure_recall_checkpoint
 from distributed_sparse.reporting.results import plain
@@ -240,13 +241,8 @@ def _own_handlers() -> Iterator[None]:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    summary, _, details = (__doc__ or "").replace("python -m launch.chaos", prog).partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=summary,
-        epilog=details + "\nfaults:\n" + "\n".join(f"  {kind:<10}{text}" for kind, text in KINDS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    faults = "\nfaults:\n" + "\n".join(f"  {kind:<10}{text}" for kind, text in KINDS.items())
+    parser = command_parser(__doc__, "chaos", prog, faults)
     default = SoakOptions()
     parser.add_argument("--config", type=Path, default=CONFIG, metavar="YAML")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of it")

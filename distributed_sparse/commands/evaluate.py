@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm, one_ray
+from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.config import load_run_config
 from distributed_sparse.evaluation.suites import SUITES
 
@@ -103,13 +104,7 @@ def _write(args: argparse.Namespace, evaluation: Evaluation, results: Results, p
 
 
 def _parser(prog: str, argv: Sequence[str]) -> argparse.ArgumentParser:
-    summary, _, details = (__doc__ or "").replace("python -m launch.evaluate", prog).partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__, "evaluate", prog)
     suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
     for name, suite in SUITES.items():
         own = suites.add_parser(name, help=(suite.__doc__ or "").partition("\n")[0])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from tqdm import tqdm
 
 from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm, show_log
+from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.commands.rows import Row, json_line, make_row, read_file, row_out, write_line
 from distributed_sparse.config import EngineConfig, load_run_config
 from distributed_sparse.outputs import RequestOutput
@@ -90,13 +91,7 @@ def _complain(message: str) -> None:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    summary, _, details = (__doc__ or "").replace("python -m launch.generate", prog).partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__, "generate", prog)
     parser.add_argument("--config", required=True, metavar="YAML", help="the run: engine keys and a `sampling` section")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, such as sparse.token_budget=1024"

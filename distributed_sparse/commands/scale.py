@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm, one_ray, show_log
+from distributed_sparse.commands.parser import command_parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.scale") -> int:
@@ -58,13 +59,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.scale"
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    summary_line, _, details = (__doc__ or "").replace("python -m launch.scale", prog).partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=summary_line,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__, "scale", prog)
     parser.add_argument("--config", required=True, metavar="YAML", help="base, workload, grid, exclude and checks")
     parser.add_argument("--output", required=True, metavar="DIR", help="results; of one state of the code and one machine")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: workload.seed=1")
