@@ -80,12 +80,12 @@ def ray_environment() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def local_ray(ray_environment: Path) -> Iterator[None]:
-    """A local Ray with 4 logical CPUs, for the tests marked `ray`."""
+    """A local Ray with 6 logical CPUs, for the tests marked `ray`."""
     import ray
 
     ray.init(
         address="local",
-        num_cpus=4,
+        num_cpus=6,
         num_gpus=0,
         include_dashboard=False,
         object_store_memory=100 * 1024 * 1024,

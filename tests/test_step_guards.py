@@ -24,7 +24,8 @@ from distributed_sparse.shard.inputs import StepInputs
 from tests.support.aten_ops import OpRecorder, computes, new_tensors, storage_of, tensors_in
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.hash_weights import random_hash_weights
-from tests.support.kernels import INTERPRETED, error_ratio, poisoned_memory
+from tests.support.interpreter import INTERPRETED
+from tests.support.kernels import error_ratio, poisoned_memory
 from tests.support.padded_shard import padded_shard
 from tests.support.stepped_shard import SteppedShard
 from tests.support.triton_path import triton_path

@@ -32,7 +32,7 @@ class SampleUpdate(msgspec.Struct):
     """New text, held back while it may be the start of a stop string; never half a UTF-8 character."""
     logprobs: list[LogprobBlock]
     finish_reason: str | None = None
-    """"stop", "length" or "abort"."""
+    """stop, length, abort or error."""
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it; None for EOS and length."""
 

@@ -110,10 +110,10 @@ def test_cpus_in_use_are_waited_for_and_then_named(new_group, config, monkeypatc
     from distributed_sparse.driver import group as group_module
 
     monkeypatch.setattr(group_module, "PLACEMENT_TIMEOUT_S", 1.0)
-    blocker = ray.util.placement_group([{"CPU": 3}])
+    blocker = ray.util.placement_group([{"CPU": 5}])
     assert blocker.wait(5)
     try:
-        with pytest.raises(ValueError, match=r"asks for 2 CPUs on one node, and none came free within 1 s.*1 of 4 unused"):
+        with pytest.raises(ValueError, match=r"asks for 2 CPUs on one node, and none came free within 1 s.*1 of 6 unused"):
             new_group(config).start()
     finally:
         group_module.remove(blocker)

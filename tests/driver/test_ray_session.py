@@ -69,6 +69,7 @@ def test_a_malformed_address_is_refused_by_name(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("address", UNREACHABLE)
 def test_an_address_at_which_nobody_answers_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # the tests' own Ray may run in this process
     said = f"^RAY_ADDRESS={re.escape(repr(address.strip()))} cannot be reached .*start that cluster, or unset RAY_ADDRESS"
     for use in (find_cluster, lambda: one_ray(EngineConfig(model="model", tensor_parallel_size=2)).__enter__()):
         with pytest.raises(ValueError, match=said):

@@ -722,10 +722,13 @@ class AnyFailure(RuleBasedStateMachine):
         for index, tokens in told.tokens.items():
             whole = self.undisturbed(new, index)
             assert tokens == whole[: len(tokens)]
-            if told.finished and told.reasons[index] != "abort":
+            if not told.finished:
+                continue
+            if told.reasons[index] in ("abort", "error"):
+                assert cut_off and (told.error is not None or told.reasons[index] == "abort")
+            else:
                 assert tokens == whole
                 assert told.reasons[index] == ("stop" if whole[-1] in (params.stop_token_ids or ()) else "length")
-            assert not told.finished or told.reasons[index] != "abort" or cut_off
 
     def undisturbed(self, new: NewRequest, index: int) -> list[int]:
         cache = self.__dict__.setdefault("_undisturbed", {})

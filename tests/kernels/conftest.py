@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.kernels import IMPLEMENTATIONS, INTERPRETED, Implementation, poisoned_memory
+from tests.support.interpreter import INTERPRETED
+from tests.support.kernels import IMPLEMENTATIONS, Implementation, poisoned_memory
 
 FILES = {"rotary_append": "append"}
 """Ops that lie in another one's file."""

@@ -26,7 +26,7 @@ def test_sigterm_unwinds_with_its_own_exit_code_and_the_handler_of_before_comes_
 
 
 def test_engines_of_one_rank_in_this_process_start_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "distributed_sparse.driver.actor", None)  # importing it would fail
+    monkeypatch.setitem(sys.modules, "distributed_sparse.driver.ray_session", None)  # importing it would fail
     alone = EngineConfig(model="m")
     with one_ray(alone, EngineConfig(model="m", distributed_executor_backend="uni")):
         pass

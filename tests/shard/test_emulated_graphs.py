@@ -18,7 +18,7 @@ from distributed_sparse.shard.shard import Shard
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.emulated_graphs import EmulatedGraph, emulated_graphs
 from tests.support.hash_weights import random_hash_weights
-from tests.support.kernels import INTERPRETED
+from tests.support.interpreter import INTERPRETED
 from tests.support.stepped_shard import SteppedShard
 from tests.support.triton_path import triton_path
 
