@@ -45,6 +45,7 @@ class EngineConfig:
         device: "auto", "cpu" or "cuda".
         seed: the engine's seed; requests without one derive theirs from it.
         load_format: "auto" (safetensors) or "dummy" (random weights).
+        use_tqdm_on_load: show on standard error how far rank 0 has read its weights, where that takes more than a moment.
         enforce_eager: no CUDA graphs.
         async_scheduling: plan and send a step before the result of the last one is in, so that ranks need not wait for it.
         page_size: tokens per KV page: 16, 32 or 64.
@@ -79,6 +80,7 @@ class EngineConfig:
     device: str = "auto"
     seed: int = 0
     load_format: str = "auto"
+    use_tqdm_on_load: bool = True
     enforce_eager: bool = False
     async_scheduling: bool = True
     page_size: int = 16
@@ -130,6 +132,7 @@ class EngineConfig:
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
         put_int("seed", 0, "give an unsigned 63-bit number", (1 << 63) - 1)
         check_choice("load_format", self.load_format, ("auto", "dummy"))
+        check_bool("use_tqdm_on_load", self.use_tqdm_on_load)
         check_bool("enforce_eager", self.enforce_eager)
         check_bool("async_scheduling", self.async_scheduling)
         put_int("page_size", 1, f"use one of {', '.join(map(str, PAGE_SIZES))}")

@@ -12,8 +12,6 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from tqdm import tqdm
-
 from distributed_sparse.client import Client, EngineError, Service
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
@@ -27,6 +25,7 @@ from distributed_sparse.model.sharding import check_divisibility
 from distributed_sparse.output_builder import OutputBuilder, block_arrays
 from distributed_sparse.outputs import RequestOutput, ScoreOutput
 from distributed_sparse.process import on_usable_thread
+from distributed_sparse.progress import Progress
 from distributed_sparse.prompts import Prompt, is_single_prompt, parse_prompt
 from distributed_sparse.request_validation import validate_request
 from distributed_sparse.sampling_params import SamplingParams
@@ -122,7 +121,7 @@ class LLM:
             prompts: a str, list[int], `TextPrompt` or `TokensPrompt`, or a list of those. Text gets the special tokens that
                 the tokenizer adds.
             sampling_params: one for all, or one per prompt; None: `get_default_sampling_params`.
-            use_tqdm: show a progress bar.
+            use_tqdm: show progress on standard error: a bar on a terminal, elsewhere a line every 10 s.
             vllm_args: other arguments of vLLM's `generate`, at values that change nothing (`lora_request=None`).
 
         Returns:
@@ -246,7 +245,7 @@ class LLM:
         for request in requests:
             self._validate(request)
         scores = {request.request_id: ScoreOutput(request.prompt_token_ids, first) for request in requests}
-        with tqdm(total=len(requests), disable=not use_tqdm, desc="Scored prompts") as bar:
+        with Progress(total=len(requests), disable=not use_tqdm, desc="Scored prompts") as bar:
             for update in self._updates(requests):
                 for block in update.prompt_logprobs:
                     _, logprobs, _ = block_arrays(block)
@@ -331,7 +330,8 @@ class LLM:
                 what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                 builder = _refused(self._new_request_id(), prompt, what)
             builders[builder.output.request_id] = builder
-        with tqdm(total=len(prompts), initial=len(prompts) - len(requests), disable=not use_tqdm, desc="Prompts") as bar:
+        refused = len(prompts) - len(requests)
+        with Progress(total=len(prompts), initial=refused, disable=not use_tqdm, desc="Prompts") as bar:
             tokens = 0
             for update in self._updates(requests):
                 builders[update.request_id].add(update)

@@ -127,7 +127,7 @@ ENGINE: dict[str, tuple[Any, ...]] = {
             "swap_space", "max_logprobs", "disable_log_stats", "disable_log_requests", "disable_custom_all_reduce",
             # speed of vLLM's own parts
             "max_seq_len_to_capture", "max_parallel_loading_workers", "disable_async_output_proc", "disable_cascade_attn",
-            "ray_workers_use_nsight", "stream_interval", "use_tqdm_on_load", "use_v2_block_manager", "prefix_caching_hash_algo",
+            "ray_workers_use_nsight", "stream_interval", "use_v2_block_manager", "prefix_caching_hash_algo",
             "optimization_level", "performance_mode", "max_cudagraph_capture_size",
             # details of features that are off: their switches are refused above
             "max_loras", "max_lora_rank", "lora_dtype", "lora_extra_vocab_size", "fully_sharded_loras",

@@ -85,6 +85,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"device": "tpu"}, r"device='tpu' is not known; use one of 'auto', 'cpu', 'cuda'"),
     ({"seed": -1}, r"seed=-1 must be in 0..9223372036854775807"),
     ({"load_format": "pt"}, r"load_format='pt' is not known; use one of 'auto', 'dummy'"),
+    ({"use_tqdm_on_load": "no"}, r"use_tqdm_on_load=.no. must be true or false"),
     ({"enforce_eager": 1}, r"enforce_eager=1 must be true or false"),
     ({"trace": "yes"}, r"trace='yes' must be true or false"),
     ({"async_scheduling": "no"}, r"async_scheduling='no' must be true or false"),

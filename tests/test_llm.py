@@ -203,7 +203,10 @@ def test_sampling_params_must_fit_the_prompts(llm: LLM) -> None:
     assert (outputs[0].error, "must be a SamplingParams" in str(outputs[1].error)) == (None, True)
 
 
-def test_a_progress_bar_counts_prompts_and_can_be_left_out(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_progress_bar_counts_prompts_and_can_be_left_out(
+    llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     llm.generate(PROMPTS[:3], GREEDY, use_tqdm=False)
     assert capsys.readouterr().err == ""
     llm.generate(PROMPTS[:3], GREEDY)

@@ -19,13 +19,12 @@ from io import RawIOBase
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
-from tqdm import tqdm
-
 from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm, show_log
 from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.commands.rows import Row, json_line, make_row, read_file, row_out, write_line
 from distributed_sparse.config import EngineConfig, load_run_config
 from distributed_sparse.outputs import RequestOutput
+from distributed_sparse.progress import Progress
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.tokenizer import apply_chat
 
@@ -167,7 +166,7 @@ def _write_rows(llm: "LLM", rows: list[Row], out: RawIOBase, window: int) -> int
     written = failed = 0
     submitted: deque[tuple[Row, Stream | None]] = deque()
     to_come = iter(rows)
-    with tqdm(total=len(rows), unit="row", disable=None) as bar:  # None: only on a terminal
+    with Progress(total=len(rows), unit="row") as bar:
         while True:
             for row in islice(to_come, window - len(submitted)):
                 submitted.append((row, _submit_or_note(llm, row)))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import re
 import threading
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -25,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.exporter import MetricsExporter
 from distributed_sparse.driver.group import RayShardGroup, demand, reason, remove, with_device
+from distributed_sparse.driver.placement import ClientPlacement
 from distributed_sparse.driver.ray_session import RaySession, ensure_ray
 from distributed_sparse.driver.service import DriverService
 from distributed_sparse.driver.shard_group import ShardFailure
@@ -59,14 +62,16 @@ class DriverActor:
         config: EngineConfig,
         model_info: ModelInfo,
         tokenizer_json: str | None,
-        placement_name: str,
+        name: str,
         cpus_per_rank: float,
+        client: ClientPlacement | None,
         shard_factory: ShardFactory | None,
     ) -> None:
         self._arguments = (config, model_info, tokenizer_json)
         self._group_options: dict[str, Any] = {
-            "name": placement_name,
+            "name": name,
             "cpus_per_rank": cpus_per_rank,
+            "client": client,
             "shard_factory": shard_factory,
         }
         self._started = False
@@ -110,11 +115,11 @@ class DriverActor:
 class RemoteDriver:
     """A DriverService behind an actor: the same methods, from any thread. Made by `connect_driver`."""
 
-    def __init__(self, session: RaySession, actor: Any, placement_name: str) -> None:
+    def __init__(self, session: RaySession, actor: Any, name: str) -> None:
         self._origin = Origin()
         self._session = session
         self._actor = actor
-        self._placement_name = placement_name
+        self._name = name
         self._streams: dict[str, ray.ObjectRefGenerator] = {}
         self._idle = threading.Condition()
         self._calls = 0
@@ -215,7 +220,7 @@ class RemoteDriver:
             if not self._cleared:
                 ray.kill(self._actor)
                 with contextlib.suppress(ValueError):  # the Driver has removed it already, or never made it
-                    remove(ray.util.get_placement_group(self._placement_name))
+                    remove(ray.util.get_placement_group(self._name))
                 self._cleared = True
 
     @contextlib.contextmanager
@@ -250,21 +255,24 @@ def connect_driver(
         ShardFailure: a shard, or the Driver, did not come up.
     """
     session = ensure_ray(config.tensor_parallel_size)
-    logger.info("%s of the Ray cluster", demand(with_device(config)))
-    placement_name = f"distributed-sparse-{uuid.uuid4().hex}"
+    client = ClientPlacement.of_this_process()
+    where = "the placement group in which it is made" if client else "the Ray cluster"
+    logger.info("%s of %s", demand(with_device(config, client)), where)
+    name = f"{re.sub(r'[^A-Za-z0-9._-]', '-', Path(config.model).name)}-{uuid.uuid4().hex[:12]}"
     driver: RemoteDriver | None = None
     try:
         # beside its client, for which it needs no room: softly, or without a word, Ray puts an actor of no CPUs on any node
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = DriverActor.options(scheduling_strategy=here).remote(  # type: ignore[attr-defined]
+        actor = DriverActor.options(name=f"{name}-driver", scheduling_strategy=here).remote(  # type: ignore[attr-defined]
             config,
             model_info,
             tokenizer_json,
-            placement_name,
+            name,
             OWN_RAY_CPUS_PER_RANK if session.own else 1.0,
+            client,
             shard_factory,
         )
-        driver = RemoteDriver(session, actor, placement_name)
+        driver = RemoteDriver(session, actor, name)
         driver.start(config.startup_timeout_s + START_MARGIN_S)
         return driver
     except BaseException:

@@ -10,14 +10,16 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from distributed_sparse.driver.placement import ClientPlacement
 from distributed_sparse.driver.remote_group import RemoteShardGroup
 from distributed_sparse.shard.actor import Place, ShardActor
 from distributed_sparse.shard.serve import ShardArguments
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from distributed_sparse.shard.serve import ShardFactory
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 POLL_S = 0.05
 """How often Ray is asked about something that is waited for."""
@@ -39,7 +43,7 @@ DEATH_TIMEOUT_S = 15.0
 
 
 class RayShardGroup(RemoteShardGroup):
-    """One rank per actor, one CPU or one GPU per rank, ranks in order of (node, GPU).
+    """One rank per actor, one CPU or one GPU per rank, ranks of a node next to each other.
 
     The placement group stays as long as the group does, and a rank stays in its bundle. When a node goes, Ray moves the
     bundles that were on it to other nodes as soon as there is room; until then a rebuild waits.
@@ -47,8 +51,10 @@ class RayShardGroup(RemoteShardGroup):
     Args:
         config: the engine's; `device="auto"` takes GPUs where the cluster has any.
         generation, shard_factory: as `RemoteShardGroup`.
-        name: of the placement group, so that a client can remove it when the Driver has died.
+        name: the engine's: of its placement group, so that a client can remove it when the Driver has died, and, with
+            `-rank-N` behind it, of its actors.
         cpus_per_rank: Ray CPUs of a CPU rank; a Ray that is the engine's alone need not count them.
+        client: the placement group whose bundles are used instead of a new group's; it is not removed at the end.
     """
 
     def __init__(
@@ -56,26 +62,29 @@ class RayShardGroup(RemoteShardGroup):
         config: EngineConfig,
         generation: int = 0,
         shard_factory: ShardFactory | None = None,
-        name: str = "",
+        name: str = "engine",
         cpus_per_rank: float = 1.0,
+        client: ClientPlacement | None = None,
     ) -> None:
-        config = with_device(config)
+        config = with_device(config, client)
         super().__init__(config, ray.util.get_node_ip_address(), generation, shard_factory)
         self._name = name
         self._bundle = {"GPU": 1.0} if config.device == "cuda" else {"CPU": cpus_per_rank}
-        self._placement: PlacementGroup | None = None
+        self._client = client
+        self._placement = client.group if client else None
         self._on_one_node = False  # Ray moves such a placement group only to a node that has room for all of it
         self._bundles = list(range(self.world_size))  # in rank order
         self._actors: dict[int, Any] = {}
+        self._names: Counter[int] = Counter()  # actors that each rank has had
         self._places: dict[int, Place] = {}
         self._runs: dict[int, ray.ObjectRef] = {}
 
     def _spawn(self, ranks: list[int], address: tuple[str, int], store_address: tuple[str, int], deadline: float) -> None:
-        if self._placement is None:
-            self._place(deadline)
+        if self._client is not None and not self._places:
+            self._bundles = self._client_bundles(self._client, deadline)
+        elif self._placement is None:
+            self._bundles = self._place(deadline)
         self._make_actors(ranks, deadline)
-        if len(ranks) == self.world_size:
-            self._sort_ranks()
         ranks_on = Counter(place.node_id for place in self._places.values())
         for rank in ranks:
             place = self._places[rank]
@@ -96,8 +105,8 @@ class RayShardGroup(RemoteShardGroup):
 
     # ---- resources
 
-    def _place(self, deadline: float) -> None:
-        """Reserve one bundle per rank for the first time.
+    def _place(self, deadline: float) -> list[int]:
+        """Reserve one bundle per rank for the first time; the bundles in order of their nodes, which they are not numbered in.
 
         Raises:
             ValueError: the cluster has too little, or it stays in use.
@@ -112,17 +121,46 @@ class RayShardGroup(RemoteShardGroup):
                 f"lower tensor_parallel_size or add nodes{' (or use device=cpu)' if resource == 'GPU' else ''}"
             )
         self._reserve("STRICT_PACK" if max(fits) >= self.world_size else "PACK")
+        self._wait_for(
+            lambda: self._placement_state() == "CREATED" or None,
+            deadline,
+            lambda seconds: (
+                f"{demand(self.config)}{' on one node' if self._on_one_node else ''}, "
+                f"and none came free within {seconds:.0f} s: the Ray cluster {self._unused()}; "
+                "end what uses them (`ray status` shows it) or lower tensor_parallel_size"
+            ),
+        )
+        nodes_of = placement_group_table(self._placement)["bundles_to_node_id"]
+        return sorted(range(self.world_size), key=lambda bundle: nodes_of[bundle])
+
+    def _client_bundles(self, client: ClientPlacement, deadline: float) -> list[int]:
+        """A bundle of the client's placement group for each rank.
+
+        Raises:
+            ValueError: the bundles have too few units, or they stay in use.
+        """
+        (resource, _), *_ = self._bundle.items()
+        remedy = f"add bundles with one {resource} per rank, lower tensor_parallel_size, or make the engine outside the group"
+        if sum(map(math.floor, client.total(resource))) < self.world_size:
+            raise ValueError(f"{demand(self.config)}, but {client.describe(resource)}; {remedy}")
+        return self._wait_for(
+            lambda: client.bundles_for(self.world_size, resource),
+            deadline,
+            lambda seconds: (
+                f"{demand(self.config)}, and none came free within {seconds:.0f} s: {client.describe(resource)}; {remedy}"
+            ),
+        )
+
+    def _wait_for(self, get: Callable[[], T | None], deadline: float, complaint: Callable[[float], str]) -> T:
+        """What `get` returns once it is not None; after PLACEMENT_TIMEOUT_S a ValueError that says `complaint(seconds)`."""
         timeout = min(PLACEMENT_TIMEOUT_S, deadline - time.monotonic())
         in_time = time.monotonic() + timeout
-        while self._placement_state() != "CREATED":
+        while (found := get()) is None:
             self._raise_if_cancelled()
             if time.monotonic() >= in_time:
-                raise ValueError(
-                    f"{demand(self.config)}{' on one node' if self._on_one_node else ''}, "
-                    f"and none came free within {timeout:.0f} s: the Ray cluster {self._unused()}; "
-                    "end what uses them (`ray status` shows it) or lower tensor_parallel_size"
-                )
+                raise ValueError(complaint(timeout))
             time.sleep(POLL_S)
+        return found
 
     def _await_room(self, ranks: list[int], deadline: float) -> None:
         """Returns once every bundle has its resources, those of `ranks` perhaps on other nodes than before.
@@ -139,6 +177,8 @@ class RayShardGroup(RemoteShardGroup):
                 others = {rank: "lost the resources it was placed on" for rank in self._places if rank not in ranks}
                 if others:
                     raise self._fail(others)
+                if self._client is not None:
+                    raise ValueError("the placement group in which this engine was made has been removed")
                 assert self._placement is not None
                 remove(self._placement)
                 self._reserve("PACK")
@@ -164,7 +204,7 @@ class RayShardGroup(RemoteShardGroup):
         return placement_group_table(self._placement).get("state")
 
     def _release(self) -> None:
-        if self._placement is not None:
+        if self._client is None and self._placement is not None:
             remove(self._placement)
             self._placement = None
 
@@ -185,7 +225,7 @@ class RayShardGroup(RemoteShardGroup):
             self._await_room(missing, deadline)
             nodes = placement_group_table(self._placement)["bundles_to_node_id"]
             for rank in missing:
-                self._actors[rank] = self._make_actor(self._bundles[rank])
+                self._actors[rank] = self._make_actor(rank)
             asked = {self._actors[rank].where.remote(): rank for rank in missing}
             while asked:
                 self._raise_if_in_vain()
@@ -202,21 +242,20 @@ class RayShardGroup(RemoteShardGroup):
                             raise self._fail({rank: f"could not be made: {reason(error)}"}, hung=True) from None
                         logger.warning("rank %d was placed on a node that has gone; it is placed anew", rank)
 
-    def _make_actor(self, bundle: int) -> Any:
+    def _make_actor(self, rank: int) -> Any:
         assert self._placement is not None
+        self._names[rank] += 1
+        name = f"{self._name}-rank-{rank}"
+        if self._names[rank] > 1:  # Ray may not have given the former actor's name free yet
+            name += f"-{self._names[rank]}"
         return ShardActor.options(  # type: ignore[attr-defined]
+            name=name,
             num_cpus=self._bundle.get("CPU", 0),
             num_gpus=self._bundle.get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle),
-        ).remote()
-
-    def _sort_ranks(self) -> None:
-        """Bundles are numbered in no order of nodes; ranks next to each other should share a node."""
-        places = self._places
-        order = sorted(places, key=lambda rank: (places[rank].node_id, places[rank].gpus))
-        self._bundles = [self._bundles[former] for former in order]
-        self._actors = {rank: self._actors[former] for rank, former in enumerate(order)}
-        self._places = {rank: places[former] for rank, former in enumerate(order)}
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._placement, placement_group_bundle_index=self._bundles[rank]
+            ),
+        ).remote(name)
 
     def _raise_if_in_vain(self) -> None:
         """While ranks are being made: has somebody cancelled it, or has one that stayed gone, too?"""
@@ -255,11 +294,11 @@ class RayShardGroup(RemoteShardGroup):
                 known.pop(rank, None)  # type: ignore[attr-defined]
 
 
-def with_device(config: EngineConfig) -> EngineConfig:
-    """`device="auto"` takes GPUs where the cluster has any."""
+def with_device(config: EngineConfig, client: ClientPlacement | None = None) -> EngineConfig:
+    """`device="auto"` takes GPUs where the client's placement group, or without one the cluster, has any."""
     if config.device != "auto":
         return config
-    has_gpu = any(node["Resources"].get("GPU") for node in live_nodes())
+    has_gpu = any(client.total("GPU") if client else (node["Resources"].get("GPU") for node in live_nodes()))
     return dataclasses.replace(config, device="cuda" if has_gpu else "cpu")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,13 @@ from distributed_sparse.evaluation.methods import (
     selecting_layers,
     settings_key,
 )
-from distributed_sparse.evaluation.progress import Progress
 from distributed_sparse.evaluation.session import Session, compared
 from distributed_sparse.evaluation.suite import EvaluatedModel, Example, Suite
 from distributed_sparse.evaluation.summary import DENSE, attended_of, dense_failures
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_max_model_len
+from distributed_sparse.progress import Progress
 from distributed_sparse.reporting.results import Record, Results
 from distributed_sparse.selection import layer_configs, resolve_sparse_config
 from distributed_sparse.tokenizer import load_tokenizer
@@ -134,7 +134,7 @@ class Evaluation:
 
     def _run(self, results: Results) -> None:
         groups = list(self.groups)
-        with closing(Progress()) as progress:
+        with Progress(unit="units", total=0, line_interval_s=0.0) as progress:
             runs: list[tuple[Settings, list[str]]] = [(settings, groups) for settings in (self.dense, *self.methods)]
             progress.total = sum(len(self._units(*run)) for run in runs)
             for settings, of_groups in runs:
@@ -194,7 +194,9 @@ class Evaluation:
 
     def _complete(self, settings: Settings, groups: Sequence[str], results: Results, progress: Progress) -> None:
         units = self._units(settings, groups)
-        progress.begin(label(settings), sum(key in results for key, *_ in units))
+        progress.set_description(label(settings), refresh=False)
+        progress.initial += (done := sum(key in results for key, *_ in units))  # finished earlier, in no time
+        progress.n += done
         missing = [unit for kind in ("answers", "trace") for unit in units if unit[1] == kind and unit[0] not in results]
         if not missing:
             return
@@ -203,7 +205,8 @@ class Evaluation:
                 work = self._answer if kind == "answers" else self._trace
                 record = {"key": key, "kind": kind, "run": settings_key(settings), "settings": settings, "group": group}
                 results.append(record | work(session, settings, examples, results))
-                progress.unit(f"{group}, {kind} of {', '.join(example.id for example in examples)}")
+                progress.set_postfix_str(f"{group}, {kind} of {', '.join(example.id for example in examples)}", refresh=False)
+                progress.update()
 
     @contextmanager
     def _session(self, settings: Settings, trace: bool) -> Iterator[Session]:

@@ -12,12 +12,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from distributed_sparse.kernels.huge_pages import zeros
 from distributed_sparse.model.checkpoint import LOAD_FORMATS, TensorFiles
 from distributed_sparse.model.config import CHECKPOINT_DTYPES, ModelConfig
 from distributed_sparse.model.sharding import ShardSpec, TensorSlice, slice_tensor, tensor_slices
+from distributed_sparse.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def load_weights(
         dtype: of the weights in memory.
         load_format: ``auto`` reads safetensors; ``dummy`` draws every tensor at random on the device from its name, so that
             the whole model is the same at any world size (on the same kind of device).
-        progress: show a progress bar, in bytes.
+        progress: show progress in bytes, on standard error.
 
     Raises:
         ValueError: a tensor is missing, or has an unexpected shape or dtype (named, with its file); the files hold tensors
@@ -113,7 +113,7 @@ def load_weights(
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format={load_format!r} is unknown; use one of {', '.join(LOAD_FORMATS)}")
     parts = tensor_slices(config, shard)
-    with tqdm(
+    with Progress(
         desc=f"Loading weights (rank {shard.rank})",
         total=sum(part.num_read for part in parts.values()) * dtype.itemsize,
         unit="B",
@@ -214,7 +214,7 @@ class _Assembler:
         source: _Source,
         dtype: torch.dtype,
         device: torch.device | str,
-        bar: tqdm,
+        bar: Progress,
     ) -> None:
         self.config, self.parts, self.source = config, parts, source
         self.dtype, self.device, self.bar = dtype, device, bar

@@ -6,14 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from distributed_sparse.bench.report import environment
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_max_model_len
 from distributed_sparse.model.sharding import check_divisibility
+from distributed_sparse.progress import Progress
 from distributed_sparse.reporting.results import Record, Results
 from distributed_sparse.scaling.checks import Outcome, check_points
 from distributed_sparse.scaling.grid import Point, ScalingConfig
@@ -54,7 +53,7 @@ class Scaling:
     def run(self, results: Results) -> None:
         """Measure what `results` lacks, the points of fewest ranks first in each group; a point that fails is kept as such."""
         surroundings = Surroundings()  # of the whole run: what one point leaves behind is no part of how it should be
-        with tqdm(total=len(self.points), unit="point", disable=None) as bar:
+        with Progress(total=len(self.points), unit="point", line_interval_s=0.0) as bar:
             for members in self._groups.values():
                 for point in members:
                     bar.set_description(point.label)

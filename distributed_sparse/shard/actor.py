@@ -25,7 +25,17 @@ class Place:
 
 @ray.remote(max_restarts=0)
 class ShardActor:
-    """Asked where it is, then told to run. Never restarted by Ray: its group puts another in its place."""
+    """Asked where it is, then told to run. Never restarted by Ray: its group puts another in its place.
+
+    Args:
+        name: what Ray puts before the lines that this actor logs.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
 
     def where(self) -> Place:
         context = ray.get_runtime_context()

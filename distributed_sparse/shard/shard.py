@@ -90,7 +90,7 @@ class Shard:
         sparse = config.resolve_sparse()
         method = config.sparse["method"] if config.sparse else sparse.method
         self.policies = build_policies(method, sparse, model.num_hidden_layers, self.geometry)
-        progress = self.spec.rank == 0
+        progress = config.use_tqdm_on_load and self.spec.rank == 0
         weights = load_weights(path, model, self.spec, dtype, self.device, config.load_format, progress)
         self.model = Transformer(model, self.spec, weights, self.collectives)
         self.inputs = StepInputs(64 * config.max_num_batched_tokens + 512 * config.max_num_seqs + (64 << 10), self.device)

@@ -447,7 +447,11 @@ def test_text_needs_a_tokenizer() -> None:
 
 def test_random_draws_depend_on_the_samples_name_alone(files: dict[str, str]) -> None:
     def prompt(number: int, count: int) -> tuple[str, ...]:
-        return TASKS["niah_multiquery"].make(Sample(RulerTexts(essays=files["essays"]), f"x-{number}", SHORT, number, 42), count).references
+        return (
+            TASKS["niah_multiquery"]
+            .make(Sample(RulerTexts(essays=files["essays"]), f"x-{number}", SHORT, number, 42), count)
+            .references
+        )
 
     assert prompt(0, 0) != prompt(1, 0)
     assert set(prompt(0, 0)) == set(prompt(0, 500))  # a larger haystack asks for the same needles

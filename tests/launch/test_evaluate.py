@@ -106,8 +106,8 @@ def test_agreement_on_texts(configs: dict[str, str], tmp_path: Path, capsys: pyt
     assert "perplexity by task, 2 examples and 12 tokens in all\n\n| task | fox | dog |" in report
     # without a terminal each unit is a line; dense, quest and three controls, each with two texts of two lengths
     lines = [line for line in printed.err.splitlines() if " units, " in line]
-    assert [line.split()[0] for line in lines] == [f"{i}/{8 if i <= 8 else 20}" for i in range(1, 21)]
-    assert ": quest 64, 100 tokens, answers of fox-100-0" in lines[4]
+    assert [line.rpartition(" units")[0].split()[-1] for line in lines] == [f"{i}/{8 if i <= 8 else 20}" for i in range(1, 21)]
+    assert lines[4].startswith("quest 64: 5/8 units") and "100 tokens, answers of fox-100-0" in lines[4]
 
 
 def test_where_dense_itself_fails_it_is_said_before_the_methods_run_and_in_the_report(

@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 
 from distributed_sparse import LLM, SamplingParams
+from distributed_sparse.evaluation.recall import make_prompts
+from distributed_sparse.evaluation.recall_model import ensure_recall_checkpoint
+from distributed_sparse.evaluation.recall_vocabulary import detokenize
 from tests.support.patience import WAIT_S
 from tests.support.ray_processes import assert_no_processes, own_ray, ray_processes
 from tests.support.text_checkpoint import text_checkpoint
@@ -156,11 +159,15 @@ def test_a_submitted_job_gives_the_tokens_of_the_python_api(
     assert sum(file.stat().st_size for file in files) < UPLOAD_LIMIT
 
 
-@pytest.mark.slow  # as the test above, but for where the text goes
-def test_a_submitted_prompt_is_answered_in_the_jobs_log(head: dict[str, str], config: str, expected: list[Any]) -> None:
-    done = submit(head, "--config", config, "--prompt", PROMPT)
+def test_a_job_of_the_demos_configuration_answers_in_its_log(head: dict[str, str], tmp_path: Path) -> None:
+    """The demo's checkpoint is not uploaded: the job is given its absolute path, as launch/cluster.md has it."""
+    checkpoint = tmp_path / "checkpoints" / "demo"
+    assert ensure_recall_checkpoint(checkpoint)
+    (prompt,) = make_prompts(16, 512, 1, seed=0, answer_length=4)
+    asked = ("--set", f"model={checkpoint}", "--prompt", detokenize(prompt.token_ids[1:]))  # the tokenizer adds BOS itself
+    done = submit(head, "--config", "configs/demo.yaml", *asked)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert expected[0].text in done.stdout
+    assert detokenize(prompt.answer_ids) in done.stdout.splitlines()
 
 
 @pytest.mark.slow  # minutes: the job's own environment gets torch and all the rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,6 +204,7 @@ def test_the_progress_bar_ends_at_the_bytes_of_this_rank(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "BAR_DELAY_S", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     path = tiny_checkpoint(tmp_path)
     capsys.readouterr()
     config = ModelConfig.from_pretrained(path)

@@ -1,0 +1,47 @@
+"""Progress on standard error: tqdm's bar on a terminal, plain lines where there is none (a job's log, a pipe)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+LINE_INTERVAL_S = 10.0
+
+
+class Progress(tqdm):
+    """tqdm, whose refreshes are lines of their own where standard error is no terminal.
+
+    Args:
+        line_interval_s: seconds between two such lines. Work that ends earlier prints none; 0 prints one for each update.
+        kwargs: tqdm's.
+    """
+
+    def __init__(self, *, line_interval_s: float = LINE_INTERVAL_S, **kwargs: Any) -> None:
+        self._prints_lines = not sys.stderr.isatty()
+        if self._prints_lines:
+            if kwargs.get("desc"):
+                kwargs["desc"] += ": "
+            kwargs |= {
+                "mininterval": line_interval_s,
+                "delay": max(line_interval_s, 1e-9),  # with 0, tqdm shows the work before it has begun
+                "miniters": 1,
+                "bar_format": "{desc}{n_fmt}/{total_fmt} {unit}, {elapsed} elapsed, {remaining} left{postfix}",
+            }
+        super().__init__(**kwargs)
+
+    def status_printer(self, file: TextIO) -> Callable[[str], None]:  # type: ignore[override]
+        if self._prints_lines:
+            return lambda line: print(line, file=file, flush=True)
+        return tqdm.status_printer(file)
+
+    def close(self) -> None:
+        if not self._prints_lines or self.disable:
+            super().close()
+            return
+        if self.n != self.last_print_n and self.last_print_t >= self.start_t + self.delay:  # not where nothing was shown
+            self.display()
+        self.disable = True
+        self._decr_instances(self)
