@@ -72,11 +72,11 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"sparse": {"method": "quest", "token_budget": 16}},
-        r"sparse.token_budget=16 is below the 2 forced pages of 16 tokens \(sink_pages=1, recent_pages=1\); set it to 32",
+        r"sparse.token_budget=16 is below the 3 forced pages of 16 tokens \(sink_pages=1, recent_pages=2\); set it to 48",
     ),
     (
         {"sparse": {"method": "window", "token_budget": 64, "sink_pages": 4}, "page_size": 32},
-        "sparse.token_budget=64 is below the 5 forced pages of 32 tokens .*; set it to 160 or more",
+        "sparse.token_budget=64 is below the 6 forced pages of 32 tokens .*; set it to 192 or more",
     ),
     ({"sparse": {"method": "quest", "recent_pages": 0}}, "sparse.recent_pages=0 is below 1: .*set it to 1 or more"),
     ({"sparse": {"method": "quest", "token_budget": "64"}}, r"sparse: Expected `int`, got `str` - at `\$.token_budget`"),
@@ -91,7 +91,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"sparse": {"method": "quest", "layers": [{"range": "2", "token_budget": 16}]}},
-        "sparse.token_budget=16 is below the 2 forced pages",
+        "sparse.token_budget=16 is below the 3 forced pages",
     ),
     ({"tokenizer": "absent/folder/deep"}, "tokenizer='absent/folder/deep' is neither a local folder nor a hub id"),
     (

@@ -58,7 +58,7 @@ METHODS = {
     "hash": Case({"method": "hash", "token_budget": 48}),
     "window": Case({"method": "window", "token_budget": 48, "dense_layers": 1}),
     "tova": Case({"method": "tova", "token_budget": 48, "dense_layers": 1}),
-    "random": Case({"method": "random", "token_budget": 48, "dense_layers": 1}),
+    "random": Case({"method": "random", "token_budget": 64, "dense_layers": 1}),
     "oracle_topk": Case({"method": "oracle_topk", "token_budget": 48, "dense_layers": 1}),
 }
 

@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "quest": {"method": "quest", "token_budget": 48, "dense_layers": 1},
     "window": {"method": "window", "token_budget": 48, "dense_layers": 1},
-    "random": {"method": "random", "token_budget": 48, "dense_layers": 1},
+    "random": {"method": "random", "token_budget": 64, "dense_layers": 1},
     "oracle_topk": {"method": "oracle_topk", "token_budget": 48, "dense_layers": 1},
     "hash": {"method": "hash", "token_budget": 48, "dense_layers": 1},
     "twilight": {"method": "twilight", "p": 0.8, "min_candidates": 64, "dense_layers": 1},

@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.demo")
             f"select.\ntokens/s: decode, one sequence of {args.context} tokens.",
             flush=True,
         )
-        run_real_half(ROOT / "checkpoints")
+        if args.real:
+            run_real_half(ROOT / "checkpoints")
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -91,6 +92,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=4096, help="tokens of the text with its questions")
     parser.add_argument("--facts", type=int, default=256, help="facts in the text")
     parser.add_argument("--questions", type=int, default=40, help="questions to count right answers over")
+    parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True, help="also run the real model")
     parser.add_argument("--seed", type=int, default=0, help="chooses text, facts and questions")
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -110,8 +111,9 @@ class Evaluation:
         self.groups: dict[str, list[Example]] = {}
         for example in suite.examples(self.model):
             self.groups.setdefault(example.group, []).append(example)
-        ids = [example.id for examples in self.groups.values() for example in examples]
-        assert len(ids) == len(set(ids)), "two examples have one id"
+        ids = Counter(example.id for examples in self.groups.values() for example in examples)
+        if repeated := [name for name, count in ids.items() if count > 1]:
+            raise ValueError(f"two examples are called {repeated[0]!r}; give each length, task, depth and text once")
         self._open_engine = open_engine
 
     def configuration(self) -> dict[str, Any]:

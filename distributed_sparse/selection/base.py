@@ -97,7 +97,7 @@ class SparseConfig:
     dense_layers: int = 2
     min_context: int = 0
     sink_pages: int = 1
-    recent_pages: int = 1
+    recent_pages: int = 2
     layers: tuple[dict, ...] = ()
 
     def __post_init__(self) -> None:

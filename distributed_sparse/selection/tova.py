@@ -26,6 +26,7 @@ class TovaConfig(SparseConfig):
 
     method: ClassVar[str] = "tova"
     sink_pages: int = 0
+    recent_pages: int = 1
     token_budget: int = 2048
 
     def __post_init__(self) -> None:

@@ -133,7 +133,7 @@ def test_wrong_settings_arrive_as_the_value_errors_that_they_are(local_ray, conf
     from distributed_sparse.driver.actor import connect_driver
 
     for change, message in (
-        ({"tensor_parallel_size": 64}, "tensor_parallel_size=64 .*the Ray cluster has 4"),
+        ({"tensor_parallel_size": 64}, "tensor_parallel_size=64 .*the Ray cluster has 6"),
         ({"kv_cache_memory_bytes": 20_000}, "max_model_len"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -23,7 +23,7 @@ from distributed_sparse.evaluation.summary import attended_of, dense_failures, s
 from tests.support.evaluation_records import answers_record, trace_record
 
 DENSE: dict[str, Any] = {"method": "dense"}
-QUEST: dict[str, Any] = {"method": "quest", "token_budget": 32}
+QUEST: dict[str, Any] = {"method": "quest", "token_budget": 48}
 TWILIGHT: dict[str, Any] = {"method": "twilight", "p": 0.9}
 ENGINE = {"model": "m", "tensor_parallel_size": 1, "dtype": "auto", "device": "cpu", "page_size": 16, "seed": 0}
 
@@ -37,8 +37,8 @@ RECORDS = [
     trace_record(DENSE, 1.0, 1e-6, layers=(0, 1)),
     answers_record(QUEST, [1.0, 0.0], 27),
     trace_record(QUEST, 0.75, 0.5),
-    answers_record(control("window", 32), [0.0, 0.0], 30),
-    answers_record(control("oracle_topk", 32), [1.0, 0.95], 32),
+    answers_record(control("window", 48), [0.0, 0.0], 30),
+    answers_record(control("oracle_topk", 48), [1.0, 0.95], 32),
     answers_record(TWILIGHT, [0.5, 0.25], 60),
     answers_record(control("quest", 64), [0.5, 0.5], 59),
 ]
@@ -106,17 +106,17 @@ def test_controls_stand_below_their_method_at_its_density() -> None:
     text = text_of(RecallSuite(), [QUEST, TWILIGHT], RECORDS)
     tables = tables_of(text)
     quality, attention, rows = tables["KL"], tables["mass"], tables["dense: whole context read"]
-    assert list(quality) == ["dense", "quest 32", "= window 32", "= oracle_topk 32", "twilight p=0.9", "= quest 64"]
+    assert list(quality) == ["dense", "quest 48", "= window 48", "= oracle_topk 48", "twilight p=0.9", "= quest 64"]
     assert list(quality) == list(attention) == list(rows)
-    assert quality["quest 32"] | {"against dense": ""} == {
-        "run": "quest 32", "examples": "2", "tokens": "4", "right answers (0-1)": "0.500 [0.000, 1.000]", "against dense": "",
+    assert quality["quest 48"] | {"against dense": ""} == {
+        "run": "quest 48", "examples": "2", "tokens": "4", "right answers (0-1)": "0.500 [0.000, 1.000]", "against dense": "",
         "bytes / dense": "1.000", "top-1": "0.500", "KL": "0.3750",
     }  # fmt: skip
-    assert attention["quest 32"] == {
-        "run": "quest 32", "examples": "2", "density": "0.270", "attended": "27", "held KV MB": "0.001",
+    assert attention["quest 48"] == {
+        "run": "quest 48", "examples": "2", "density": "0.270", "attended": "27", "held KV MB": "0.001",
         "held metadata MB": "0.000", "read MB / step": "0.001", "error": "0.5000 / 0.5000", "mass": "0.750 / 0.750",
     }  # fmt: skip
-    assert (attention["= window 32"]["error"], attention["= window 32"]["mass"]) == ("- / -", "- / -")  # it was not traced
+    assert (attention["= window 48"]["error"], attention["= window 48"]["mass"]) == ("- / -", "- / -")  # it was not traced
     assert "the question's tokens (at most\n3)" in text and "so the method read the question too" in text
 
 
@@ -126,7 +126,7 @@ def test_intervals_and_differences_from_dense_stand_beside_the_means() -> None:
         answers_record(DENSE, [1.0] * 40, 100, layers=(0, 1), kl=(0.0, 0.0)),
         answers_record(QUEST, scores, 27, kl=(0.25, 0.75)),
     ]
-    cells = tables_of(text_of(NeedleSuite(), [QUEST], records))["KL"]["quest 32"]
+    cells = tables_of(text_of(NeedleSuite(), [QUEST], records))["KL"]["quest 48"]
     found = re.fullmatch(r"(.*) \[(.*), (.*)\]", cells["references found (0-100)"])
     assert found is not None
     mean, low, high = map(float, found.groups())
@@ -144,8 +144,8 @@ def test_perplexities_are_exponentials_and_compared_as_ratios() -> None:
     ]
     cells = tables_of(text_of(suite, [QUEST], records))["KL"]
     assert cells["dense"]["perplexity"].startswith(f"{math.exp(3):.2f}")
-    assert cells["quest 32"]["against dense"].startswith(f"+{100 * math.expm1(0.2):.1f}%")
-    assert cells["quest 32"]["bytes / dense"] == "0.250"
+    assert cells["quest 48"]["against dense"].startswith(f"+{100 * math.expm1(0.2):.1f}%")
+    assert cells["quest 48"]["bytes / dense"] == "0.250"
 
 
 def test_a_run_that_read_everything_is_dense_and_no_estimate() -> None:
@@ -154,11 +154,11 @@ def test_a_run_that_read_everything_is_dense_and_no_estimate() -> None:
         answers_record(QUEST, [50.0] * 4, 100, kl=(0.0, 0.0), top1=(True, True)),
     ]
     text = text_of(NeedleSuite(), [QUEST], records)
-    cells = tables_of(text)["KL"]["quest 32"]
+    cells = tables_of(text)["KL"]["quest 48"]
     assert (cells["top-1"], cells["KL"], cells["against dense"]) == ("1.000", "0.0000", "+0.000")
-    assert "quest 32: no controls, since all of its rows read the whole context" in text
+    assert "quest 48: no controls, since all of its rows read the whole context" in text
     nearly = [records[0], answers_record(QUEST, [50.0] * 4, 27, kl=(0.0, 0.0), top1=(True, True))]
-    assert tables_of(text_of(NeedleSuite(), [QUEST], nearly))["KL"]["quest 32"]["top-1"] == "1.000 [0.688, 1.000]"
+    assert tables_of(text_of(NeedleSuite(), [QUEST], nearly))["KL"]["quest 48"]["top-1"] == "1.000 [0.688, 1.000]"
 
 
 def test_why_rows_were_dense_and_which_controls_are_missing_is_said_apart() -> None:
@@ -167,9 +167,9 @@ def test_why_rows_were_dense_and_which_controls_are_missing_is_said_apart() -> N
     record["short_rows"] = 2
     dense = answers_record(DENSE, [1.0] * 4, 100, layers=(0, 1))
     text = text_of(NeedleSuite(), [QUEST, TWILIGHT], [dense, record, answers_record(TWILIGHT, [1.0], 60)])
-    cells = tables_of(text)["dense: whole context read"]["quest 32"]
+    cells = tables_of(text)["dense: whole context read"]["quest 48"]
     assert list(cells.values())[2:] == ["0.250", "0.500", "0.125", "0.125"]
-    assert "- quest 32: window 32, random 32, oracle_topk 32 not run (--no-controls" in text
+    assert "- quest 48: window 48, random 48, oracle_topk 48 not run (--no-controls" in text
     assert "- twilight p=0.9: quest 64, window 64, random 64, oracle_topk 64 not run (--no-controls" in text
 
 
@@ -203,8 +203,8 @@ def test_a_lower_perplexity_is_a_gain() -> None:
 def test_the_smallest_budget_that_is_enough_is_named() -> None:
     rows = rows_of(text_of(RecallSuite(), [QUEST, TWILIGHT], RECORDS))
     assert "by the mean score over 4 questions" in text_of(RecallSuite(), [QUEST, TWILIGHT], RECORDS)
-    assert rows["oracle_topk"] == ["32", "32"]  # .975
-    assert rows["quest"] == ["none of them", "32, 64"]
+    assert rows["oracle_topk"] == ["48", "48"]  # .975
+    assert rows["quest"] == ["none of them", "48, 64"]
 
 
 def test_scores_by_task_have_a_table_of_their_own() -> None:
@@ -259,5 +259,5 @@ def test_numbers_that_were_not_measured_are_dashes() -> None:
     record = answers_record(QUEST, [1.0], 27, kl=())
     text = text_of(RecallSuite(), [QUEST], [record])
     tables = tables_of(text)
-    assert tables["mass"]["quest 32"]["error"] == "- / -" and tables["KL"]["quest 32"]["KL"] == "-"
+    assert tables["mass"]["quest 48"]["error"] == "- / -" and tables["KL"]["quest 48"]["KL"] == "-"
     assert np.isnan(summarise_run([record], record["run"], "g").kl.mean)  # type: ignore[union-attr]

@@ -290,10 +290,12 @@ def test_pages_and_contexts_are_the_engines(tmp_path: Path, question: int, outpu
 
 
 def test_what_cannot_run_is_refused_before_any_engine(recall: str, text: str) -> None:
-    with pytest.raises(ValueError, match="token_budget=16 is below the 2 forced pages"):
+    with pytest.raises(ValueError, match="token_budget=16 is below the 3 forced pages"):
         evaluation(recall, RECALL, [{"method": "quest", "token_budget": 16}])
     with pytest.raises(ValueError, match=r"recall needs the checkpoint that is built for it.*make_demo_checkpoint"):
         evaluation(text, RECALL, [])
+    with pytest.raises(ValueError, match=r"two examples are called '.*'; give each length, task, depth and text once"):
+        evaluation(text, PasskeySuite(lengths=(300, 300), depths=(0.5,), samples=1), [])
     with pytest.raises(ValueError, match="batch=0 must be >= 1"):
         RunOptions(batch=0)
 

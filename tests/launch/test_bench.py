@@ -197,7 +197,7 @@ def test_serve_prints_throughput_and_latencies_by_vllm_s_names(tmp_path: Path, c
         (["decode", "--context=1000", "--model=no/such/model/anywhere"], "--context 1000 is too short for --output-len 16"),
         (["decode", "--method=quset", "--context=1200"], "sparse.method='quset' is not known"),
         (["layer", "--num-heads=6", "--num-kv-heads=4"], "--num-heads 6 is no multiple of --num-kv-heads 4"),
-        (["layer", "--token-budget=16"], "sparse.token_budget=16 is below the 2 forced pages"),
+        (["layer", "--token-budget=16"], "sparse.token_budget=16 is below the 3 forced pages"),
         (["serve", "--set=dtype=float16"], "only keys of sparse methods can be set"),
     ],
 )

@@ -93,8 +93,8 @@ def test_agreement_on_texts(configs: dict[str, str], tmp_path: Path, capsys: pyt
     command += ["--lengths", "100,200", "--decoded", "6", "--batch", "1", "--trace-examples", "0", "--methods", "quest"]
     command += ["--output", str(tmp_path / "out"), "--set", "page_size=32", "--budgets"]
     assert main([*command, "32"]) == 2
-    assert "sparse.token_budget=32 is below the 2 forced pages of 32 tokens" in capsys.readouterr().err
-    assert main([*command, "64"]) == 0
+    assert "sparse.token_budget=32 is below the 3 forced pages of 32 tokens" in capsys.readouterr().err
+    assert main([*command, "96"]) == 0
     printed = capsys.readouterr()
     report = (tmp_path / "out" / "report.md").read_text()
     for length in (100, 200):
@@ -107,7 +107,7 @@ def test_agreement_on_texts(configs: dict[str, str], tmp_path: Path, capsys: pyt
     # without a terminal each unit is a line; dense, quest and three controls, each with two texts of two lengths
     lines = [line for line in printed.err.splitlines() if " units, " in line]
     assert [line.rpartition(" units")[0].split()[-1] for line in lines] == [f"{i}/{8 if i <= 8 else 20}" for i in range(1, 21)]
-    assert lines[4].startswith("quest 64: 5/8 units") and "100 tokens, answers of fox-100-0" in lines[4]
+    assert lines[4].startswith("quest 96: 5/8 units") and "100 tokens, answers of fox-100-0" in lines[4]
 
 
 def test_where_dense_itself_fails_it_is_said_before_the_methods_run_and_in_the_report(

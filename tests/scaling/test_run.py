@@ -24,7 +24,7 @@ from tests.support.engine import make_llm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUEST = {"method": "quest", "token_budget": 32, "dense_layers": 1}
+QUEST = {"method": "quest", "token_budget": 48, "dense_layers": 1}
 
 
 class Engines:

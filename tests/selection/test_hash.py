@@ -41,7 +41,7 @@ def hashed(rows: DecodeRows, config: HashConfig) -> Policy:
     [
         {"token_budget": 64},
         {"token_budget": 50},
-        {"token_budget": 32},
+        {"token_budget": 32, "recent_pages": 1},
         {"token_budget": 160, "sink_pages": 0},
         {"token_budget": 160, "sink_pages": 3, "recent_pages": 4},
         {"token_budget": 64, "min_context": 66},
@@ -77,7 +77,7 @@ def test_equal_signatures_go_to_the_lower_position(tmp_path: Path, weights: str)
     rows = rows_for(HashPolicy, config, [333])
     selection = rows.select(hashed(rows, config))
     for head in range(4):
-        assert positions_read(rows, selection, 0, head) == [*range(48), *range(333 - 16, 333)]
+        assert positions_read(rows, selection, 0, head) == [*range(32), *range(333 - 32, 333)]
 
 
 def test_a_key_is_hashed_the_same_in_any_append(weights: str) -> None:

@@ -83,7 +83,7 @@ def test_the_oracle_reads_every_key_and_turns_graphs_off() -> None:
     policy = oracle(rows)
     assert not policy.graph_safe
     assert policy.bytes_scored([100, 33]) == 133 * 4 * 64 * 4
-    with pytest.raises(ValueError, match="token_budget=16 is below the 2 forced pages"):
+    with pytest.raises(ValueError, match="token_budget=16 is below the 3 forced pages"):
         OracleConfig(token_budget=16).check(16)
     with pytest.raises(ValueError, match="unknown key 'hash_weights'"):
         resolve_sparse_config({"method": "oracle_topk", "hash_weights": "x"})

@@ -46,7 +46,7 @@ def test_pages_are_those_of_the_documented_counters(settings: dict[str, Any]) ->
 
 
 def test_forced_pages_are_always_read_and_the_others_equally_often() -> None:
-    """2,000 seeds over 22 pages of which 6 are read: 4 of the 20 that are not forced."""
+    """2,000 seeds over 22 pages of which 6 are read: 3 of the 19 that are not forced."""
     draws, rows = 2000, decode_rows([22 * 16], kv_heads=1)
     many = rows.of_sequences([0] * draws)
     key = torch.zeros(4, draws, dtype=torch.int64)
@@ -59,11 +59,11 @@ def test_forced_pages_are_always_read_and_the_others_equally_often() -> None:
         assert len(set(pages[0])) == 6
         for page in pages[0]:
             counts[logical[page]] += 1
-    assert counts[0] == counts[21] == draws
-    expected = draws * 4 / 20
-    # Drawn without replacement: the statistic is chi-square of 19 degrees, times the share that is not drawn.
-    statistic = float(((counts[1:21] - expected) ** 2 / expected).sum()) / (1 - 4 / 20) * 19 / 20
-    assert chi2.ppf(0.001, 19) < statistic < chi2.ppf(0.999, 19)
+    assert counts[0] == counts[20] == counts[21] == draws
+    expected = draws * 3 / 19
+    # Drawn without replacement: the statistic is chi-square of 18 degrees, times the share that is not drawn.
+    statistic = float(((counts[1:20] - expected) ** 2 / expected).sum()) / (1 - 3 / 19) * 18 / 19
+    assert chi2.ppf(0.001, 18) < statistic < chi2.ppf(0.999, 18)
 
 
 def test_seeds_samples_positions_layers_and_heads_differ_and_the_same_key_repeats() -> None:
@@ -98,7 +98,7 @@ def test_nothing_is_scored_or_kept_for_it() -> None:
     rows = decode_rows(CONTEXTS)
     policy = random(rows)
     assert policy.metadata == () and policy.bytes_scored([100]) == 0
-    with pytest.raises(ValueError, match="token_budget=20 is below the 3 forced pages"):
+    with pytest.raises(ValueError, match="token_budget=20 is below the 4 forced pages"):
         RandomConfig(token_budget=20, sink_pages=2).check(16)
     with pytest.raises(ValueError, match="unknown key 'seed'"):
         resolve_sparse_config({"method": "random", "seed": 3})

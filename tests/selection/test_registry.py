@@ -71,10 +71,10 @@ def test_wrong_settings_are_refused_by_name(sparse: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("settings", "page_size", "message"),
     [
-        ({"token_budget": 31}, 32, "sparse.token_budget=31 is below the 2 forced pages of 32 tokens .* set it to 64 or more"),
-        ({"token_budget": 16}, 16, "sparse.token_budget=16 is below the 2 forced pages"),
+        ({"token_budget": 31}, 32, "sparse.token_budget=31 is below the 3 forced pages of 32 tokens .* set it to 96 or more"),
+        ({"token_budget": 16}, 16, "sparse.token_budget=16 is below the 3 forced pages"),
         ({"token_budget": 64, "sink_pages": 2, "recent_pages": 3}, 16, "below the 5 forced pages .* set it to 80 or more"),
-        ({"layers": [{"range": "3", "token_budget": 16}]}, 16, "sparse.token_budget=16 is below the 2 forced pages"),
+        ({"layers": [{"range": "3", "token_budget": 16}]}, 16, "sparse.token_budget=16 is below the 3 forced pages"),
         ({"layers": [{"range": "3-4", "token_budget": 64}]}, 16, "range '3-4' goes beyond the model's last layer, 3"),
     ],
 )
@@ -88,7 +88,7 @@ def test_settings_that_do_not_hold_for_the_model_are_refused(
 
 
 def test_a_budget_of_just_the_forced_pages_is_accepted() -> None:
-    assert len(layer_configs(QuestConfig(token_budget=17), 4, 16)) == 4  # 17 tokens are two pages
+    assert len(layer_configs(QuestConfig(token_budget=33), 4, 16)) == 4  # 33 tokens are three pages
 
 
 def test_no_section_is_dense() -> None:
@@ -100,7 +100,7 @@ def test_an_engine_refuses_wrong_settings_before_it_loads_anything(tmp_path: Pat
     (path / "model.safetensors").write_bytes(b"")
     for sparse, message in [
         ({"method": "quest", "token_buget": 64}, "did you mean 'token_budget'"),
-        ({"method": "quest", "token_budget": 16}, "below the 2 forced pages"),
+        ({"method": "quest", "token_budget": 16}, "below the 3 forced pages"),
         ({"method": "quest", "layers": [{"range": "0-3"}]}, "beyond the model's last layer, 2"),
     ]:
         with pytest.raises(ValueError, match=message):

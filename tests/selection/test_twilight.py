@@ -90,7 +90,7 @@ def test_a_row_keeps_the_union_of_its_query_heads_exact_sets(settings: dict[str,
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_kept_mass_reaches_p_and_without_its_lowest_tie_class_does_not(bits: int, p: float) -> None:
     """By the codes that lie in the cache, decoded as the layout says; one query head per KV head, so that no union hides it."""
-    config = TwilightConfig(p=p, selector="full", key_bits=bits, sink_pages=0)
+    config = TwilightConfig(p=p, selector="full", key_bits=bits, sink_pages=0, recent_pages=1)
     rows = rows_of(config, [333, 700], group=1)
     selection = rows.select(twilight(rows, config))
     estimates = estimated(rows)

@@ -40,7 +40,7 @@ def expected_pages(rows: DecodeRows, row: int, token_budget: int, sink_pages: in
 
 
 @pytest.mark.parametrize("min_context", [0, 65, 66, 201])
-@pytest.mark.parametrize(("token_budget", "sink_pages"), [(32, 1), (64, 1), (70, 1), (96, 0), (96, 4)])
+@pytest.mark.parametrize(("token_budget", "sink_pages"), [(48, 1), (64, 1), (70, 1), (96, 0), (96, 4)])
 def test_every_head_reads_the_sinks_and_the_newest_pages(token_budget: int, sink_pages: int, min_context: int) -> None:
     rows = decode_rows(CONTEXTS)
     settings = {"token_budget": token_budget, "sink_pages": sink_pages, "min_context": min_context}
@@ -103,7 +103,7 @@ def test_overrides_that_keep_the_same_pages_go_with_eviction() -> None:
     assert config.kept_pages(64) == (1, 1)
 
 
-@pytest.mark.parametrize(("token_budget", "sink_pages", "min_context"), [(32, 1, 0), (70, 1, 70), (96, 0, 96), (96, 4, 50)])
+@pytest.mark.parametrize(("token_budget", "sink_pages", "min_context"), [(48, 1, 0), (70, 1, 70), (96, 0, 96), (96, 4, 50)])
 def test_only_kept_pages_are_read(token_budget: int, sink_pages: int, min_context: int) -> None:
     rows = decode_rows(CONTEXTS)
     settings = {"token_budget": token_budget, "sink_pages": sink_pages, "min_context": min_context}

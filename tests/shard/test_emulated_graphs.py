@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vattention": {"epsilon": 0.9, "delta": 0.9, "sink_tokens": 16, "window_tokens": 16, "guarantee": "denominator"},
     "hash": {"token_budget": 48},
     "window": {"token_budget": 48},
-    "random": {"token_budget": 48},
+    "random": {"token_budget": 64},
 }
 
 

@@ -40,7 +40,7 @@ class EagerMethod(ABC):
     dense_layers: int = 2
     min_context: int = 0
     sink_pages: int = 1
-    recent_pages: int = 1
+    recent_pages: int = 2
     seed: int = 0
     first_kv_head: int = 0
     margins: Margins = field(default_factory=Margins)

@@ -57,7 +57,7 @@ class PageMethod:
     page_size: int = 16
     dense_layers: int = 2
     sink_pages: int = 1
-    recent_pages: int = 1
+    recent_pages: int = 2
     min_context: int = 0
     group_reduction: str = "max"
 

@@ -30,7 +30,7 @@ EXACT = 1e-5
 CANDIDATE_FRACTION, MIN_CANDIDATES, P = 0.25, 1024, 0.95
 """Twilight's defaults: its candidates' share of the context, their least number, and the mass to keep."""
 
-SINK_PAGES, RECENT_PAGES = 1, 1
+SINK_PAGES, RECENT_PAGES = 1, 2
 
 HASH_BITS = 32
 
