@@ -19,6 +19,8 @@ class Progress(tqdm):
         kwargs: tqdm's.
     """
 
+    disable: bool
+
     def __init__(self, *, line_interval_s: float = LINE_INTERVAL_S, **kwargs: Any) -> None:
         self._prints_lines = not sys.stderr.isatty()
         if self._prints_lines:
