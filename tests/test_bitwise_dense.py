@@ -151,10 +151,14 @@ def test_sampling_under_a_covering_budget_draws_the_dense_tokens(path: Path, den
 
 
 ADAPTIVE: dict[str, dict[str, Any]] = {
+    "sketch": {"min_tokens": 64},
     "twilight": {"p": 0.5, "candidate_fraction": 0.5, "min_candidates": 32},
     "vattention": {"epsilon": 0.5, "delta": 0.5, "sink_tokens": 16, "window_tokens": 16, "guarantee": "denominator"},
 }
 COVERING: list[tuple[str, dict[str, Any], int]] = [
+    ("sketch", {"min_tokens": 704}, 700),
+    ("sketch", {"tau": 0.0}, 700),
+    ("sketch", {"sink_pages": 43}, 700),
     ("twilight", {"p": 1.0, "selector": "full"}, 700),
     ("twilight", {"p": 1.0, "candidate_fraction": 1.0, "min_candidates": 1}, 700),
     ("twilight", {"p": 1.0, "min_candidates": 705}, 700),

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are pro
 
 LAYERS, KV_HEADS, HEAD_DIM, DECODED = 3, 2, 16, 6
 GROUPS = [1, 4, 8]
-CLEAR = {"code": 2e-5, "signature": 1e-5, "mass": 2e-5, "sample_size": 3e-5}
+CLEAR = {"code": 2e-5, "signature": 1e-5, "sign": 3e-6, "probability": 1e-5, "mass": 2e-5, "sample_size": 3e-5}
 """How clear a decision must be where it is one of thousands; the others have `Margins.assert_clear`'s own limit."""
 
 TWILIGHT = {"method": "twilight", "p": 0.8, "candidate_fraction": 0.5, "min_candidates": 48}
@@ -53,6 +53,7 @@ class Case:
 METHODS = {
     "dense": Case(None),
     "quest": Case({"method": "quest", "token_budget": 48, "dense_layers": 1}),
+    "sketch": Case({"method": "sketch", "min_tokens": 40, "tau": 1.2, "tail": False, "dense_layers": 1}, covered=40),
     "twilight": Case(TWILIGHT, covered=32),  # the sinks and the newest page
     "vattention": Case(VATTENTION, covered=500, ragged=1607),  # too short to be sampled
     "hash": Case({"method": "hash", "token_budget": 48}),

@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "random": {"method": "random", "token_budget": 64, "dense_layers": 1},
     "oracle_topk": {"method": "oracle_topk", "token_budget": 48, "dense_layers": 1},
     "hash": {"method": "hash", "token_budget": 48, "dense_layers": 1},
+    "sketch": {"method": "sketch", "min_tokens": 32, "dense_layers": 1},
     "twilight": {"method": "twilight", "p": 0.8, "min_candidates": 64, "dense_layers": 1},
     "outside": {"method": "tests.support.outside_policy:EveryOtherPolicy", "stride": 3, "dense_layers": 1},
 }

@@ -15,6 +15,7 @@ from distributed_sparse.selection.metadata import Geometry
 from distributed_sparse.selection.oracle import OraclePolicy
 from distributed_sparse.selection.quest import QuestPolicy
 from distributed_sparse.selection.random import RandomPolicy
+from distributed_sparse.selection.sketch import SketchPolicy
 from distributed_sparse.selection.tova import TovaPolicy
 from distributed_sparse.selection.twilight import TwilightPolicy
 from distributed_sparse.selection.vattention import VAttentionPolicy
@@ -26,6 +27,7 @@ POLICIES: dict[str, type[Policy]] = {
     for policy in (
         DensePolicy,
         QuestPolicy,
+        SketchPolicy,
         TwilightPolicy,
         VAttentionPolicy,
         HashPolicy,

@@ -7,8 +7,14 @@ from distributed_sparse.selection.metadata import Geometry
 from distributed_sparse.selection.oracle import OraclePredictor
 from distributed_sparse.selection.predictor import Predictor
 from distributed_sparse.selection.quest import QuestPredictor
+from distributed_sparse.selection.sketch import SketchPredictor
 
-_PREDICTORS: dict[str, type[Predictor]] = {"quest": QuestPredictor, "hash": HashPredictor, "oracle": OraclePredictor}
+_PREDICTORS: dict[str, type[Predictor]] = {
+    "quest": QuestPredictor,
+    "sketch": SketchPredictor,
+    "hash": HashPredictor,
+    "oracle": OraclePredictor,
+}
 
 SELECTORS = tuple(_PREDICTORS)
 
@@ -20,9 +26,6 @@ def is_per_token(name: str) -> bool:
 
 def make_selector(name: str, geometry: Geometry, hash_weights: str | None) -> Predictor:
     """The predictor of a name in `SELECTORS`."""
-    if name == "quest":
-        return QuestPredictor(geometry)
     if name == "hash":
         return HashPredictor(geometry, hash_weights)
-    assert name == "oracle", name
-    return OraclePredictor(geometry)
+    return _PREDICTORS[name](geometry)

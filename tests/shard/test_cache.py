@@ -14,9 +14,11 @@ from torch import Tensor
 
 from distributed_sparse.driver.sequence import Sequence
 from distributed_sparse.kernels.reference import quantise_reference, signatures_reference
+from distributed_sparse.kernels.sketch import append_sketches
 from distributed_sparse.selection.dense import DenseConfig, DensePolicy
-from distributed_sparse.selection.metadata import Geometry
+from distributed_sparse.selection.metadata import Geometry, LayerCache
 from distributed_sparse.selection.quest import QuestConfig, QuestPolicy
+from distributed_sparse.selection.sketch import KeySketches, sketches_of
 from distributed_sparse.shard.cache import PagedCache
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.eager_selectors import HashScores, Margins
@@ -43,15 +45,17 @@ def ranks(request: pytest.FixtureRequest) -> int:
 class Kept:
     """A method's settings, the bytes that it keeps per page and KV head, and what it keeps, from the definition.
 
-    `metadata(layer, first_kv_head, keys)`: keys [H_kv, count, d] of one page -> by name [H_kv, count, ...], or [H_kv, 2, d].
+    `metadata(layer, first_kv_head, keys, values)`: both [H_kv, count, d] of one page -> by name [H_kv, count, ...], or
+    [H_kv, 2, d]; `of_full_pages`: [H_kv, ...], and other pages keep any bits.
     """
 
     sparse: dict[str, Any]
     page_bytes: int
-    metadata: Callable[[int, int, Tensor], dict[str, Tensor]]
+    metadata: Callable[[int, int, Tensor, Tensor], dict[str, Tensor]]
+    of_full_pages: bool = False
 
 
-def page_min_max(layer: int, first_kv_head: int, keys: Tensor) -> dict[str, Tensor]:
+def page_min_max(layer: int, first_kv_head: int, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
     return {"page_min_max": torch.stack([keys.amin(1), keys.amax(1)], dim=1)}
 
 
@@ -61,14 +65,30 @@ def quantised(key: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     return codes[0, 0], scales[0, 0]
 
 
-def low_bit_keys(layer: int, first_kv_head: int, keys: Tensor) -> dict[str, Tensor]:
+def low_bit_keys(layer: int, first_kv_head: int, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
     """Of Twilight over Quest, which keeps bounds, too."""
     tokens = [quantised(tuple(key)) for of_head in keys.tolist() for key in of_head]
     codes, scales = (torch.stack(each).unflatten(0, keys.shape[:2]) for each in zip(*tokens))
-    return {"key_codes": codes, "key_scales": scales, **page_min_max(layer, first_kv_head, keys)}
+    return {"key_codes": codes, "key_scales": scales, **page_min_max(layer, first_kv_head, keys, values)}
 
 
-def signatures(path: str) -> Callable[[int, int, Tensor], dict[str, Tensor]]:
+def sketches(layer: int, first_kv_head: int, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+    """By the kernel that writes them, of one full page alone; tests/kernels compares it with the definition."""
+    raw = (pages.contiguous().view(torch.uint8).numpy().tobytes() for pages in (keys, values))
+    return sketches_of_page(*raw, keys.shape[0], keys.dtype)
+
+
+@cache  # the same pages are looked at after every step
+def sketches_of_page(keys_bytes: bytes, values_bytes: bytes, heads: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    keys, values = (torch.frombuffer(bytearray(b), dtype=dtype).view(heads, PAGE, HEAD_DIM) for b in (keys_bytes, values_bytes))
+    kept = KeySketches().allocate(1, Geometry(*keys.shape[:1], 1, HEAD_DIM, PAGE, keys.dtype, keys.device, 0))
+    own = LayerCache(0, keys[None], values[None], metadata=kept)
+    one = torch.tensor([0], dtype=torch.int32)
+    append_sketches(keys[None], values[None], one, one, one + PAGE, sketches_of(own))
+    return {name: tensor[0] for name, tensor in kept.items()}
+
+
+def signatures(path: str) -> Callable[[int, int, Tensor, Tensor], dict[str, Tensor]]:
     """By the networks of a file."""
     networks = HashScores(path, Margins())
     group = HEADS // KV_HEADS
@@ -79,7 +99,7 @@ def signatures(path: str) -> Callable[[int, int, Tensor], dict[str, Tensor]]:
         outputs = [networks.outputs(layer, "k", query_head, torch.tensor([key])) for query_head in heads]
         return signatures_reference(torch.cat(outputs))  # [G, bits / 32]
 
-    def metadata(layer: int, first_kv_head: int, keys: Tensor) -> dict[str, Tensor]:
+    def metadata(layer: int, first_kv_head: int, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         tokens = [
             signed(layer, head, tuple(key)) for head, of_head in enumerate(keys.tolist(), first_kv_head) for key in of_head
         ]
@@ -88,11 +108,14 @@ def signatures(path: str) -> Callable[[int, int, Tensor], dict[str, Tensor]]:
     return metadata
 
 
-@pytest.fixture(scope="module", params=["quest", "twilight", "hash"])
+@pytest.fixture(scope="module", params=["quest", "twilight", "sketch", "hash"])
 def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kept:
     bounds = 2 * HEAD_DIM * 4
     if request.param == "quest":
         return Kept(QUEST, bounds, page_min_max)
+    if request.param == "sketch":
+        sparse = {"method": "sketch", "min_tokens": 32, "dense_layers": 0}
+        return Kept(sparse, PAGE * HEAD_DIM // 8 + PAGE // 2 + HEAD_DIM // 2 + HEAD_DIM // 4 + 12, sketches, of_full_pages=True)
     if request.param == "twilight":
         sparse = {"method": "twilight", "p": 0.8, "candidate_fraction": 0.5, "min_candidates": 32, "dense_layers": 0}
         return Kept(sparse, bounds + PAGE * (HEAD_DIM // 2 + 4), low_bit_keys)
@@ -129,13 +152,15 @@ def assert_metadata_is_exact(engine: SteppedEngine, kept: Kept) -> int:
         for layer, own in enumerate(shard.cache.layers):
             first_kv_head = rank * own.k_pages.shape[1]
             for page, count in held.items():
-                keys = own.k_pages[page, :, :count]
+                keys, values = (pages[page, :, :count] for pages in (own.k_pages, own.v_pages))
                 assert keys.abs().amax(-1).min() > 0, "a key has not been written"
-                expected = kept.metadata(layer, first_kv_head, keys)
+                if kept.of_full_pages and count < PAGE:
+                    continue
+                expected = kept.metadata(layer, first_kv_head, keys, values)
                 assert expected.keys() == own.metadata.keys()
                 for name, wanted in expected.items():
                     found = own.metadata[name][page]
-                    found = found if name == "page_min_max" else found[:, :count]
+                    found = found if name == "page_min_max" or kept.of_full_pages else found[:, :count]
                     assert found.dtype == wanted.dtype
                     assert torch.equal(bits(found), bits(wanted)), f"{name}: layer {layer}, page {page} of {count} tokens"
     return len(held)

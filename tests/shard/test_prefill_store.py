@@ -34,6 +34,7 @@ SPARSE: dict[str, dict[str, Any]] = {
     "twilight-hash": {"method": "twilight", "selector": "hash", "key_bits": 8, "dense_layers": 0},
     "vattention": {"method": "vattention", "epsilon": 0.5, "delta": 0.5, "sink_tokens": 16, "window_tokens": 16},
     "hash": {"method": "hash", "token_budget": 64, "dense_layers": 0},
+    "sketch": {"method": "sketch", "min_tokens": 48},
     "window": {"method": "window", "token_budget": 64, "dense_layers": 0, "evict": True},
     "tova": {"method": "tova", "token_budget": 64, "dense_layers": 0},
     "random": {"method": "random", "token_budget": 64, "dense_layers": 0},

@@ -334,6 +334,64 @@ def quantile(probability: float) -> float:
     return NormalDist().inv_cdf(probability)
 
 
+@dataclass
+class EagerSketch(EagerMethod):
+    """Tokens by their probability, as the mean key of a page and signs and magnitude of the rest tell it; no tail."""
+
+    tau: float = 1.6
+    min_tokens: int = 128
+    tail: bool = False
+
+    def weigh(self, layer: int, head: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
+        assert not self.tail, "what is not attended has no weight here"
+        n, scored = len(keys), len(keys) // self.page_size * self.page_size
+        if scored == 0:
+            return None
+        estimates = torch.cat([self.estimate(queries, page) for page in keys[:scored].split(self.page_size)], dim=1)
+        p = (estimates / keys.shape[1] ** 0.5).softmax(1).mean(0)
+        kept = p > self.tau / n
+        self.margins.see("probability", float((p * n / self.tau - 1).abs().min()))
+        if scored > self.min_tokens:
+            best_first = p.sort(descending=True)
+            kept[best_first.indices[: self.min_tokens]] = True
+            last, next_one = best_first.values[self.min_tokens - 1 : self.min_tokens + 1].tolist()
+            self.margins.see("probability", 1 - next_one / last)
+        else:
+            kept[:] = True
+        pages = math.ceil(n / self.page_size)
+        forced = [*range(self.sink_pages), *range(max(pages - self.recent_pages, 0), pages)]
+        likely = kept.nonzero()[:, 0].tolist()
+        return self.seen(sorted({*likely, *range(scored, n), *tokens_of(forced, self.page_size, n)}), n)
+
+    def estimate(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """q.k of one page: queries [G, d], keys [S, d] -> [G, S]."""
+        dim = keys.shape[1]
+        matrix = hadamard(dim)
+        mean = self.rounded(keys.mean(0), 4)
+        rest = (keys - mean) @ matrix
+        self.margins.see("sign", float(rest.abs().min()))
+        magnitudes = self.rounded(rest.abs().mean(1), 4)
+        return queries @ mean[:, None] + queries @ matrix @ rest.sign().T * magnitudes
+
+    def rounded(self, x: Tensor, bits: int) -> Tensor:
+        """x [n] in so many bits, of a scale and minimum that are rounded to fp16 first."""
+        levels = 2**bits - 1
+        minimum = x.min().float().half().double()
+        scale = ((x.max() - x.min()).float() / levels).half().double()
+        exact = (x - minimum) / scale + 0.5
+        border = (exact - exact.round()).abs()[(exact > 0.25) & (exact < levels + 0.75)]
+        self.margins.see("code", float(border.min()))
+        return exact.floor().clamp(0, levels) * scale + minimum
+
+
+def hadamard(dim: int) -> Tensor:
+    """The normalised Hadamard matrix, float64 [d, d], by its recursion; d a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < dim:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    return matrix / dim**0.5
+
+
 def raised(squares: Tensor, variance: float, m: int) -> float:
     """A variance from m draws, raised to about its 99% bound by the kurtosis; squares of what is centred, [m]."""
     kurtosis = float(squares.square().mean() / squares.mean() ** 2)
@@ -350,6 +408,8 @@ def eager_method(sparse: dict[str, Any], seed: int = 0, **where: Any) -> EagerMe
             return EagerRandom(**settings)
         case "tova":
             return EagerTova(**settings)
+        case "sketch":
+            return EagerSketch(**settings)
         case "twilight":
             return EagerTwilight(**settings)
         case "vattention":
