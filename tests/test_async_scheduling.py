@@ -16,7 +16,7 @@ from tests.support.stepped_engine import SteppedEngine
 from tests.support.text_checkpoint import text_checkpoint
 
 PROMPT = [1, 40, 77, 200, 301, 12, 99, 310, 45, 46, 150, 7, 8, 219, 33, 71, 290, 5, 111]
-QUEST = {"method": "quest", "token_budget": 48, "dense_layers": 1}
+QUEST = {"method": "quest", "token_budget": 32, "recent_pages": 1, "dense_layers": 1}
 ENGINE: dict[str, Any] = {
     "max_model_len": 128,
     "max_num_seqs": 6,

@@ -49,7 +49,7 @@ def dense(path: Path) -> Iterator[LLM]:
 
 def sparse_llm(path: Path, method: str, token_budget: int, **settings: Any) -> LLM:
     """All layers follow the method, unless told otherwise."""
-    sparse = {"method": method, "token_budget": token_budget, "dense_layers": 0, **settings}
+    sparse = {"method": method, "token_budget": token_budget, "dense_layers": 0, "recent_pages": 1, **settings}
     if method == "hash":
         sparse["hash_weights"] = str(path.parent / "hash.safetensors")
     return make_llm(path, max_num_seqs=4, sparse=sparse)
@@ -294,7 +294,7 @@ def test_layers_have_budgets_of_their_own(path: Path, method: str) -> None:
 def test_layers_of_one_setting_are_computed_as_if_it_were_set_for_all(path: Path) -> None:
     with sparse_llm(path, "quest", 48) as llm:
         (expected,) = score(llm, 200)
-    with sparse_llm(path, "quest", 32, layers=[{"range": "0-3", "token_budget": 48}]) as llm:
+    with sparse_llm(path, "quest", 32, layers=[{"range": "0-3", "token_budget": 48, "recent_pages": 1}]) as llm:
         assert_same_bits(expected, score(llm, 200)[0])
 
 

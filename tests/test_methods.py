@@ -52,15 +52,15 @@ class Case:
 
 METHODS = {
     "dense": Case(None),
-    "quest": Case({"method": "quest", "token_budget": 48, "dense_layers": 1}),
+    "quest": Case({"method": "quest", "token_budget": 48, "recent_pages": 1, "dense_layers": 1}),
     "sketch": Case({"method": "sketch", "min_tokens": 40, "tau": 1.2, "tail": False, "dense_layers": 1}, covered=40),
     "twilight": Case(TWILIGHT, covered=32),  # the sinks and the newest page
     "vattention": Case(VATTENTION, covered=500, ragged=1607),  # too short to be sampled
-    "hash": Case({"method": "hash", "token_budget": 48}),
-    "window": Case({"method": "window", "token_budget": 48, "dense_layers": 1}),
+    "hash": Case({"method": "hash", "token_budget": 48, "recent_pages": 1}),
+    "window": Case({"method": "window", "token_budget": 48, "recent_pages": 1, "dense_layers": 1}),
     "tova": Case({"method": "tova", "token_budget": 48, "dense_layers": 1}),
-    "random": Case({"method": "random", "token_budget": 64, "dense_layers": 1}),
-    "oracle_topk": Case({"method": "oracle_topk", "token_budget": 48, "dense_layers": 1}),
+    "random": Case({"method": "random", "token_budget": 48, "recent_pages": 1, "dense_layers": 1}),
+    "oracle_topk": Case({"method": "oracle_topk", "token_budget": 48, "recent_pages": 1, "dense_layers": 1}),
 }
 
 
@@ -273,7 +273,14 @@ VARIANTS = {
     "vattention-max-sample": {**VATTENTION, "guarantee": "denominator", "epsilon": 0.1, "max_sample": 320},
     "hash-forced": {"method": "hash", "token_budget": 60, "sink_pages": 0, "recent_pages": 2, "dense_layers": 2},
     "random-forced": {"method": "random", "token_budget": 90, "sink_pages": 2, "recent_pages": 2, "dense_layers": 0},
-    "oracle-forced": {"method": "oracle_topk", "token_budget": 33, "sink_pages": 2, "dense_layers": 0, "min_context": 149},
+    "oracle-forced": {
+        "method": "oracle_topk",
+        "token_budget": 33,
+        "sink_pages": 2,
+        "recent_pages": 1,
+        "dense_layers": 0,
+        "min_context": 149,
+    },
 }
 
 

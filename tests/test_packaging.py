@@ -25,7 +25,8 @@ from tests.support.patience import WAIT_S
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = "distributed_sparse"
 IMPORT_RAY = {
-    f"{ENGINE}/{name}.py" for name in ("driver/actor", "driver/group", "driver/exporter", "driver/ray_session", "shard/actor")
+    f"{ENGINE}/{name}.py"
+    for name in ("driver/actor", "driver/group", "driver/placement", "driver/exporter", "driver/ray_session", "shard/actor")
 }
 ABOVE = {
     "kernels": ("selection", "model", "shard", "driver", "llm", "client", "evaluation", "bench", "chaos"),

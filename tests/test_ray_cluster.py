@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "device": "cpu",
     "max_model_len": 256,
     "max_num_seqs": 8,
-    "sparse": {"method": "quest", "token_budget": 48, "dense_layers": 1},
+    "sparse": {"method": "quest", "token_budget": 48, "recent_pages": 1, "dense_layers": 1},
 }
 
 # in a process of its own: the tests' process has its own connection to Ray, of which there is one

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[1]
 METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
-    "quest": {"method": "quest", "token_budget": 48, "dense_layers": 1},
+    "quest": {"method": "quest", "token_budget": 48, "recent_pages": 1, "dense_layers": 1},
 }
 PROMPTS: list[str | list[int]] = ["the quick brown fox", *(random_tokens(length, seed=length) for length in (150, 1, 97, 64))]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)

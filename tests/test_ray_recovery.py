@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
     "max_model_len": 512,
     "max_num_seqs": 8,
     "max_num_batched_tokens": 100,
-    "sparse": {"method": "quest", "token_budget": 48, "dense_layers": 1},
+    "sparse": {"method": "quest", "token_budget": 48, "recent_pages": 1, "dense_layers": 1},
 }
 TOKENS_BEFORE = 20
 """Each request has streamed so many when the fault comes."""

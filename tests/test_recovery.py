@@ -32,7 +32,7 @@ from tests.support.prompts import random_tokens
 from tests.support.text_checkpoint import byte_level_bos_tokenizer
 
 VOCAB_SIZE = 331
-QUEST = {"method": "quest", "token_budget": 48, "dense_layers": 1}
+QUEST = {"method": "quest", "token_budget": 48, "recent_pages": 1, "dense_layers": 1}
 MANY = 1000
 """Rebuilds that an engine of several tests is allowed."""
 LONG_ENOUGH_S = 30.0
@@ -417,7 +417,14 @@ METHODS: dict[str, dict[str, Any] | None] = {
         "delta": 0.5,
         "dense_layers": 1,
     },
-    "window, evicted": {"method": "window", "token_budget": 48, "dense_layers": 0, "min_context": 0, "evict": True},
+    "window, evicted": {
+        "method": "window",
+        "token_budget": 48,
+        "recent_pages": 1,
+        "dense_layers": 0,
+        "min_context": 0,
+        "evict": True,
+    },
     "tova": {"method": "tova", "token_budget": 48, "dense_layers": 1},
     "outside": {"method": "tests.support.outside_policy:EveryOtherPolicy", "stride": 3, "dense_layers": 1},
 }

@@ -13,7 +13,9 @@ from tests.support.text_checkpoint import text_checkpoint
 
 def test_each_rank_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "distributed_sparse")
-    with make_llm(text_checkpoint(tmp_path), 2, max_model_len=64, sparse={"method": "quest", "token_budget": 48}) as llm:
+    with make_llm(
+        text_checkpoint(tmp_path), 2, max_model_len=64, sparse={"method": "quest", "token_budget": 32, "recent_pages": 1}
+    ) as llm:
         ranks = llm.stats()["ranks"]
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("rank ")]
     assert len(lines) == len(ranks) == 2

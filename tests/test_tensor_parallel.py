@@ -25,11 +25,11 @@ from tests.support.transformers_reference import assert_close_to, reference_logi
 VOCAB_SIZE, HIDDEN, LAYERS, KV_HEADS, HEAD_DIM, PAGE = 331, 64, 3, 4, 16, 16
 METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
-    "quest": {"method": "quest", "token_budget": 48, "dense_layers": 1},
-    "window": {"method": "window", "token_budget": 48, "dense_layers": 1},
-    "random": {"method": "random", "token_budget": 64, "dense_layers": 1},
-    "oracle_topk": {"method": "oracle_topk", "token_budget": 48, "dense_layers": 1},
-    "hash": {"method": "hash", "token_budget": 48, "dense_layers": 1},
+    "quest": {"method": "quest", "token_budget": 48, "recent_pages": 1, "dense_layers": 1},
+    "window": {"method": "window", "token_budget": 48, "recent_pages": 1, "dense_layers": 1},
+    "random": {"method": "random", "token_budget": 48, "recent_pages": 1, "dense_layers": 1},
+    "oracle_topk": {"method": "oracle_topk", "token_budget": 48, "recent_pages": 1, "dense_layers": 1},
+    "hash": {"method": "hash", "token_budget": 48, "recent_pages": 1, "dense_layers": 1},
     "sketch": {"method": "sketch", "min_tokens": 32, "dense_layers": 1},
     "twilight": {"method": "twilight", "p": 0.8, "min_candidates": 64, "dense_layers": 1},
     "outside": {"method": "tests.support.outside_policy:EveryOtherPolicy", "stride": 3, "dense_layers": 1},

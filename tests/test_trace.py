@@ -20,7 +20,7 @@ from tests.support.engine import make_llm
 from tests.support.prompts import random_tokens
 
 PROMPT = random_tokens(130, seed=1)
-QUEST = {"method": "quest", "token_budget": 48, "dense_layers": 1}
+QUEST = {"method": "quest", "token_budget": 48, "recent_pages": 1, "dense_layers": 1}
 TWILIGHT = {"method": "twilight", "p": 0.8, "candidate_fraction": 0.5, "min_candidates": 48, "dense_layers": 1}
 VATTENTION: dict[str, Any] = {
     "method": "vattention",
@@ -225,6 +225,6 @@ def test_wrong_steps_are_refused(steps: Any, message: str) -> None:
 
 
 def test_evicted_pages_cannot_be_compared_with(path: Path) -> None:
-    sparse = {"method": "window", "token_budget": 48, "evict": True, "dense_layers": 0}
+    sparse = {"method": "window", "token_budget": 48, "recent_pages": 1, "evict": True, "dense_layers": 0}
     with pytest.raises(ValueError, match=r"trace=True needs every page.*evict"):
         make_llm(path, sparse=sparse, trace=True)

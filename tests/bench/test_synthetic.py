@@ -35,7 +35,7 @@ def make_shard(folder: Path, rank: int = 0, world_size: int = 1, fill_from: int 
         max_model_len=128,
         max_num_seqs=2,
         kv_cache_memory_bytes=1 << 22,
-        sparse={"method": "quest", "token_budget": 48, "dense_layers": 0},
+        sparse={"method": "quest", "token_budget": 32, "recent_pages": 1, "dense_layers": 0},
     )
     store = dist.HashStore() if world_size > 1 else None
     shard = SyntheticShard(config, rank, world_size, Collectives(rank, world_size, store=store), fill_from=fill_from)

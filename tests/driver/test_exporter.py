@@ -40,7 +40,7 @@ def scrape(model: str) -> dict[str, float]:
 def test_a_running_engine_can_be_scraped(local_ray: None, tmp_path: Path) -> None:
     model = str(tiny_checkpoint(tmp_path / "model"))
     settings = {"device": "cpu", "max_model_len": 256, "max_num_seqs": 8, "tensor_parallel_size": 2}
-    with LLM(model, sparse={"method": "quest", "token_budget": 48}, **settings) as llm:
+    with LLM(model, sparse={"method": "quest", "token_budget": 32, "recent_pages": 1}, **settings) as llm:
         os.kill(llm.stats()["ranks"][1]["pid"], signal.SIGKILL)
         params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, n=2)
         outputs = llm.generate([PROMPT] * NUM_REQUESTS, params, use_tqdm=False)

@@ -24,9 +24,9 @@ from tests.support.prompts import random_tokens
 from tests.support.transformers_reference import PageMethod, reference_logits
 
 LENGTHS, DECODED, PAGE = (128, 200), 20, 16
-QUEST: dict[str, Any] = {"method": "quest", "token_budget": 48, "dense_layers": 1}
+QUEST: dict[str, Any] = {"method": "quest", "token_budget": 48, "recent_pages": 1, "dense_layers": 1}
 COVERS: dict[str, Any] = {"method": "quest", "token_budget": 208, "dense_layers": 1}
-SHORT: dict[str, Any] = {"method": "quest", "token_budget": 48, "dense_layers": 1, "min_context": 190}
+SHORT: dict[str, Any] = {"method": "quest", "token_budget": 48, "recent_pages": 1, "dense_layers": 1, "min_context": 190}
 LAYERS, KV_HEADS, HEAD_DIM = 3, 4, 16
 
 
@@ -75,7 +75,7 @@ def test_perplexity_agreement_and_divergence_are_those_of_transformers(run: Run,
     nats: list[list[torch.Tensor]] = [[], []]
     kl, top1 = [], []
     for example in run.groups[f"{length} tokens"]:
-        sparse = PageMethod("quest", 48, PAGE, dense_layers=1)
+        sparse = PageMethod("quest", 48, PAGE, dense_layers=1, recent_pages=1)
         dense_logits = reference_logits(models[0], example.token_ids)
         sparse_logits = reference_logits(models[1], example.token_ids, DECODED + 1, emulation=sparse)
         p, q = (logits[-DECODED - 1 : -1].double().log_softmax(-1) for logits in (dense_logits, sparse_logits))

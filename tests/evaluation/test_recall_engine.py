@@ -29,7 +29,7 @@ def ask(llm, quiz):
     [
         ({"method": "dense"}, 1.0, 1.0),
         ({"method": "quest", "token_budget": 128}, 0.95, 1.0),
-        ({"method": "quest", "token_budget": 48}, 0.0, 0.8),
+        ({"method": "quest", "token_budget": 48, "recent_pages": 1}, 0.0, 0.8),
         ({"method": "twilight", "p": 0.95}, 0.95, 1.0),
         ({"method": "vattention", "epsilon": 0.1, "delta": 0.1}, 0.95, 1.0),
         ({"method": "window", "token_budget": 256}, 0.0, 0.2),

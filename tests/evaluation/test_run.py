@@ -267,7 +267,7 @@ def test_pages_and_contexts_are_the_engines(tmp_path: Path, question: int, outpu
     """What is derived from lengths equals the allocator's peak and the counted rows."""
     path = tiny_checkpoint(tmp_path, max_position_embeddings=480)
     params = SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True, decode_last_prompt_tokens=question)
-    with make_llm(path, sparse={"method": "quest", "token_budget": 48, "dense_layers": 1}, **ENGINE) as llm:
+    with make_llm(path, sparse={"method": "quest", "token_budget": 48, "recent_pages": 1, "dense_layers": 1}, **ENGINE) as llm:
         meter, peak, done = Meter(llm), [0], threading.Event()
 
         def watch() -> None:

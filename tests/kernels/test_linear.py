@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from distributed_sparse.kernels import native
 from distributed_sparse.kernels.linear import FEW_ROWS, linear
 
 
@@ -42,6 +43,7 @@ def test_rows_that_are_views_of_a_larger_tensor_are_read_as_they_lie(threads: in
     torch.testing.assert_close(linear(x, weight), x.contiguous() @ weight.T, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.skipif(not native.serves(torch.empty(1, 16)), reason="a product of torch's promises no bits")
 def test_a_row_has_the_same_bits_at_any_number_of_threads_and_beside_any_others() -> None:
     x, weight = torch.randn(FEW_ROWS, 1024), torch.randn(515, 1024)
     before = torch.get_num_threads()

@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "device": "cpu",
     "max_model_len": 256,
     "max_num_seqs": 4,
-    "sparse": {"method": "quest", "token_budget": 48, "dense_layers": 1},
+    "sparse": {"method": "quest", "token_budget": 48, "recent_pages": 1, "dense_layers": 1},
 }
 SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 20, "ignore_eos": True}
 SEEDED: dict[str, Any] = {"temperature": 0.9, "seed": 5}

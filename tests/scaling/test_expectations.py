@@ -87,7 +87,7 @@ def test_where_rows_may_go_dense_there_is_no_bound_and_where_the_budget_decides_
 
 def test_the_bound_on_density_is_over_the_decode_steps_of_all_requests(tmp_path: Any) -> None:
     model = ModelConfig.from_pretrained(tiny_checkpoint(tmp_path))
-    sparse = {"method": "twilight", "p": 0.9, "min_candidates": 32, "dense_layers": 1}
+    sparse = {"method": "twilight", "p": 0.9, "min_candidates": 32, "recent_pages": 1, "dense_layers": 1}
     times = [RequestTimes(0.0, 126, [], [0] * 3), RequestTimes(0.0, 127, [], [0] * 2)]  # contexts 127, 128; 128
     found = expectations(point(2, sparse=sparse), model, times)
     assert found["density"] == [1.0, None, None]

@@ -38,7 +38,7 @@ def test_an_axis_of_a_method_varies_only_the_methods_that_have_it() -> None:
     found = points(grid={"sparse": ["dense", {"method": "quest"}], "token_budget": [32, 48]})
     assert [point.engine.sparse for point in found] == [
         {"method": "dense"},
-        {"method": "quest", "token_budget": 48},
+        {"method": "quest", "token_budget": 32},
         {"method": "quest", "token_budget": 48},
     ]
 
@@ -54,7 +54,11 @@ def test_dotted_axes_reach_the_workload_and_the_method() -> None:
 
 
 def test_exclude_takes_points_out_by_values_by_lists_of_values_and_by_a_method_s_name() -> None:
-    grid = {"context": [64, 128], "batch": [1, 2, 4], "sparse": ["dense", {"method": "quest", "token_budget": 48}]}
+    grid = {
+        "context": [64, 128],
+        "batch": [1, 2, 4],
+        "sparse": ["dense", {"method": "quest", "token_budget": 32, "recent_pages": 1}],
+    }
     found = points(grid=grid, exclude=[{"context": 128, "batch": [2, 4]}, {"sparse": "quest", "batch": 4}])
     assert [point.label.replace("context=", "") for point in found] == [
         "64, batch=1, sparse=dense",

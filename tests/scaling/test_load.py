@@ -24,7 +24,7 @@ LOAD = Workload(input_len=20, output_len=6, batch=2, num_prompts=5)
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     path = tiny_checkpoint(tmp_path_factory.mktemp("model"))
-    sparse = {"method": "quest", "token_budget": 48, "dense_layers": 0}
+    sparse = {"method": "quest", "token_budget": 32, "recent_pages": 1, "dense_layers": 0}
     with make_llm(path, max_num_seqs=4, max_model_len=64, kv_cache_memory_bytes=8 << 20, sparse=sparse) as opened:
         yield opened
 

@@ -24,7 +24,7 @@ from tests.support.engine import make_llm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUEST = {"method": "quest", "token_budget": 48, "dense_layers": 1}
+QUEST = {"method": "quest", "token_budget": 32, "recent_pages": 1, "dense_layers": 1}
 
 
 class Engines:
@@ -108,7 +108,7 @@ def test_counters_are_of_the_measured_requests_alone(measured: Any) -> None:
 
 def test_cache_bytes_are_those_that_each_rank_itself_has_read(model: str, tmp_path: Path) -> None:
     """Twilight's counts follow the data, so ranks read unequal shares: each shows its own, and none the mean."""
-    twilight = {"method": "twilight", "p": 0.3, "selector": "full", "dense_layers": 1}
+    twilight = {"method": "twilight", "p": 0.3, "selector": "full", "recent_pages": 1, "dense_layers": 1}
     config = configured(model, {"sparse": [twilight], "tensor_parallel_size": [2]})
     (record,), _ = run(tmp_path, config, Engines())
     read, density = record["cache_bytes_read_per_step"], record["density"]["layers"]

@@ -28,7 +28,7 @@ from tests.support.stepped_engine import SteppedEngine
 
 PAGE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 16, 3, 8, 4, 16
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
-QUEST = {"method": "quest", "token_budget": 48, "dense_layers": 0}
+QUEST = {"method": "quest", "token_budget": 48, "recent_pages": 1, "dense_layers": 0}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         sparse = {"method": "twilight", "p": 0.8, "candidate_fraction": 0.5, "min_candidates": 32, "dense_layers": 0}
         return Kept(sparse, bounds + PAGE * (HEAD_DIM // 2 + 4), low_bit_keys)
     weights = random_hash_weights(tmp_path_factory.mktemp("hash") / "hash.safetensors", range(LAYERS), HEADS, HEAD_DIM)
-    sparse = {"method": "hash", "token_budget": 48, "dense_layers": 0, "hash_weights": weights}
+    sparse = {"method": "hash", "token_budget": 48, "recent_pages": 1, "dense_layers": 0, "hash_weights": weights}
     return Kept(sparse, PAGE * (HEADS // KV_HEADS) * 4, signatures(weights))
 
 

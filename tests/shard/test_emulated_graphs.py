@@ -26,13 +26,13 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=
 
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "quest": {"token_budget": 48},
-    "quest below min_context": {"method": "quest", "token_budget": 48, "min_context": 60},
+    "quest": {"token_budget": 48, "recent_pages": 1},
+    "quest below min_context": {"method": "quest", "token_budget": 48, "recent_pages": 1, "min_context": 60},
     "twilight": {"p": 0.6, "candidate_fraction": 0.5, "min_candidates": 32},
     "vattention": {"epsilon": 0.9, "delta": 0.9, "sink_tokens": 16, "window_tokens": 16, "guarantee": "denominator"},
-    "hash": {"token_budget": 48},
-    "window": {"token_budget": 48},
-    "random": {"token_budget": 64},
+    "hash": {"token_budget": 48, "recent_pages": 1},
+    "window": {"token_budget": 48, "recent_pages": 1},
+    "random": {"token_budget": 48, "recent_pages": 1},
 }
 
 

@@ -48,7 +48,7 @@ def test_the_memory_profile_runs_every_slot_over_the_longest_context_and_a_full_
         max_num_seqs=6,
         max_num_batched_tokens=250,
         kv_cache_memory_bytes=1 << 24,
-        sparse={"method": "quest", "token_budget": 48, "dense_layers": 0},
+        sparse={"method": "quest", "token_budget": 32, "recent_pages": 1, "dense_layers": 0},
     )
     shard = Shard(config, 0, 1, Collectives())
     shard.load()

@@ -27,18 +27,18 @@ from tests.support.stepped_engine import SteppedEngine
 pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "max_model_len": 512, "max_num_batched_tokens": 64, "max_num_seqs": 16}
-QUEST = {"method": "quest", "token_budget": 64, "dense_layers": 1}
+QUEST = {"method": "quest", "token_budget": 64, "recent_pages": 1, "dense_layers": 1}
 SPARSE: dict[str, dict[str, Any]] = {
     "quest": QUEST,
     "twilight": {"method": "twilight", "p": 0.8, "min_candidates": 48, "dense_layers": 1},
     "twilight-hash": {"method": "twilight", "selector": "hash", "key_bits": 8, "dense_layers": 0},
     "vattention": {"method": "vattention", "epsilon": 0.5, "delta": 0.5, "sink_tokens": 16, "window_tokens": 16},
-    "hash": {"method": "hash", "token_budget": 64, "dense_layers": 0},
+    "hash": {"method": "hash", "token_budget": 64, "recent_pages": 1, "dense_layers": 0},
     "sketch": {"method": "sketch", "min_tokens": 48},
-    "window": {"method": "window", "token_budget": 64, "dense_layers": 0, "evict": True},
+    "window": {"method": "window", "token_budget": 64, "recent_pages": 1, "dense_layers": 0, "evict": True},
     "tova": {"method": "tova", "token_budget": 64, "dense_layers": 0},
-    "random": {"method": "random", "token_budget": 64, "dense_layers": 0},
-    "oracle_topk": {"method": "oracle_topk", "token_budget": 64, "dense_layers": 0},
+    "random": {"method": "random", "token_budget": 64, "recent_pages": 1, "dense_layers": 0},
+    "oracle_topk": {"method": "oracle_topk", "token_budget": 64, "recent_pages": 1, "dense_layers": 0},
     "outside": {"method": f"{__name__}:KeyCopyPolicy", "dense_layers": 0},
 }
 

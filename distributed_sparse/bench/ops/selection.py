@@ -78,7 +78,7 @@ class TopKPages(Op):
     def arguments(self, data: Inputs, generator: torch.Generator) -> dict[str, Any]:
         shape = self.shape
         scores = torch.randn(shape.batch, shape.num_kv_heads, shape.pages, generator=generator, device=shape.device)
-        scores[..., 0], scores[..., -1] = 100.0, 101.0  # forced anyway: so that a peer without forced pages finds the same
+        scores[..., :SINK_PAGES] = scores[..., -RECENT_PAGES:] = 100.0  # forced: a peer without forced pages finds the same
         return {
             "scores": scores,
             "page_table": data.batch.page_table,
