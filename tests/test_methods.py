@@ -6,6 +6,7 @@ by comparing floats: prompts are taken on which the float64 reference decides ev
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,7 @@ from distributed_sparse.llm import LLM
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.eager_methods import EagerMethod, eager_method
 from tests.support.engine import make_llm
+from tests.support.grids import corners
 from tests.support.hash_weights import random_hash_weights
 from tests.support.prompts import random_tokens
 from tests.support.transformers_reference import PageMethod, assert_close_to, reference_logits
@@ -193,8 +195,7 @@ def scores(llm: LLM, prompts: list[list[int]]) -> list[np.ndarray]:
     return [score.logprobs for score in found if score.logprobs is not None]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(("group", "ranks"), corners(itertools.product(GROUPS, (1, 2)), kept=((1, 2), (4, 1), (8, 2))))
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_equals_its_definition_at_every_context(
     models: Models,
@@ -235,18 +236,7 @@ SELECTED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("group", "ranks"),
-    [
-        (4, 1),
-        *(
-            pytest.param(group, ranks, marks=pytest.mark.slow)
-            for group in GROUPS
-            for ranks in (1, 2)
-            if (group, ranks) != (4, 1)
-        ),
-    ],
-)
+@pytest.mark.parametrize(("group", "ranks"), corners(itertools.product(GROUPS, (1, 2)), kept=((4, 1),)))
 @pytest.mark.parametrize("sparse", SELECTED, ids=lambda sparse: f"{sparse['method']}-{sparse['selector']}")
 def test_a_method_equals_its_definition_with_every_selector(
     models: Models, sparse: dict[str, Any], group: int, ranks: int

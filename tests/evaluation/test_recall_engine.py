@@ -7,6 +7,7 @@ from distributed_sparse import SamplingParams
 from distributed_sparse.evaluation.recall import make_majority_prompts, make_prompts, make_quiz, score, score_quiz
 from distributed_sparse.evaluation.recall_model import save_recall_checkpoint
 from tests.support.engine import make_llm
+from tests.support.grids import corners
 
 ENGINE = {"device": "cpu", "max_model_len": 4200, "max_num_seqs": 4, "kv_cache_memory_bytes": 128 << 20}
 
@@ -29,9 +30,9 @@ def ask(llm, quiz):
     [
         ({"method": "dense"}, 1.0, 1.0),
         ({"method": "quest", "token_budget": 128}, 0.95, 1.0),
-        ({"method": "quest", "token_budget": 48, "recent_pages": 1}, 0.0, 0.8),
+        pytest.param({"method": "quest", "token_budget": 48, "recent_pages": 1}, 0.0, 0.8, marks=pytest.mark.slow),
         ({"method": "twilight", "p": 0.95}, 0.95, 1.0),
-        ({"method": "vattention", "epsilon": 0.1, "delta": 0.1}, 0.95, 1.0),
+        pytest.param({"method": "vattention", "epsilon": 0.1, "delta": 0.1}, 0.95, 1.0, marks=pytest.mark.slow),
         ({"method": "window", "token_budget": 256}, 0.0, 0.2),
     ],
 )
@@ -54,7 +55,7 @@ def majority(checkpoint, sparse):
     return score(prompts, [output.outputs[0].token_ids for output in outputs]).accuracy, density * 4096
 
 
-@pytest.mark.parametrize("method", ["twilight", "vattention"])
+@pytest.mark.parametrize("method", corners(["twilight", "vattention"], kept=("vattention",)))
 def test_the_adaptive_methods_count_mentions_and_say_what_they_gain_over_quest(checkpoint, method):
     """96 mentions lie all over the text: here a budget must fit the question. A loss at equal density is printed as one."""
     found, attended = majority(checkpoint, {"method": method})
@@ -65,7 +66,7 @@ def test_the_adaptive_methods_count_mentions_and_say_what_they_gain_over_quest(c
     assert found >= 0.6 and attended < 4096
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [2, 4])
+@pytest.mark.parametrize("tensor_parallel_size", corners([2, 4], kept=(4,)))
 def test_quest_answers_over_ranks_too(checkpoint, tensor_parallel_size):
     one_hop = make_prompts(num_facts=96, context_length=1200, num_queries=4, seed=1, answer_length=4)
     two_hops = make_prompts(num_facts=96, context_length=1200, num_queries=4, hops=2, seed=2)

@@ -135,6 +135,7 @@ def test_it_is_built_once_and_found_again(fresh: Path) -> None:
     assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [modified]
 
 
+@pytest.mark.slow  # it compiles all of it
 def test_of_processes_that_want_it_at_once_one_builds_and_all_get_it_whole(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from distributed_sparse.scaling.leaks import Surroundings
 from distributed_sparse.scaling.run import Scaling
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import make_llm
+from tests.support.grids import corners
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -181,7 +182,9 @@ def test_a_point_that_fails_is_kept_with_its_error_the_others_go_on_and_it_is_tr
     assert engines.opened == [(1, "quest")] and failures["tokens"] == []
 
 
-@pytest.mark.parametrize("error", [KeyError("rank"), TypeError("no rank"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [KeyError("rank"), *(pytest.param(e, marks=pytest.mark.slow) for e in (TypeError(), MemoryError()))]
+)
 def test_no_error_of_a_point_ends_the_run_and_its_traceback_is_logged(
     error: Exception, model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -232,7 +235,7 @@ def test_a_leak_check_that_fails_itself_fails_the_check_and_not_the_run(
     assert "error" not in record
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", corners(["float32", "bfloat16"], kept=("bfloat16",)))
 def test_fewer_compared_prompts_go_on_in_a_directory_of_more(dtype: str, model: str, tmp_path: Path) -> None:
     given = {"agreement": 0.8, "compared_prompts": 3}
     engines = Engines()
