@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -62,13 +63,13 @@ class RayShardGroup(RemoteShardGroup):
         config: EngineConfig,
         generation: int = 0,
         shard_factory: ShardFactory | None = None,
-        name: str = "engine",
+        name: str | None = None,
         cpus_per_rank: float = 1.0,
         client: ClientPlacement | None = None,
     ) -> None:
         config = with_device(config, client)
         super().__init__(config, ray.util.get_node_ip_address(), generation, shard_factory)
-        self._name = name
+        self._name = name or f"engine-{uuid.uuid4().hex[:12]}"
         self._bundle = {"GPU": 1.0} if config.device == "cuda" else {"CPU": cpus_per_rank}
         self._client = client
         self._placement = client.group if client else None

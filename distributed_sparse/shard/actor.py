@@ -17,8 +17,6 @@ class Place:
     node_id: str
     node_ip: str
     pid: int
-    gpus: tuple[int, ...]
-    """Indices of the GPUs that Ray has given it, as the node counts them."""
     num_cores: int
     """Cores that this process may run on."""
 
@@ -39,12 +37,10 @@ class ShardActor:
 
     def where(self) -> Place:
         context = ray.get_runtime_context()
-        gpus = context.get_accelerator_ids().get("GPU", [])
         return Place(
             node_id=context.get_node_id(),
             node_ip=ray.util.get_node_ip_address(),
             pid=os.getpid(),
-            gpus=tuple(int(gpu) for gpu in gpus if str(gpu).isdigit()),
             num_cores=len(os.sched_getaffinity(0)),
         )
 
