@@ -709,7 +709,8 @@ def test_shards_that_fail_too_often_end_every_request_with_the_cause_and_its_tok
         (own,) = output.outputs
         assert "no room for the activations" in str(output.error) and "max_rebuilds=1" in str(output.error)
         assert own.finish_reason == "error" and own.token_ids == whole.outputs[0].token_ids[: len(own.token_ids)]
-    assert len(found[0].outputs[0].token_ids) == 80 - 70 + 1, "the tokens so far"
+    # the result of the step before the failing one may be on its way when a rank fails
+    assert len(found[0].outputs[0].token_ids) in (80 - 70, 80 - 70 + 1), "the tokens so far"
     with pytest.raises(EngineError, match="max_rebuilds=1"):
         engine.llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
     assert not engine.llm.health()

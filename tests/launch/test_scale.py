@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CUT = [
     "workload.output_len=5",
     "grid.context=[96]",
-    "grid.sparse=[{method: quest, token_budget: 32}]",
+    "grid.sparse=[{method: quest, token_budget: 48}]",
     "base.kv_cache_memory_bytes=33554432",
 ]
 

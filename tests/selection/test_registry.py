@@ -32,11 +32,11 @@ REQUIRED = {"hash": {"hash_weights": "weights.safetensors"}}
 @pytest.mark.parametrize(
     ("sparse", "message"),
     [
-        ({"method": "qest"}, "sparse.method='qest' is not known; use one of 'dense', 'quest', 'twilight', 'vattention'"),
+        ({"method": "qest"}, "sparse.method='qest' is not known; use one of 'dense', 'quest', 'sketch', 'twilight'"),
         ({"method": "oracle"}, "sparse.method='oracle' is not known; .*'random', 'oracle_topk'"),
         ({"method": "Quest"}, "sparse.method='Quest' is not known"),
         ({"method": 3}, "sparse.method=3 is not known"),
-        ({"token_budget": 64}, "sparse has no method; use one of dense, quest, twilight, vattention, hash, window"),
+        ({"token_budget": 64}, "sparse has no method; use one of dense, quest, sketch, twilight, vattention, hash, window"),
         ({"method": "quest", "token_buget": 64}, "sparse: unknown key 'token_buget'; did you mean 'token_budget'"),
         ({"method": "quest", "sink": 1}, "sparse: unknown key 'sink'"),
         ({"method": "window", "group_reduction": "max"}, "sparse: unknown key 'group_reduction'"),
@@ -156,7 +156,7 @@ def test_layers_of_equal_settings_share_a_policy_and_only_sparse_ones_keep_metad
 
 
 def test_every_registered_method_is_named_as_its_config_says() -> None:
-    methods = {"dense", "quest", "twilight", "vattention", "hash", "window", "tova", "random", "oracle_topk"}
+    methods = {"dense", "quest", "sketch", "twilight", "vattention", "hash", "window", "tova", "random", "oracle_topk"}
     assert set(POLICIES) == methods
     for name, policy in POLICIES.items():
         config = resolve_sparse_config({"method": name, **REQUIRED.get(name, {})})
