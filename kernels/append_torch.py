@@ -38,7 +38,8 @@ def append_torch(
     if key_codes is not None:
         assert key_scales is not None
         bits = 8 * key_codes.shape[-1] // k.shape[-1]
-        key_codes[page, :, slot], key_scales[page, :, slot] = _quantise(new_keys, key_offset, bits)
+        x = new_keys.float() if key_offset is None else new_keys.float() - key_offset
+        key_codes[page, :, slot], key_scales[page, :, slot] = quantise(x, bits)
     if page_min_max is None:
         return
 
@@ -90,16 +91,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
-def _quantise(keys: Tensor, offset: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [N, H_kv, d * bits / 8] and scales float16 [N, H_kv, 2] of keys [N, H_kv, d]."""
-    x = keys.float() if offset is None else keys.float() - offset
+def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Of float32 [..., n]: codes uint8 [..., n * bits / 8], packed by `pack`; scale and minimum, float16 [..., 2]."""
     levels = 2**bits - 1
     low, high = x.aminmax(dim=-1, keepdim=True)
     scales = torch.cat([(high - low) / levels, low], dim=-1).half()
     scale, minimum = scales.float().split(1, dim=-1)  # what a reader will decode with
     codes = (x - minimum).div_(scale).add_(0.5).floor_().clamp_(0, levels).masked_fill_(scale == 0, 0)
-    parts = codes.to(torch.uint8).chunk(8 // bits, dim=-1)
+    return pack(codes.to(torch.uint8), bits), scales
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [..., n] -> [..., n * bits / 8] of w bytes: byte i has the codes i, i + w, ..., the first in its lowest bits."""
+    parts = codes.chunk(8 // bits, dim=-1)
     packed = parts[0].clone()
     for i, part in enumerate(parts[1:], start=1):
         packed |= part << (i * bits)
-    return packed, scales
+    return packed

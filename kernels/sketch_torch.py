@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distributed_sparse.kernels.append_torch import pack, quantise
 from distributed_sparse.kernels.scratch import scratch
 from distributed_sparse.kernels.sketch import (
     KEY_MEAN_BITS,
@@ -32,15 +33,12 @@ def append_sketches_torch(
         return
     keys, values = k_pages[full].float(), v_pages[full].float()  # [T, H_kv, S, d]
     size = keys.shape[2]
-    key_codes, *key_scales = quantise(_sum(keys, 2) / size, KEY_MEAN_BITS)
-    rest = rotate(keys - decode(key_codes, *key_scales)[:, :, None])
-    magnitude_codes, *magnitude_scales = quantise(_sum(rest.abs(), 3) / rest.shape[3], MAGNITUDE_BITS)
-    value_codes, *value_scales = quantise(_sum(values, 2) / size, VALUE_MEAN_BITS)
+    sketches.key_means[full], key_scales = quantise(_sum(keys, 2) / size, KEY_MEAN_BITS)
+    rest = rotate(keys - _decoded(sketches.key_means[full], key_scales, KEY_MEAN_BITS)[:, :, None])
     sketches.signs[full] = pack((rest > 0).to(torch.uint8), 1)
-    sketches.magnitudes[full] = pack(magnitude_codes, MAGNITUDE_BITS)
-    sketches.key_means[full] = pack(key_codes, KEY_MEAN_BITS)
-    sketches.value_means[full] = pack(value_codes, VALUE_MEAN_BITS)
-    sketches.scales[full] = torch.cat([*key_scales, *magnitude_scales, *value_scales], dim=-1)
+    sketches.magnitudes[full], magnitude_scales = quantise(_sum(rest.abs(), 3) / rest.shape[3], MAGNITUDE_BITS)
+    sketches.value_means[full], value_scales = quantise(_sum(values, 2) / size, VALUE_MEAN_BITS)
+    sketches.scales[full] = torch.cat([key_scales, magnitude_scales, value_scales], dim=-1)
 
 
 def sketch_logits_torch(
@@ -179,46 +177,22 @@ def _sum(x: Tensor, dim: int) -> Tensor:
     return x[0]
 
 
-def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [..., n] of float32 [..., n]; scale and minimum float16 [..., 1]. As the key_codes of `append`."""
-    levels = 2**bits - 1
-    least, most = x.aminmax(dim=-1, keepdim=True)
-    minimum, scale = least.half(), ((most - least) / levels).half()
-    codes = ((x - minimum.float()) / scale.float() + 0.5).floor().clamp(0, levels)
-    return torch.where(scale > 0, codes, 0.0).to(torch.uint8), scale, minimum
-
-
-def decode(codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-    return codes.float() * scale.float() + minimum.float()
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [..., n * bits / 8]."""
-    parts = codes.chunk(8 // bits, dim=-1)
-    packed = parts[0].clone()
-    for i, part in enumerate(parts[1:], 1):
-        packed |= part << (i * bits)
-    return packed
-
-
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """uint8 [..., n] of uint8 [..., n * bits / 8]."""
-    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
+def _decoded(packed: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """float32 [..., n] of what `quantise` gave."""
+    codes = torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
+    return codes.float() * scales[..., :1].float() + scales[..., 1:].float()
 
 
 def key_means_of(sketches: PageSketches, ids: Tensor) -> Tensor:
     """float32 [P, H_kv, d]."""
-    scales = sketches.scales[ids]
-    return decode(unpack(sketches.key_means[ids], KEY_MEAN_BITS), scales[..., 0:1], scales[..., 1:2])
+    return _decoded(sketches.key_means[ids], sketches.scales[ids, :, 0:2], KEY_MEAN_BITS)
 
 
 def magnitudes_of(sketches: PageSketches, ids: Tensor) -> Tensor:
     """float32 [P, H_kv, page_size]."""
-    scales = sketches.scales[ids]
-    return decode(unpack(sketches.magnitudes[ids], MAGNITUDE_BITS), scales[..., 2:3], scales[..., 3:4])
+    return _decoded(sketches.magnitudes[ids], sketches.scales[ids, :, 2:4], MAGNITUDE_BITS)
 
 
 def value_means_of(sketches: PageSketches, ids: Tensor) -> Tensor:
     """float32 [P, H_kv, d]."""
-    scales = sketches.scales[ids]
-    return decode(unpack(sketches.value_means[ids], VALUE_MEAN_BITS), scales[..., 4:5], scales[..., 5:6])
+    return _decoded(sketches.value_means[ids], sketches.scales[ids, :, 4:6], VALUE_MEAN_BITS)

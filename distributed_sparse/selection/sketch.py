@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -65,9 +65,8 @@ def sketches_of(cache: LayerCache) -> PageSketches:
 
 def sketch_bytes(geometry: Geometry) -> int:
     """Bytes of the sketch of one page, over this rank's KV heads."""
-    meta = torch.device("meta")
-    shape = Geometry(geometry.num_kv_heads, 1, geometry.head_dim, geometry.page_size, geometry.dtype, meta, 0)
-    return sum(tensor.nbytes for tensor in KeySketches().allocate(1, shape).values())
+    on_paper = KeySketches().allocate(1, replace(geometry, device=torch.device("meta")))
+    return sum(tensor.nbytes for tensor in on_paper.values())
 
 
 class SketchPredictor(Predictor):
@@ -76,6 +75,11 @@ class SketchPredictor(Predictor):
     per_token = True
     graph_safe = False
     metadata = (KeySketches(),)
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self.page_bytes = sketch_bytes(geometry)
+        self._tail_bytes = geometry.num_kv_heads * geometry.head_dim * VALUE_MEAN_BITS // 8
 
     def logits(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         """As of `sketch_logits`."""
@@ -87,8 +91,7 @@ class SketchPredictor(Predictor):
         return sketch_probabilities(self.logits(q, cache, batch), self.geometry.num_kv_heads, full)
 
     def bytes_scored(self, context_lens: list[int]) -> int:
-        of_page = sketch_bytes(self.geometry) - self.geometry.num_kv_heads * self.geometry.head_dim * VALUE_MEAN_BITS // 8
-        return sum(n // self.geometry.page_size for n in context_lens) * of_page
+        return sum(n // self.geometry.page_size for n in context_lens) * (self.page_bytes - self._tail_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,5 +164,5 @@ class SketchPolicy(Policy):
 
     def bytes_scored(self, context_lens: list[int], max_context_len: int | None = None) -> int:
         if self.config.tail:
-            return sum(n // self.geometry.page_size for n in context_lens) * sketch_bytes(self.geometry)
+            return sum(n // self.geometry.page_size for n in context_lens) * self.predictor.page_bytes
         return self.predictor.bytes_scored(context_lens)
