@@ -4,11 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distributed_sparse.client import EngineError
+    from distributed_sparse.client.client import EngineError
+    from distributed_sparse.client.prompts import TextPrompt, TokensPrompt
     from distributed_sparse.config import EngineConfig
     from distributed_sparse.llm import LLM
     from distributed_sparse.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
-    from distributed_sparse.prompts import TextPrompt, TokensPrompt
     from distributed_sparse.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
@@ -27,11 +27,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "client": ("EngineError",),
+    "client.client": ("EngineError",),
+    "client.prompts": ("TextPrompt", "TokensPrompt"),
     "config": ("EngineConfig",),
     "llm": ("LLM",),
     "outputs": ("CompletionOutput", "Logprob", "RequestOutput", "ScoreOutput"),
-    "prompts": ("TextPrompt", "TokensPrompt"),
     "sampling_params": ("SamplingParams",),
 }
 

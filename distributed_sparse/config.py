@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.validation import (
+from distributed_sparse.utils.validation import (
     check_bool,
     check_choice,
     check_dtype,
@@ -20,7 +20,7 @@ from distributed_sparse.validation import (
     check_string,
     shown,
 )
-from distributed_sparse.vllm_names import ENGINE, drop_neutral
+from distributed_sparse.utils.vllm_names import ENGINE, drop_neutral
 
 if TYPE_CHECKING:
     from distributed_sparse.selection import SparseConfig
@@ -176,7 +176,7 @@ class EngineConfig:
         from distributed_sparse.selection import resolve_sparse_config
 
         sparse = resolve_sparse_config(self.sparse)
-        if self.trace and sparse.kept_pages(self.page_size) is not None:
+        if self.trace and sparse.evict_window(self.page_size) is not None:
             raise ValueError(
                 "trace=True needs every page to compare with dense attention, but sparse.evict=true frees some; "
                 "leave one of them out"

@@ -12,25 +12,11 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from distributed_sparse.client import Client, EngineError, Service
-from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
-from distributed_sparse.driver.detokenizer import Detokenizer
-from distributed_sparse.driver.shard_group import ShardFailure
-from distributed_sparse.generation_defaults import default_sampling_params
-from distributed_sparse.model.checkpoint import absolute_path, resolve_checkpoint
-from distributed_sparse.model.config import ModelConfig
-from distributed_sparse.model.limits import resolve_eos_token_ids, resolve_max_model_len
-from distributed_sparse.model.sharding import check_divisibility
-from distributed_sparse.output_builder import OutputBuilder, block_arrays
-from distributed_sparse.outputs import RequestOutput, ScoreOutput
-from distributed_sparse.process import on_usable_thread
-from distributed_sparse.progress import Progress
-from distributed_sparse.prompts import Prompt, is_single_prompt, parse_prompt
-from distributed_sparse.request_validation import validate_request
-from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.selection import layer_configs
-from distributed_sparse.tokenizer import (
+from distributed_sparse.client.client import Client, EngineError, Service
+from distributed_sparse.client.generation_defaults import default_sampling_params
+from distributed_sparse.client.output_builder import OutputBuilder, block_arrays
+from distributed_sparse.client.prompts import Prompt, is_single_prompt, parse_prompt
+from distributed_sparse.client.tokenizer import (
     apply_chat,
     doubled_bos,
     encode_prompt,
@@ -38,9 +24,23 @@ from distributed_sparse.tokenizer import (
     load_tokenizer,
     tokenizer_json,
 )
+from distributed_sparse.config import EngineConfig
+from distributed_sparse.driver.detokenizer import Detokenizer
+from distributed_sparse.driver.request_validation import validate_request
+from distributed_sparse.model.checkpoint import absolute_path, resolve_checkpoint
+from distributed_sparse.model.config import ModelConfig
+from distributed_sparse.model.limits import resolve_eos_token_ids, resolve_max_model_len
+from distributed_sparse.model.sharding import check_divisibility
+from distributed_sparse.outputs import RequestOutput, ScoreOutput
+from distributed_sparse.protocol.client import ModelInfo, NewRequest, RequestUpdate
+from distributed_sparse.ranks.base import ShardFailure
+from distributed_sparse.sampling_params import SamplingParams
+from distributed_sparse.selection import layer_configs
 from distributed_sparse.trace import parse_trace
-from distributed_sparse.validation import check_int, check_keys, shown
-from distributed_sparse.vllm_names import CALL, drop_neutral
+from distributed_sparse.utils.process import on_usable_thread
+from distributed_sparse.utils.progress import Progress
+from distributed_sparse.utils.validation import check_int, check_keys, shown
+from distributed_sparse.utils.vllm_names import CALL, drop_neutral
 
 logger = logging.getLogger(__name__)
 
@@ -308,11 +308,11 @@ class LLM:
         config = _with_absolute_paths(self.config)
         backend = config.distributed_executor_backend
         if backend == "ray" or (backend == "auto" and config.tensor_parallel_size > 1):
-            from distributed_sparse.driver.actor import connect_driver
+            from distributed_sparse.ray_backend.driver_actor import connect_driver
 
             return connect_driver(config, info, tokenizer)
-        from distributed_sparse.driver.in_process import InProcessGroup
         from distributed_sparse.driver.service import DriverService
+        from distributed_sparse.ranks.in_process import InProcessGroup
 
         service = DriverService(config, info, tokenizer, InProcessGroup(config))
         on_usable_thread(service.start)

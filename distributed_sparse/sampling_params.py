@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from distributed_sparse.validation import check_bool, check_float, check_int, check_text, nearest_key, shown
-from distributed_sparse.vllm_names import SAMPLING, drop_neutral
+from distributed_sparse.utils.validation import check_bool, check_float, check_int, check_text, nearest_key, shown
+from distributed_sparse.utils.vllm_names import SAMPLING, drop_neutral
 
 T = TypeVar("T")
 

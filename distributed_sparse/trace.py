@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from distributed_sparse.driver.messages import LayerTraceBlock, TraceBlock
+from distributed_sparse.protocol.step import LayerTraceBlock, TraceBlock
 
 MASSES = (0.5, 0.9, 0.95, 0.99)
 """Softmax masses that `tokens_for_mass` counts tokens for."""

@@ -1,4 +1,4 @@
-"""native: the CPU kernels of `cpp/`, compiled on first use by the machine's own C++ compiler, and kept on disk.
+"""native: the C++ kernels for CPUs, compiled on first use by the machine's own C++ compiler, and kept on disk.
 
 Where there is no compiler, the torch formulations of the same ops do the work: the same results, more slowly.
 """
@@ -29,8 +29,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).with_name("cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
+SOURCES = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi", f"-I{SOURCES}")
 COMPILER_TIMEOUT_S = 300.0
 """How long the compiler may take for one file."""
 LOCK_TIMEOUT_S = 900.0
@@ -63,11 +63,16 @@ def library() -> ctypes.CDLL | None:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the kernels of `cpp/` take a tensor: it lies on the CPU, and its rows are of a multiple of 16 elements.
+    """Whether the C++ kernels take a tensor: it lies on the CPU, and its rows are of a multiple of 16 elements.
 
     On processors without AVX-512 they do not: compilers take vectors of 16 floats through memory there, and torch is faster.
     """
-    return x.device.type == "cpu" and x.shape[-1] % 16 == 0 and has_wide_vectors() and library() is not None
+    return x.shape[-1] % 16 == 0 and has_wide_vectors() and available(x)
+
+
+def available(x: Tensor) -> bool:
+    """Whether the C++ kernels without vectors of floats take a tensor: it lies on the CPU."""
+    return x.device.type == "cpu" and library() is not None
 
 
 @functools.cache
@@ -82,7 +87,7 @@ def listed(entries: Tensor) -> Tensor:
 
 
 def run(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Call a kernel of `cpp/` with the addresses of tensors, a null pointer for None, int64_t for int, float for float.
+    """Call a C++ kernel with the addresses of tensors, a null pointer for None, int64_t for int, float for float.
 
     The number of threads comes last, from here.
     """
@@ -115,8 +120,8 @@ class _Recipe:
         # -march=native: a home directory may be shared by machines with different processors
         told = _output_of([*compiler, "--version"])
         runtime = _openmp_runtime()
-        sources = sorted(SOURCES.glob("*.cpp"))
-        texts = [file.read_text() for file in (*sources, *sorted(SOURCES.glob("*.h")))]
+        sources = sorted(SOURCES.rglob("*.cpp"))
+        texts = [file.read_text() for file in (*sources, *sorted(SOURCES.rglob("*.h")))]
         parts = (*texts, *compiler, told, *FLAGS, str(runtime), platform.machine(), _processor())
         digest = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()
         return cls(f"native-{digest[:16]}.so", compiler, sources, runtime)

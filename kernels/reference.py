@@ -1,4 +1,4 @@
-"""The kernels once more in float64, written for clarity: what the tests compare with, and nothing else uses."""
+"""The kernels once more in float64, written for clarity: what tests and benchmarks compare with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.kernels.philox import philox
-from distributed_sparse.kernels.residual_statistics import GRAM_ROWS, ResidualStatistics
+from distributed_sparse.kernels.vattention.residual_statistics import GRAM_ROWS, ResidualStatistics
 
 
 def append_reference(
@@ -72,7 +72,7 @@ def count_attended_reference(
     num_tokens: Tensor | None = None,
     partial_num_pages: Tensor | None = None,
     partial_num_tokens: Tensor | None = None,
-    read_apart: Tensor | None = None,
+    extra_tokens_read: Tensor | None = None,
 ) -> tuple[list[int], list[int], list[int]]:
     """See `count_attended`: what is added to each counter, [H_kv] each, row by row and page by page."""
     heads = num_pages.shape[1]
@@ -86,7 +86,7 @@ def count_attended_reference(
             tokens += sum(int(listed[b, h]) for listed in (num_tokens, partial_num_tokens) if listed is not None)
             attended[h] += tokens
             sparse[h] += tokens < context
-            apart[h] += 0 if read_apart is None else int(read_apart[b, h])
+            apart[h] += 0 if extra_tokens_read is None else int(extra_tokens_read[b, h])
     return attended, sparse, apart
 
 

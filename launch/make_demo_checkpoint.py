@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distributed_sparse.evaluation.recall_model import save_recall_checkpoint
+from distributed_sparse.tools.evaluation.recall_model import save_recall_checkpoint
 
 
 def main() -> None:

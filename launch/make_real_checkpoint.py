@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from distributed_sparse.evaluation.real_model import ensure_real_checkpoint
+from distributed_sparse.tools.evaluation.real_model import ensure_real_checkpoint
 
 DEFAULT_FOLDER = Path(__file__).resolve().parents[1] / "checkpoints" / "smollm2-135m"
 

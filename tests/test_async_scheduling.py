@@ -9,8 +9,8 @@ import pytest
 
 from distributed_sparse import SamplingParams
 from distributed_sparse.driver import driver
-from distributed_sparse.driver.messages import StepPlan
 from distributed_sparse.outputs import RequestOutput
+from distributed_sparse.protocol.step import StepPlan
 from tests.support.engine import make_llm
 from tests.support.stepped_engine import SteppedEngine
 from tests.support.text_checkpoint import text_checkpoint
@@ -176,7 +176,7 @@ def test_a_large_plan_waits_until_nothing_is_in_flight(checkpoint: Path, monkeyp
         send, large = engine.group.send, []
 
         def watched(plan: StepPlan) -> None:
-            if plan.num_numbers > 12:
+            if plan.num_ids > 12:
                 large.append(plan.step)
                 assert not engine.driver.in_flight
             send(plan)
@@ -187,4 +187,4 @@ def test_a_large_plan_waits_until_nothing_is_in_flight(checkpoint: Path, monkeyp
         assert [content(output) for output in outputs] == [content(output) for output in expected]
         assert len(large) >= 3
         assert [plan.step for plan in engine.group.plans] == list(range(len(engine.group.plans)))
-        assert any(plan.num_numbers <= 12 for plan in engine.group.plans)
+        assert any(plan.num_ids <= 12 for plan in engine.group.plans)

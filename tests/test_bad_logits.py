@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distributed_sparse import SamplingParams
-from distributed_sparse.client import EngineError
+from distributed_sparse.client.client import EngineError
 from distributed_sparse.commands.generate import main
 from distributed_sparse.llm import LLM
 from distributed_sparse.outputs import RequestOutput

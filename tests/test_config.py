@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distributed_sparse.config import EngineConfig, load_run_config, read_yaml
-from distributed_sparse.validation import check_keys
+from distributed_sparse.utils.validation import check_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ["llama-3.1-8b-tp1.yaml", "llama-3.1-8b-tp8.yaml", "llama-3.1-70b-tp8.yaml", "qwen3-32b-tp4.yaml"]

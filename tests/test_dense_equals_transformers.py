@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from distributed_sparse import SamplingParams
-from distributed_sparse.driver.messages import StepPlan
 from distributed_sparse.llm import LLM
 from distributed_sparse.outputs import CompletionOutput, RequestOutput
+from distributed_sparse.protocol.step import StepPlan
 from tests.support.checkpoints import LLAMA3_ROPE, ROPE_PARAMETERS, decisive_checkpoint, tiny_checkpoint, transformers_model
 from tests.support.engine import make_llm
 from tests.support.prompts import random_tokens

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from distributed_sparse import LLM, SamplingParams
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.client_messages import NewRequest
+from distributed_sparse.protocol.client import NewRequest
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import make_llm
 

@@ -114,4 +114,4 @@ def test_a_trace_is_refused_where_there_is_no_whole_cache_to_compare_with(path: 
 
 def test_ranks_report_what_they_keep(path: Path) -> None:
     with make_llm(path, 2, sparse=EVICT, **SETTINGS) as llm:
-        assert [tuple(rank["kept_pages"]) for rank in llm.stats()["ranks"]] == [(1, 3)] * 2
+        assert [tuple(rank["evict_window"]) for rank in llm.stats()["ranks"]] == [(1, 3)] * 2

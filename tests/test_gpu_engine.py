@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from distributed_sparse import LLM, SamplingParams
-from distributed_sparse.evaluation.recall import make_prompts, make_quiz, score_quiz
-from distributed_sparse.evaluation.recall_model import save_recall_checkpoint
 from distributed_sparse.shard.shard import Shard
+from distributed_sparse.tools.evaluation.recall import make_prompts, make_quiz, score_quiz
+from distributed_sparse.tools.evaluation.recall_model import save_recall_checkpoint
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.hash_weights import random_hash_weights
 from tests.support.padded_shard import padded_shard

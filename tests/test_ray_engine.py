@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.driver.test_group import assert_gone, placement_groups
 
 from distributed_sparse import LLM, SamplingParams
 from distributed_sparse.driver.step_times import TIMEOUT_FLOOR_S
 from distributed_sparse.llm import EngineError
-from tests.driver.test_group import assert_gone, placement_groups
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.patience import WAIT_S
 from tests.support.prompts import random_tokens

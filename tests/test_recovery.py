@@ -20,7 +20,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from distributed_sparse import SamplingParams
-from distributed_sparse.client import EngineError
+from distributed_sparse.client.client import EngineError
 from distributed_sparse.outputs import CompletionOutput, Logprob, RequestOutput
 from distributed_sparse.trace import TraceStep
 from tests.support.checkpoints import tiny_checkpoint

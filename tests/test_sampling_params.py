@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed_sparse.request_validation import validate_request
+from distributed_sparse.driver.request_validation import validate_request
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.vllm_names import ANY, SAMPLING, drop_neutral
+from distributed_sparse.utils.vllm_names import ANY, SAMPLING, drop_neutral
 
 VOCAB_SIZE, MAX_MODEL_LEN, MAX_NUM_SEQS = 331, 256, 8
 

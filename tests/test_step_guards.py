@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.model.config import ModelConfig
-from distributed_sparse.planner.launches import DENSE_ATTENTION, LAYER, QK_NORM, STEP
-from distributed_sparse.planner.rank import RankOnPaper
 from distributed_sparse.shard.attention import SparseAttention
 from distributed_sparse.shard.inputs import StepInputs
+from distributed_sparse.tools.planner.launches import DENSE_ATTENTION, LAYER, QK_NORM, STEP, layer_launches, step_launches
+from distributed_sparse.tools.planner.rank import RankCostModel
 from tests.support.aten_ops import OpRecorder, computes, new_tensors, storage_of, tensors_in
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.hash_weights import random_hash_weights
@@ -146,13 +146,13 @@ def recorded_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[StepRecorder]:
 
 
 def written_down(engine: SteppedShard, path: Path) -> dict[str, Counter[str]]:
-    """What `planner/launches.py` and the policies say that a greedy step launches, by section as in `StepRecorder`."""
+    """What `planner/launches.py` says that a greedy step launches, by section as in `StepRecorder`."""
     model, policies = ModelConfig.from_pretrained(path), engine.shard.policies
     expected, seen = {}, set()
     for layer, own in enumerate(policies):
-        expected[f"layer {layer}"] = Counter(DENSE_ATTENTION) + Counter(own.launches)
+        expected[f"layer {layer}"] = Counter(DENSE_ATTENTION) + layer_launches(own)
         if repr(own.config) not in seen:
-            expected[f"layer {layer}"] += Counter(own.step_launches)
+            expected[f"layer {layer}"] += step_launches(own)
         seen.add(repr(own.config))
     of_layer = Counter(LAYER) + (Counter(QK_NORM) if model.qk_norm else Counter())
     expected["rest"] = sum([of_layer] * len(policies), Counter(STEP))
@@ -189,7 +189,7 @@ def test_a_decode_step_uploads_once_waits_for_nothing_and_launches_what_is_writt
     assert recorder.launched == written_down(engine, path), f"launched: {recorder.launched}"
     assert engine.shard.attention.rows[1] > 0 or method == "dense"
     sparse = METHODS[method]
-    paper = RankOnPaper(
+    paper = RankCostModel(
         ModelConfig.from_pretrained(path), 1, None if sparse is None else {**sparse, "dense_layers": 1}, 16, torch.float32
     )
     planned = paper.dense_launches + paper.sparse_launches(LONGEST[method])
@@ -238,8 +238,8 @@ def test_what_depends_on_the_batch_alone_is_made_by_the_first_of_the_sparse_laye
         engine.shard.run(engine.decode_plan())
     first, second = (recorder.launched[f"layer {layer}"] for layer in (1, 2))
     policy = engine.shard.policies[2]
-    assert first - second == Counter(policy.step_launches), f"only the first launches {first - second}"
-    assert second == Counter(DENSE_ATTENTION) + Counter(policy.launches), f"launched: {second}"
+    assert first - second == +step_launches(policy), f"only the first launches {first - second}"
+    assert second == Counter(DENSE_ATTENTION) + layer_launches(policy), f"launched: {second}"
 
 
 @interpreted

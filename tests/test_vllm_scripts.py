@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from distributed_sparse import LLM, CompletionOutput, EngineConfig, SamplingParams, TextPrompt, TokensPrompt
-from distributed_sparse.generation_defaults import default_sampling_params
-from distributed_sparse.vllm_names import ENGINE
+from distributed_sparse.client.generation_defaults import default_sampling_params
+from distributed_sparse.utils.vllm_names import ENGINE
 from tests.support.engine import make_llm
 from tests.support.text_checkpoint import byte_level_bos_tokenizer, text_checkpoint
 

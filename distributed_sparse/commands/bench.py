@@ -16,8 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from distributed_sparse.bench.report import print_table, write_json
 from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm
+from distributed_sparse.tools.bench.bench_report import print_table, write_json
 
 Rows = list[dict[str, Any]]
 Run = Callable[[dict[str, Any]], tuple[dict[str, Any], Rows]]
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launch.b
     command, run, json_file, plot = (given.pop(name) for name in ("command", "run", "json", "plot"))
     try:
         if plot:
-            from distributed_sparse.bench.plots import check_plot
+            from distributed_sparse.tools.bench.bench_plots import check_plot
 
             check_plot()
         with ends_on_sigterm():
@@ -137,7 +137,9 @@ def parse(arguments: Sequence[str], prog: str = "python -m launch.bench") -> dic
         command = commands.add_parser(name, help=text, description=text)
         if name in arguments[:1]:  # the settings of the others bring torch
             module, _, of_command = settings.partition(":")
-            _add_settings(command, getattr(importlib.import_module(f"distributed_sparse.bench.{module}"), of_command), run)
+            _add_settings(
+                command, getattr(importlib.import_module(f"distributed_sparse.tools.bench.{module}"), of_command), run
+            )
     return vars(parser.parse_args(arguments))
 
 
@@ -145,8 +147,8 @@ def parse(arguments: Sequence[str], prog: str = "python -m launch.bench") -> dic
 
 
 def _kernels(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
-    from distributed_sparse.bench.kernels import KernelSettings, bench_kernels
-    from distributed_sparse.bench.measure import torch_threads
+    from distributed_sparse.tools.bench.kernels import KernelSettings, bench_kernels
+    from distributed_sparse.tools.bench.timing import torch_threads
 
     settings = KernelSettings(**given)
     with torch_threads(settings.threads) as threads:
@@ -166,9 +168,9 @@ def _kernel_name(row: dict[str, Any]) -> str:
 
 
 def _layer(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
-    from distributed_sparse.bench.failures import caught
-    from distributed_sparse.bench.layer import PARTS, LayerSettings, bench_layer
-    from distributed_sparse.bench.measure import torch_threads
+    from distributed_sparse.tools.bench.failures import caught
+    from distributed_sparse.tools.bench.layer import PARTS, LayerSettings, bench_layer
+    from distributed_sparse.tools.bench.timing import torch_threads
 
     rows: Rows = []
     of_all = {name: value for name, value in given.items() if name not in ("context", "batch", "threads")}
@@ -198,8 +200,8 @@ def _layer(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
 
 
 def _decode(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
-    from distributed_sparse.bench.decode import DecodeSettings, bench_decode
-    from distributed_sparse.bench.ttft import bench_ttft
+    from distributed_sparse.tools.bench.decode import DecodeSettings, bench_decode
+    from distributed_sparse.tools.bench.ttft import bench_ttft
 
     settings = DecodeSettings(**given)
     rows = bench_decode(settings, _tell) if settings.context else []
@@ -242,8 +244,8 @@ def _tell(row: dict[str, Any]) -> None:
 
 
 def _step(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
-    from distributed_sparse.bench import step
-    from distributed_sparse.client import EngineError
+    from distributed_sparse.client.client import EngineError
+    from distributed_sparse.tools.bench import step
 
     settings = step.StepSettings(**given)
     try:
@@ -256,7 +258,7 @@ def _step(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
 
 
 def _serve(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
-    from distributed_sparse.bench.serve import ServeSettings, bench_serve
+    from distributed_sparse.tools.bench.serve import ServeSettings, bench_serve
 
     settings = ServeSettings(**given)
     rows = bench_serve(settings, lambda row: print(f"  {_served(row)}", file=sys.stderr))
@@ -305,7 +307,7 @@ def _print(rows: Rows, columns: dict[str, str], name: Callable[[dict[str, Any]],
 
 def _plot(path: str, command: str, rows: Rows, title: str) -> None:
     """One picture; of `decode` with both tables, the times to first token beside it."""
-    from distributed_sparse.bench.plots import write_plot
+    from distributed_sparse.tools.bench.bench_plots import write_plot
 
     prompts = [row for row in rows if "prompt_len" in row]
     others = [row for row in rows if "prompt_len" not in row]

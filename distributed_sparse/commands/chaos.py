@@ -24,16 +24,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from distributed_sparse.chaos.faults import KINDS, parse_kinds
-from distributed_sparse.chaos.processes import DRIVER, MARK, SHARD, kill_marked, left_after
-from distributed_sparse.chaos.report import SoakReport, as_dict, as_text, verdict
-from distributed_sparse.chaos.soak import Soak, SoakOptions
 from distributed_sparse.commands.demo import CONFIG, ROOT
 from distributed_sparse.commands.lifetime import FAILED, TERMINATED, USAGE
 from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.evaluation.recall_model import ensure_recall_checkpoint
-from distributed_sparse.reporting.results import plain
+from distributed_sparse.tools.chaos.faults import KINDS, parse_kinds
+from distributed_sparse.tools.chaos.processes import DRIVER, MARK, SHARD, kill_marked, left_after
+from distributed_sparse.tools.chaos.soak import Soak, SoakOptions
+from distributed_sparse.tools.chaos.soak_report import SoakReport, as_dict, as_text, verdict
+from distributed_sparse.tools.common.results import plain
+from distributed_sparse.tools.evaluation.recall_model import ensure_recall_checkpoint
 
 UNLIMITED_REBUILDS = 1_000_000
 SPARE_NODES = 1

@@ -17,7 +17,8 @@ from typing import Any
 
 from distributed_sparse.commands.demo_real import run_real_half
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.evaluation.recall import (
+from distributed_sparse.sampling_params import SamplingParams
+from distributed_sparse.tools.evaluation.recall import (
     QUESTION_LENGTH,
     RecallPrompt,
     RecallQuiz,
@@ -26,9 +27,8 @@ from distributed_sparse.evaluation.recall import (
     make_quiz,
     score_quiz,
 )
-from distributed_sparse.evaluation.recall_model import ensure_recall_checkpoint
-from distributed_sparse.evaluation.recall_vocabulary import detokenize, is_symbol
-from distributed_sparse.sampling_params import SamplingParams
+from distributed_sparse.tools.evaluation.recall_model import ensure_recall_checkpoint
+from distributed_sparse.tools.evaluation.recall_vocabulary import detokenize, is_symbol
 
 CONFIG = Path(__file__).with_name("demo.yaml")
 """In a checkout a link into `configs/`, in a wheel a file."""
@@ -107,7 +107,7 @@ def _with_checkpoint(config: EngineConfig) -> EngineConfig:
 
 def _compare(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> list[Result]:
     """Each method's result, on one Ray for all."""
-    from distributed_sparse.driver.ray_session import ensure_ray
+    from distributed_sparse.ray_backend.session import ensure_ray
 
     budget = getattr(config.resolve_sparse(), "token_budget", 128)
     methods: list[dict[str, Any]] = [

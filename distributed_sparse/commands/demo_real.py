@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from distributed_sparse.evaluation.real_model import ensure_real_checkpoint
-from distributed_sparse.evaluation.suite import EvaluatedModel
-from distributed_sparse.evaluation.suites.passkey import PasskeySuite
 from distributed_sparse.sampling_params import SamplingParams
+from distributed_sparse.tools.evaluation.real_model import ensure_real_checkpoint
+from distributed_sparse.tools.evaluation.suite import EvaluatedModel
+from distributed_sparse.tools.evaluation.suites.passkey import PasskeySuite
 
 METHODS: list[dict[str, Any]] = [{"method": "dense"}, {"method": "twilight"}, {"method": "quest", "token_budget": 512}]
 CONTEXT = 2048

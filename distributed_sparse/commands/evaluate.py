@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm, one_ray
 from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.config import load_run_config
-from distributed_sparse.evaluation.suites import SUITES
+from distributed_sparse.tools.evaluation.suites import SUITES
 
 if TYPE_CHECKING:  # what brings torch is imported where it is called, so that --help is quick
-    from distributed_sparse.evaluation.run import Evaluation
-    from distributed_sparse.reporting.results import Results
+    from distributed_sparse.tools.common.results import Results
+    from distributed_sparse.tools.evaluation.run_suite import Evaluation
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.evaluate") -> int:
     """Run the command line; the exit code: 0 done, 1 an engine failed, 2 bad usage, 130 interrupted (run again to go on)."""
     args = _parser(prog, sys.argv[1:] if argv is None else argv).parse_args(argv)
-    from distributed_sparse.reporting.results import Results
+    from distributed_sparse.tools.common.results import Results
 
     try:
         evaluation, write_plots_too = _prepare(args)
@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.evalua
 
 def _prepare(args: argparse.Namespace) -> tuple[Evaluation, bool]:
     """Everything that can be wrong before an engine is made."""
-    from distributed_sparse.evaluation.methods import parse_methods
-    from distributed_sparse.evaluation.run import Evaluation, RunOptions
-    from distributed_sparse.reporting.figures import check_plots
+    from distributed_sparse.tools.common.figures import check_plots
+    from distributed_sparse.tools.evaluation.methods import parse_methods
+    from distributed_sparse.tools.evaluation.run_suite import Evaluation, RunOptions
 
     plots = not args.no_plots
     if plots:
@@ -73,10 +73,10 @@ def _prepare(args: argparse.Namespace) -> tuple[Evaluation, bool]:
 
 def _write(args: argparse.Namespace, evaluation: Evaluation, results: Results, plots: bool) -> None:
     """The report, plots and overrides; the report's text to the terminal."""
-    from distributed_sparse.evaluation.plots import write_plots
-    from distributed_sparse.evaluation.profile_report import layer_budgets, tokens_needed, write_layers
-    from distributed_sparse.evaluation.report import report
     from distributed_sparse.selection.base import SparseConfig
+    from distributed_sparse.tools.evaluation.evaluation_plots import write_plots
+    from distributed_sparse.tools.evaluation.evaluation_report import report
+    from distributed_sparse.tools.evaluation.profile_report import layer_budgets, tokens_needed, write_layers
 
     records, suite = list(results.records.values()), evaluation.suite
     text = report(evaluation.configuration(), suite, evaluation.methods, records)
@@ -127,7 +127,7 @@ def _parser(prog: str, argv: Sequence[str]) -> argparse.ArgumentParser:
             own.add_argument("--write-layers", metavar="FILE", help="`layers:` overrides: tokens for .95 mass of each layer")
         _add_fields(own.add_argument_group("suite"), suite)
         if name in argv[:1]:
-            from distributed_sparse.evaluation.run import RunOptions  # brings torch
+            from distributed_sparse.tools.evaluation.run_suite import RunOptions  # brings torch
 
             _add_fields(own.add_argument_group("run"), RunOptions)
     return parser

@@ -19,14 +19,14 @@ from io import RawIOBase
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+from distributed_sparse.client.tokenizer import apply_chat
 from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm, show_log
 from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.commands.rows import Row, json_line, make_row, read_file, row_out, write_line
 from distributed_sparse.config import EngineConfig, load_run_config
 from distributed_sparse.outputs import RequestOutput
-from distributed_sparse.progress import Progress
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.tokenizer import apply_chat
+from distributed_sparse.utils.progress import Progress
 
 if TYPE_CHECKING:
     from distributed_sparse import LLM

@@ -39,7 +39,7 @@ def one_ray(*configs: EngineConfig) -> Iterator[None]:
     if not any(_uses_ray(config) for config in configs):
         yield
         return
-    from distributed_sparse.driver.ray_session import ensure_ray
+    from distributed_sparse.ray_backend.session import ensure_ray
 
     session = ensure_ray(max(config.tensor_parallel_size for config in configs))
     try:

@@ -17,16 +17,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distributed_sparse.bench.report import print_table, write_json
 from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE
 from distributed_sparse.config import set_override
-from distributed_sparse.planner.hardware import MEASURED, PRESETS, Hardware, Interconnect, Protocol, Rate, preset
-from distributed_sparse.validation import check_choice, check_dtype, check_float, shown
+from distributed_sparse.tools.bench.bench_report import print_table, write_json
+from distributed_sparse.tools.planner.hardware import MEASURED, PRESETS, Hardware, Interconnect, Protocol, Rate, preset
+from distributed_sparse.utils.validation import check_choice, check_dtype, check_float, shown
 
 if TYPE_CHECKING:  # what brings torch is imported where it is called, so that --help is quick
     from distributed_sparse.model.config import ModelConfig
-    from distributed_sparse.planner.plan import Grid, HardwareOf
-    from distributed_sparse.planner.rank import RankOnPaper
+    from distributed_sparse.tools.planner.plan import Grid, HardwareOf
+    from distributed_sparse.tools.planner.rank import RankCostModel
 
 COLUMNS = {
     "method": "{}",
@@ -75,7 +75,7 @@ MOST_VARIED = 1.5
 def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.plan") -> int:
     """Run the command line; the exit code: 0 done, 1 the measurement failed, 2 bad usage, 130 interrupted."""
     args = _parser(prog).parse_args(argv)
-    from distributed_sparse.planner.plan import plan
+    from distributed_sparse.tools.planner.plan import plan
 
     try:
         model, dtype, grid, hardware_of = _prepare(args)
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.plan")
         devices = {size: {name: asdict(device) for name, device in of_size.items()} for size, of_size in args.devices.items()}
         write_json(args.json, "plan", {"model": args.model, "hardware": devices, "grid": asdict(grid)}, rows)
     if args.plot:
-        from distributed_sparse.planner.plot import write_plot
+        from distributed_sparse.tools.planner.planner_plot import write_plot
 
         write_plot(args.plot, rows, title)
     return 0
@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.plan")
 
 def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, HardwareOf]:
     from distributed_sparse.model.limits import resolve_dtype
-    from distributed_sparse.planner.memory import DEFAULT_RESERVE_BYTES
-    from distributed_sparse.planner.plan import Grid
+    from distributed_sparse.tools.planner.memory import DEFAULT_RESERVE_BYTES
+    from distributed_sparse.tools.planner.plan import Grid
 
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is not installed; run pip install -e '.[eval]', or leave --plot out")
@@ -137,9 +137,9 @@ def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, Hardware
     }
     args.devices = {}  # tensor_parallel_size -> method -> Hardware
 
-    def hardware_of(ranks: list[RankOnPaper]) -> list[Hardware]:
+    def hardware_of(ranks: list[RankCostModel]) -> list[Hardware]:
         if args.measure:
-            from distributed_sparse.planner.measure import measure_cpu
+            from distributed_sparse.tools.bench.machine_rates import measure_cpu
 
             found = measure_cpu(ranks, max(grid.contexts), max(grid.batches), args.threads)
         else:
@@ -241,7 +241,7 @@ def _print_rates(devices: dict[int, dict[str, Hardware]]) -> None:
 
 
 def _print_losses(rows: Sequence[dict[str, Any]]) -> None:
-    from distributed_sparse.planner.plan import does_not_pay
+    from distributed_sparse.tools.planner.plan import does_not_pay
 
     losses = does_not_pay(rows)
     if not losses:

@@ -12,9 +12,9 @@ from io import RawIOBase
 from typing import Any
 
 from distributed_sparse.outputs import RequestOutput
-from distributed_sparse.reporting.results import plain
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.validation import check_keys, shown
+from distributed_sparse.tools.common.results import plain
+from distributed_sparse.utils.validation import check_keys, shown
 
 ROW_KEYS = ("id", "prompt", "messages", "sampling_params")
 

@@ -19,12 +19,12 @@ from distributed_sparse.commands.parser import command_parser
 def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.scale") -> int:
     """Run the command line; the exit code: 0 done, 1 a point or a check failed, 2 bad usage, 130 interrupted, 143 SIGTERM."""
     args = _parser(prog).parse_args(argv)
-    from distributed_sparse.reporting.figures import check_plots
-    from distributed_sparse.reporting.results import Results
-    from distributed_sparse.scaling.grid import ScalingConfig
-    from distributed_sparse.scaling.plots import write_plots
-    from distributed_sparse.scaling.run import Scaling, identity
-    from distributed_sparse.scaling.summary import summary
+    from distributed_sparse.tools.common.figures import check_plots
+    from distributed_sparse.tools.common.results import Results
+    from distributed_sparse.tools.scaling.grid import ScalingConfig
+    from distributed_sparse.tools.scaling.run_grid import Scaling, identity
+    from distributed_sparse.tools.scaling.scaling_plots import write_plots
+    from distributed_sparse.tools.scaling.scaling_summary import summary
 
     common = identity()
     try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.client_messages import ModelInfo, NewRequest
 from distributed_sparse.driver.detokenizer import Detokenizer
-from distributed_sparse.driver.sequence import Request
+from distributed_sparse.driver.request_validation import validate_request
+from distributed_sparse.driver.requests import Request
 from distributed_sparse.metrics import RequestMetrics
-from distributed_sparse.request_validation import validate_request
+from distributed_sparse.protocol.client import ModelInfo, NewRequest
 
 
 class Admission:

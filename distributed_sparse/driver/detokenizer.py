@@ -22,7 +22,7 @@ class Detokenizer:
     """A tokenizer's decoding half; makes one TextStream per completion.
 
     Args:
-        tokenizer_json: the tokenizer as its `tokenizer.json` text (`distributed_sparse.tokenizer.tokenizer_json`).
+        tokenizer_json: the tokenizer as its `tokenizer.json` text (`distributed_sparse.client.tokenizer.tokenizer_json`).
     """
 
     def __init__(self, tokenizer_json: str) -> None:

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.admission import Admission
-from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate, SampleUpdate, TraceUpdate
 from distributed_sparse.driver.detokenizer import Detokenizer
 from distributed_sparse.driver.engine_metrics import AttendedDensity, EngineMetrics, attention_stats
-from distributed_sparse.driver.messages import LogprobBlock, ShardReport, StepPlan, StepResult
 from distributed_sparse.driver.pages import PageAllocator
 from distributed_sparse.driver.request_errors import NOT_OF_A_REQUEST, bad_logits_error, engine_error
+from distributed_sparse.driver.requests import Request, Sequence
 from distributed_sparse.driver.scheduler import Committed, ScheduledStep, Scheduler
-from distributed_sparse.driver.sequence import Request, Sequence
-from distributed_sparse.driver.shard_group import RankInfo, ShardFailure, ShardGroup
 from distributed_sparse.driver.step_times import StepClock, StepTimes
+from distributed_sparse.protocol.client import ModelInfo, NewRequest, RequestUpdate, SampleUpdate, TraceUpdate
+from distributed_sparse.protocol.step import LogprobBlock, ShardReport, StepPlan, StepResult
+from distributed_sparse.ranks.base import RankInfo, ShardFailure, ShardGroup
 
 PROFILE_FIRST = 8
 """The first step of decode rows alone from this one on takes the times of its parts; then one in `profile_interval`."""
@@ -101,8 +101,8 @@ class Driver:
             page_size=self.config.page_size,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
-            kept_pages=self.group.kept_pages,
-            forks_copy_pages=self.group.forks_copy_pages,
+            evict_window=self.group.evict_window,
+            copy_on_fork=self.group.copy_on_fork,
             trace=self.config.trace,
             chunk_multiple=STORED_CHUNK_MULTIPLE if is_cut_evenly else 1,
         )
@@ -237,7 +237,7 @@ class Driver:
         plan = held or self.scheduler.schedule(self._next_step, self.group.generation)
         if self._sent and not plan.parts and not plan.setups:
             return False  # all that runs waits for the results of plans in flight
-        if self._sent and plan.num_numbers > MAX_AHEAD_NUMBERS:
+        if self._sent and plan.num_ids > MAX_AHEAD_NUMBERS:
             self._held = plan
             return False
         if plan.decode and not plan.prefill:

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from distributed_sparse.driver.driver import Driver, Updates
-from distributed_sparse.driver.shard_group import ShardFailure
+from distributed_sparse.ranks.base import ShardFailure
 
 logger = logging.getLogger(__name__)
 

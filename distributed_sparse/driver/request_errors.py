@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 
-from distributed_sparse.driver.messages import BadLogits
-from distributed_sparse.driver.shard_group import ShardFailure
+from distributed_sparse.protocol.step import BadLogits
+from distributed_sparse.ranks.base import ShardFailure
 
 logger = logging.getLogger(__name__)
 

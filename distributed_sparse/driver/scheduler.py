@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, SlotSetup, StepPlan
 from distributed_sparse.driver.pages import NULL_PAGE, PageAllocator, pages_for
-from distributed_sparse.driver.sequence import Request, Sequence
+from distributed_sparse.driver.requests import Request, Sequence
+from distributed_sparse.protocol.step import DecodeRow, PrefillChunk, SlotSetup, StepPlan
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Scheduler:
     step through the decode path, as they were computed at first. That counts in the budget like any other token.
 
     Args:
-        kept_pages: (sink, recent) where the method never reads others at decode, so that they are freed; None: all are kept.
+        evict_window: (sink, recent) where the method never reads others at decode, so that they are freed; None: all are kept.
         trace: whether decode rows are traced, where their request does not say otherwise.
-        forks_copy_pages: whether samples may not share pages, since the method changes what it keeps in them.
+        copy_on_fork: whether samples may not share pages, since the method changes what it keeps in them.
         chunk_multiple: a chunk that the budget cuts ends at a multiple of so many tokens, and starts in a later step where the
             rest of the budget holds none. So a few decode rows more or less leave the borders where they are, and a prefill
             store finds the chunks.
@@ -62,17 +62,17 @@ class Scheduler:
         page_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        kept_pages: tuple[int, int] | None = None,
-        forks_copy_pages: bool = False,
+        evict_window: tuple[int, int] | None = None,
+        copy_on_fork: bool = False,
         trace: bool = False,
         chunk_multiple: int = 1,
     ) -> None:
-        assert kept_pages is None or kept_pages[1] > 0, "the page being written is always kept"
+        assert evict_window is None or evict_window[1] > 0, "the page being written is always kept"
         self.allocator = allocator
         self.page_size = page_size
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.kept_pages = kept_pages
-        self.forks_copy_pages = forks_copy_pages
+        self.evict_window = evict_window
+        self.copy_on_fork = copy_on_fork
         self.trace = trace
         self.chunk_multiple = chunk_multiple
         self.waiting: deque[Request] = deque()
@@ -269,17 +269,17 @@ class Scheduler:
         evicts first: it never holds more than sink + recent pages, its own among them.
         """
         prompt = len(request.prompt_token_ids)
-        shared = 0 if self.forks_copy_pages else prompt // self.page_size
+        shared = 0 if self.copy_on_fork else prompt // self.page_size
         private = pages_for(prompt + request.max_tokens, self.page_size) - shared
-        if self.kept_pages is not None:
-            private = min(private, max(pages_for(prompt, self.page_size) - shared, sum(self.kept_pages)))
+        if self.evict_window is not None:
+            private = min(private, max(pages_for(prompt, self.page_size) - shared, sum(self.evict_window)))
         return shared, private
 
     def _evict(self, sequence: Sequence, num_tokens: int) -> None:
         """Free the pages outside the window of a decode step over `num_tokens` tokens: later steps read none of them either."""
-        if self.kept_pages is None:
+        if self.evict_window is None:
             return
-        sink, recent = self.kept_pages
+        sink, recent = self.evict_window
         start, end = max(sequence.evicted_end, sink), pages_for(num_tokens, self.page_size) - recent
         if end > start:
             self.allocator.release(sequence.pages[start:end])
@@ -338,7 +338,7 @@ class Scheduler:
 
     def _fork(self, parent: Sequence, child: Sequence) -> None:
         """Let the child share the parent's full pages and copy its partial one, or copy all; applied by the next plan."""
-        shared = 0 if self.forks_copy_pages else parent.num_computed // self.page_size
+        shared = 0 if self.copy_on_fork else parent.num_computed // self.page_size
         child.pages = parent.pages[:shared]
         self.allocator.share(child.held_pages)
         for page in parent.pages[shared:]:

@@ -11,11 +11,11 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.driver import Driver, Updates
 from distributed_sparse.driver.engine_metrics import Readings
 from distributed_sparse.driver.recovery import Recovery
-from distributed_sparse.driver.shard_group import ShardFailure, ShardGroup
+from distributed_sparse.protocol.client import ModelInfo, NewRequest, RequestUpdate
+from distributed_sparse.ranks.base import ShardFailure, ShardGroup
 
 logger = logging.getLogger(__name__)
 

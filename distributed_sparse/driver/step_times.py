@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict, deque
 from dataclasses import dataclass
 
-from distributed_sparse.driver.messages import StepPlan, StepResult
+from distributed_sparse.protocol.step import StepPlan, StepResult
 
 TIMEOUT_FLOOR_S = 5.0
 TIMEOUT_FACTOR = 20.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from distributed_sparse.validation import shown
+from distributed_sparse.utils.validation import shown
 
 LOAD_FORMATS = ("auto", "dummy")
 
@@ -55,9 +55,7 @@ def resolve_checkpoint(model: str, load_format: str = "auto") -> Path:
     if not path.is_dir():
         path = _download(model, path, load_format)
     if not (path / "config.json").is_file():
-        raise ValueError(
-            f"no config.json in {path} on node {socket.gethostname()}; give the folder of a Hugging Face checkpoint"
-        )
+        raise ValueError(f"no config.json in {path} on node {platform.node()}; give the folder of a Hugging Face checkpoint")
     if load_format == "auto" and not _has_any(path, "*.safetensors") and _has_any(path, *_PICKLES):
         raise ValueError(
             f"only safetensors are read, and {path} holds pickled weights alone; convert it with "
@@ -67,7 +65,7 @@ def resolve_checkpoint(model: str, load_format: str = "auto") -> Path:
 
 
 def _download(model: str, path: Path, load_format: str) -> Path:
-    node = socket.gethostname()
+    node = platform.node()
     if path.exists():
         raise ValueError(f"{path} on node {node} is a file; give the folder of a Hugging Face checkpoint")
     if not _HUB_ID.fullmatch(model):
@@ -91,7 +89,7 @@ def _snapshot(
     except Exception as error:
         # The hub client has a dozen unrelated exception classes; the user's question is the same for each.
         raise ValueError(
-            f"{model!r} is no folder on node {socket.gethostname()}, and the Hugging Face hub did not give it: "
+            f"{model!r} is no folder on node {platform.node()}, and the Hugging Face hub did not give it: "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -141,14 +139,14 @@ def weight_files(path: Path) -> list[Path]:
             whole = (path / _WHOLE).is_file()
             remedy = f"delete the index if {_WHOLE} holds the whole model" if whole else "download it again"
             raise ValueError(
-                f"{_INDEX} names {file.relative_to(path)}, which is absent on node {socket.gethostname()}: {file}; {remedy}"
+                f"{_INDEX} names {file.relative_to(path)}, which is absent on node {platform.node()}: {file}; {remedy}"
             )
     files = files or sorted(
         file for file in path.glob("*.safetensors") if not any(file.match(other) for other in _OTHER_WEIGHTS)
     )
     if not files:
         raise ValueError(
-            f"no *.safetensors in {path} on node {socket.gethostname()}; "
+            f"no *.safetensors in {path} on node {platform.node()}; "
             f"download them, or use load_format='dummy' for random weights ({' and '.join(_OTHER_WEIGHTS)} are not read)"
         )
     return files

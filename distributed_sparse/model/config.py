@@ -11,7 +11,7 @@ import torch
 
 from distributed_sparse.model.checkpoint import TensorFiles, read_json
 from distributed_sparse.model.rope import RopeConfig
-from distributed_sparse.validation import check_bool, check_dtype, check_float, check_int, shown
+from distributed_sparse.utils.validation import check_bool, check_dtype, check_float, check_int, shown
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed_sparse.validation import check_bool, check_float, shown
+from distributed_sparse.utils.validation import check_bool, check_float, shown
 
 _ORIGINAL = "original_max_position_embeddings"
 _REQUIRED: dict[str, tuple[str, ...]] = {

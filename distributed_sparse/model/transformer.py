@@ -12,8 +12,8 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from distributed_sparse.kernels.linear import linear
-from distributed_sparse.kernels.rms_norm import add_rms_norm, rms_norm
+from distributed_sparse.kernels.layer.linear import linear
+from distributed_sparse.kernels.layer.rms_norm import add_rms_norm, rms_norm
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.rope import Rope
 from distributed_sparse.model.sharding import LocalSizes, ShardSpec

@@ -17,7 +17,7 @@ from distributed_sparse.kernels.huge_pages import zeros
 from distributed_sparse.model.checkpoint import LOAD_FORMATS, TensorFiles
 from distributed_sparse.model.config import CHECKPOINT_DTYPES, ModelConfig
 from distributed_sparse.model.sharding import ShardSpec, TensorSlice, slice_tensor, tensor_slices
-from distributed_sparse.progress import Progress
+from distributed_sparse.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -1,142 +1,21 @@
-"""The registry of sparse methods, and how a `sparse:` section becomes one policy per layer."""
+"""Sparse methods, one per file. `base` is the contract, `top_k` ranks pages or tokens by score, `registry` lists them."""
 
-from __future__ import annotations
+from distributed_sparse.selection.base import SparseConfig
+from distributed_sparse.selection.registry import (
+    POLICIES,
+    build_policies,
+    layer_configs,
+    layer_range,
+    policy_class,
+    resolve_sparse_config,
+)
 
-import dataclasses
-import importlib
-from typing import Any
-
-import msgspec
-
-from distributed_sparse.selection.base import Policy, SparseConfig
-from distributed_sparse.selection.dense import DenseConfig, DensePolicy
-from distributed_sparse.selection.hash import HashPolicy
-from distributed_sparse.selection.metadata import Geometry
-from distributed_sparse.selection.oracle import OraclePolicy
-from distributed_sparse.selection.quest import QuestPolicy
-from distributed_sparse.selection.random import RandomPolicy
-from distributed_sparse.selection.sketch import SketchPolicy
-from distributed_sparse.selection.tova import TovaPolicy
-from distributed_sparse.selection.twilight import TwilightPolicy
-from distributed_sparse.selection.vattention import VAttentionPolicy
-from distributed_sparse.selection.window import WindowPolicy
-from distributed_sparse.validation import check_choice, check_keys
-
-POLICIES: dict[str, type[Policy]] = {
-    policy.config_class.method: policy
-    for policy in (
-        DensePolicy,
-        QuestPolicy,
-        SketchPolicy,
-        TwilightPolicy,
-        VAttentionPolicy,
-        HashPolicy,
-        WindowPolicy,
-        TovaPolicy,
-        RandomPolicy,
-        OraclePolicy,
-    )
-}
-
-
-def policy_class(method: str) -> type[Policy]:
-    """The policy of a method: one of `POLICIES`, or "package.module:Policy" from outside.
-
-    Raises:
-        ValueError: no such method, or it is not importable here.
-    """
-    if not isinstance(method, str) or ":" not in method:
-        check_choice("sparse.method", method, list(POLICIES))
-        return POLICIES[method]
-    module_name, _, name = method.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"sparse.method={method!r} is not importable ({error}); put it on every node's PYTHONPATH") from error
-    if not (isinstance(found, type) and issubclass(found, Policy)):
-        raise ValueError(f"sparse.method={method!r} is not a subclass of distributed_sparse.selection.base.Policy")
-    return found
-
-
-def resolve_sparse_config(sparse: dict[str, Any] | None) -> SparseConfig:
-    """The typed config of a `sparse:` section; None is dense.
-
-    Raises:
-        ValueError: an unknown method or key (with the nearest valid one), a wrong type or value.
-    """
-    if sparse is None:
-        return DenseConfig()
-    if "method" not in sparse:
-        raise ValueError(f"sparse has no method; use one of {', '.join(POLICIES)} or 'package.module:Policy'")
-    settings = {key: value for key, value in sparse.items() if key != "method"}
-    config = _typed(policy_class(sparse["method"]).config_class, settings, "sparse")
-    for override in config.layers:
-        _override(config, override)
-    return config
-
-
-def layer_configs(config: SparseConfig, num_layers: int, page_size: int) -> list[SparseConfig]:
-    """Each layer's settings: `config` with the overrides of `layers`; the first `dense_layers` are dense.
-
-    Raises:
-        ValueError: an override goes beyond the last layer, or covers layers alone that are dense anyway; or settings do not
-            hold at this page size.
-    """
-    configs = [config] * num_layers
-    for override in config.layers:
-        first, last = layer_range(override)
-        if last >= num_layers:
-            raise ValueError(
-                f"sparse.layers range {override['range']!r} goes beyond the model's last layer, {num_layers - 1}; shorten it"
-            )
-        configs[first : last + 1] = [_override(own, override) for own in configs[first : last + 1]]
-        below = all(layer < configs[layer].dense_layers for layer in range(first, last + 1))
-        if below and "dense_layers" not in override:
-            raise ValueError(
-                f"sparse.layers range {override['range']!r} lies below dense_layers={configs[first].dense_layers}: "
-                "it would change nothing; set dense_layers: 0 beside it, or in it"
-            )
-    configs = [DenseConfig() if layer < own.dense_layers else own for layer, own in enumerate(configs)]
-    for own in configs:
-        own.check(page_size)
-    return configs
-
-
-def build_policies(method: str, config: SparseConfig, num_layers: int, geometry: Geometry) -> list[Policy]:
-    """One policy per layer, shared by layers of equal settings. Raises as `layer_configs`."""
-    made: list[tuple[SparseConfig, Policy]] = []
-    policies: list[Policy] = []
-    for own in layer_configs(config, num_layers, geometry.page_size):
-        policy = next((policy for known, policy in made if type(known) is type(own) and known == own), None)
-        if policy is None:
-            kind = DensePolicy if isinstance(own, DenseConfig) else policy_class(method)
-            policy = kind(own, geometry)
-            made.append((own, policy))
-        policies.append(policy)
-    return policies
-
-
-def layer_range(override: dict[str, Any]) -> tuple[int, int]:
-    """First and last layer of an override's `range`, "2-15" or "7"."""
-    text = str(override.get("range", ""))
-    first, _, last = text.partition("-")
-    if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
-        raise ValueError(f"sparse.layers range {text!r} is not understood; write '2-15', first and last layer included")
-    return int(first), int(last or first)
-
-
-def _override(config: SparseConfig, override: dict[str, Any]) -> SparseConfig:
-    layer_range(override)
-    if "layers" in override:
-        raise ValueError("sparse.layers: an override cannot have layers of its own; write another entry with its range")
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "layers"}
-    return _typed(type(config), settings | {k: v for k, v in override.items() if k != "range"}, "sparse.layers")
-
-
-def _typed(config_class: type[SparseConfig], settings: dict[str, Any], where: str) -> SparseConfig:
-    check_keys(settings, [field.name for field in dataclasses.fields(config_class)], where)
-    try:
-        return msgspec.convert(settings, config_class)
-    except msgspec.ValidationError as error:
-        named = str(error).startswith("sparse.")  # by the config itself
-        raise ValueError(str(error) if named else f"{where}: {error}") from error
+__all__ = [
+    "POLICIES",
+    "SparseConfig",
+    "build_policies",
+    "layer_configs",
+    "layer_range",
+    "policy_class",
+    "resolve_sparse_config",
+]

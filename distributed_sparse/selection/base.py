@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.attend import attend
-from distributed_sparse.kernels.whole_rows import whole_rows
-from distributed_sparse.selection.metadata import Geometry, LayerCache, Metadata
-from distributed_sparse.timer import Timer
+from distributed_sparse.cache import Geometry, LayerCache, Metadata
+from distributed_sparse.kernels.attend.attend import attend
+from distributed_sparse.kernels.cache.whole_rows import whole_rows
+from distributed_sparse.utils.timer import Timer
+from distributed_sparse.utils.validation import check_choice
 
 Made = TypeVar("Made")
 
@@ -30,8 +32,8 @@ class Selection:
     num_tokens: int32 [B, H_kv] | None
     log_weight: float32 [B, H_kv] | None        added to the logits of `tokens`: log 1/inclusion probability; None: 0
     partial:    (out float32 [B, H_q, d], lse float32 [B, H_q]) | None   already attended by the policy; merged in combine
-    partial_of: what `partial` has read, as a Selection of its own (counts of 0 where the row has none)
-    read_apart: int32 [B, H_kv] | None          tokens whose K and V the policy has read and that no list here holds
+    partial_selection: what `partial` has read, as a Selection of its own (counts of 0 where the row has none)
+    extra_tokens_read: int32 [B, H_kv] | None          tokens whose K and V the policy has read and that no list here holds
     is_dense:   the host knows that every row is the identity page list, so nothing needs counting on the device
     details:    the method's own numbers for a trace, name -> float32 [B, H_kv] or [B, H_q]; filled where `batch.trace`
     """
@@ -42,17 +44,24 @@ class Selection:
     num_tokens: Tensor | None = None
     log_weight: Tensor | None = None
     partial: tuple[Tensor, Tensor] | None = None
-    partial_of: Selection | None = None
-    read_apart: Tensor | None = None
+    partial_selection: Selection | None = None
+    extra_tokens_read: Tensor | None = None
     is_dense: bool = False
     details: dict[str, Tensor] = field(default_factory=dict)
+    partial_of: InitVar[Selection | None] = None
+    read_apart: InitVar[Tensor | None] = None
+
+    def __post_init__(self, partial_of: Selection | None, read_apart: Tensor | None) -> None:
+        if partial_of is not None or read_apart is not None:
+            warnings.warn("partial_of is now partial_selection, read_apart is extra_tokens_read", FutureWarning, stacklevel=3)
+            self.partial_selection, self.extra_tokens_read = partial_of, read_apart
 
     def attended(self, last_page_len: Tensor, page_size: int) -> Tensor:
         """Tokens that each row reads, those of its `partial` included: int32 [B, H_kv]."""
         read = self.num_pages * page_size - (page_size - last_page_len)[:, None] * (self.num_pages > 0)
         if self.num_tokens is not None:
             read = read + self.num_tokens
-        return read if self.partial_of is None else read + self.partial_of.attended(last_page_len, page_size)
+        return read if self.partial_selection is None else read + self.partial_selection.attended(last_page_len, page_size)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class DecodeBatch:
     trace: bool = False
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def once(self, name: Hashable, make: Callable[[], Made]) -> Made:
+    def cached_per_step(self, name: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gives, made by the first layer that asks for `name`: for what depends on the batch alone.
 
         `name` must tell apart whatever else it depends on (settings that `layers` may override).
@@ -87,6 +96,11 @@ class DecodeBatch:
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
+
+    def once(self, name: Hashable, make: Callable[[], Made]) -> Made:
+        """Old name of `cached_per_step`; gone in the next version."""
+        warnings.warn("DecodeBatch.once is now DecodeBatch.cached_per_step", FutureWarning, stacklevel=2)
+        return self.cached_per_step(name, make)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +124,7 @@ class SparseConfig:
     def check(self, page_size: int) -> None:
         """Raise ValueError where the settings cannot hold at this page size."""
 
-    def kept_pages(self, page_size: int) -> tuple[int, int] | None:
+    def evict_window(self, page_size: int) -> tuple[int, int] | None:
         """(sink, recent) pages, where no layer reads others at decode and the rest may be freed; None: all are kept."""
         return None
 
@@ -126,7 +140,7 @@ class SparseConfig:
         exact = self.attended_tokens(context_len, page_size)
         return exact if exact is not None else context_len
 
-    def read_apart_tokens(self, context_len: int, page_size: int) -> int:
+    def extra_tokens(self, context_len: int, page_size: int) -> int:
         """Tokens whose K and V a sparse row of such a context reads beside those that it attends."""
         return 0
 
@@ -140,6 +154,25 @@ class SparseConfig:
             )
 
 
+def named_class(key: str, name: str, known: Mapping[str, type[Any]], base: type[Any]) -> type[Any]:
+    """The class that a setting names: one of `known`, or "package.module:Class" from outside.
+
+    Raises:
+        ValueError: there is no such class, it cannot be imported here, or it is no subclass of `base`.
+    """
+    if not isinstance(name, str) or ":" not in name:
+        check_choice(key, name, list(known))
+        return known[name]
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{key}={name!r} is not importable ({error}); put it on every node's PYTHONPATH") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{key}={name!r} is not a subclass of {base.__module__}.{base.__name__}")
+    return found
+
+
 class Policy(ABC):
     """A sparse method on one rank. Made once per distinct config, called in each decode step for each layer that has it."""
 
@@ -151,11 +184,6 @@ class Policy(ABC):
     tensors. It reads no device value on the host, uploads nothing, keeps no count in Python, and depends on
     `batch.max_context_len` for widths alone, since that is then the longest context of any replay. It bears rows that pad the
     batch: their `context_lens` and `num_pages` are 0 and their q any bits. One that is not turns CUDA graphs off."""
-    launches: Mapping[str, int] = MappingProxyType({"_count_attended_kernel": 1})
-    """Kernels that a sparse layer's decode launches on a GPU beside a dense layer's, by name, torch's own as "aten": for
-    planning alone. A method that does not say is planned with the one that counts what it read."""
-    step_launches: Mapping[str, int] = MappingProxyType({})
-    """And those of `DecodeBatch.once`: in each step the first sparse layer of such settings launches them, for all of them."""
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
         self.config = config
@@ -175,7 +203,7 @@ class Policy(ABC):
 
     def bytes_scored(self, context_lens: list[int], max_context_len: int | None = None) -> int:
         """Bytes of metadata, and of keys alone, that `select` scores for rows of these contexts, over this rank's KV heads. (K
-        and V that it reads without attending them: `Selection.read_apart`.)
+        and V that it reads without attending them: `Selection.extra_tokens_read`.)
 
         Args:
             context_lens: one per row.
@@ -228,10 +256,10 @@ def page_budget(config: SparseConfig, token_budget: int, batch: DecodeBatch) -> 
             k = torch.where(batch.context_lens < config.min_context, batch.num_pages, k)
         return k
 
-    return batch.once(("page_budget", budget, config.min_context), make), min(capacity, batch.page_table.shape[1])
+    return batch.cached_per_step(("page_budget", budget, config.min_context), make), min(capacity, batch.page_table.shape[1])
 
 
-def covers(config: SparseConfig, token_budget: int, batch: DecodeBatch) -> bool:
+def all_rows_dense(config: SparseConfig, token_budget: int, batch: DecodeBatch) -> bool:
     """Whether the host knows that every row of the batch reads its whole context."""
     pages = -(-batch.max_context_len // batch.page_size)
     return pages <= -(-token_budget // batch.page_size) or batch.max_context_len < config.min_context

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
 from torch import Tensor
@@ -26,7 +25,6 @@ class DensePolicy(Policy):
 
     config_class = DenseConfig
     graph_safe = True
-    launches = MappingProxyType({})
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
         return dense_selection(batch, self.geometry.num_kv_heads)

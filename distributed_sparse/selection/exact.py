@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distributed_sparse.selection.metadata import LayerCache
+from distributed_sparse.cache import LayerCache
 
 
 def exact_head(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -11,12 +10,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distributed_sparse.kernels.hamming_scores import hamming_scores
+from distributed_sparse.cache import AppendRuns, Geometry, LayerCache, Metadata, read_tensor
+from distributed_sparse.kernels.hash.hamming_scores import hamming_scores
+from distributed_sparse.kernels.hash.signatures import append_signatures, pack_signs
 from distributed_sparse.kernels.huge_pages import zeros
-from distributed_sparse.kernels.signatures import append_signatures, pack_signs
 from distributed_sparse.selection.base import DecodeBatch, SparseConfig
-from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata, read_tensor
-from distributed_sparse.selection.predictor import Predictor, TopKConfig, TopKPolicy
+from distributed_sparse.selection.top_k import Scorer, TopKConfig, TopKPolicy
 
 LINEARS = 3
 """Linear layers of the hash function, with SiLU between them (section 3; d -> d -> d -> bits in the paper)."""
@@ -77,10 +76,10 @@ def hash_outputs(x: Tensor, cache: LayerCache, side: str) -> Tensor:
 
 
 def check_hash_weights(weights: str | None) -> str:
-    """Raise ValueError where the hash predictor is asked for without a file. Whether it is right, each shard finds out."""
+    """Raise ValueError where the hash scorer is asked for without a file. Whether it is right, each shard finds out."""
     if weights is None:
         raise ValueError(
-            "the hash predictor needs learned weights: set sparse.hash_weights to a safetensors file (layout in "
+            "the hash scorer needs learned weights: set sparse.hash_weights to a safetensors file (layout in "
             "docs/methods/hash.md); untrained signatures predict nothing"
         )
     return weights
@@ -105,9 +104,10 @@ def signature_bits(weights: str) -> int:
     return bits
 
 
-class HashPredictor(Predictor):
+class HashScorer(Scorer):
     """Scores every token by the agreeing bits of its signatures and the query's, summed over the group."""
 
+    selector = "hash"
     per_token = True
 
     def __init__(self, geometry: Geometry, weights: str | None) -> None:
@@ -115,6 +115,14 @@ class HashPredictor(Predictor):
         weights = check_hash_weights(weights)
         self.bits = signature_bits(weights)
         self.metadata = (KeySignatures(weights, self.bits),)
+
+    @classmethod
+    def from_config(cls, config: SparseConfig, geometry: Geometry) -> HashScorer:
+        return cls(geometry, getattr(config, "hash_weights", None))
+
+    @classmethod
+    def check_config(cls, config: SparseConfig) -> None:
+        check_hash_weights(getattr(config, "hash_weights", None))
 
     def scores(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         q_signatures = pack_signs(hash_outputs(q, cache, "q"))
@@ -129,7 +137,7 @@ class HashConfig(TopKConfig):
     """`token_budget` tokens per KV head and step, in whole pages' worth, as the sink and recent ones are that it includes."""
 
     method: ClassVar[str] = "hash"
-    per_token: ClassVar[bool] = HashPredictor.per_token
+    per_token: ClassVar[bool] = HashScorer.per_token
     hash_weights: str | None = None
 
     def __post_init__(self) -> None:
@@ -141,16 +149,4 @@ class HashPolicy(TopKPolicy):
     """The tokens of the best agreeing signatures."""
 
     config_class = HashConfig
-    launches = MappingProxyType(
-        {
-            **{"_append_signatures_kernel": 1, "_pack_signs_kernel": 1, "_hamming_scores_kernel": 1, "_top_k_pages_kernel": 1},
-            **{"_whole_rows_kernel": 1, "_count_attended_kernel": 1, "aten": 22},
-        }
-    )
-    step_launches = MappingProxyType({"aten": 2})
-    config: HashConfig
-
-    def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
-        super().__init__(config, geometry)
-        self.predictor = HashPredictor(geometry, self.config.hash_weights)
-        self.metadata = self.predictor.metadata
+    scorer_class = HashScorer

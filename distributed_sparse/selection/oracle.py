@@ -1,4 +1,4 @@
-"""oracle_topk: the tokens of the largest exact attention weights: what a perfect predictor would read. A control."""
+"""oracle_topk: the tokens of the largest exact attention weights: what a perfect scorer would read. A control."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from distributed_sparse.selection.base import DecodeBatch, SparseConfig
+from distributed_sparse.cache import LayerCache
+from distributed_sparse.selection.base import DecodeBatch
 from distributed_sparse.selection.exact import exact_head
-from distributed_sparse.selection.metadata import Geometry, LayerCache
-from distributed_sparse.selection.predictor import Predictor, TopKConfig, TopKPolicy
+from distributed_sparse.selection.top_k import Scorer, TopKConfig, TopKPolicy
 
 
-class OraclePredictor(Predictor):
+class OracleScorer(Scorer):
     """Scores every token by the largest softmax probability that a query head of the group gives it."""
 
+    selector = "oracle"
     per_token = True
     graph_safe = False
 
@@ -42,15 +43,11 @@ class OracleConfig(TopKConfig):
     """`token_budget` tokens per KV head and step, in whole pages' worth, as the sink and recent ones are that it includes."""
 
     method: ClassVar[str] = "oracle_topk"
-    per_token: ClassVar[bool] = OraclePredictor.per_token
+    per_token: ClassVar[bool] = OracleScorer.per_token
 
 
 class OraclePolicy(TopKPolicy):
     """The tokens of the largest exact attention weights."""
 
     config_class = OracleConfig
-    graph_safe = False
-
-    def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
-        super().__init__(config, geometry)
-        self.predictor = OraclePredictor(geometry)
+    scorer_class = OracleScorer

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
 from torch import Tensor
 
-from distributed_sparse.kernels.page_scores import page_scores
+from distributed_sparse.cache import Geometry, LayerCache, PageMinMax
+from distributed_sparse.kernels.quest.page_scores import page_scores
 from distributed_sparse.selection.base import DecodeBatch, SparseConfig
-from distributed_sparse.selection.metadata import Geometry, LayerCache, PageMinMax
-from distributed_sparse.selection.predictor import Predictor, TopKConfig, TopKPolicy
-from distributed_sparse.validation import check_choice
+from distributed_sparse.selection.top_k import Scorer, TopKConfig, TopKPolicy
+from distributed_sparse.utils.validation import check_choice
 
 
-class QuestPredictor(Predictor):
+class QuestScorer(Scorer):
     """Scores every page by an upper bound of q.k from its keys' min and max (section 3.2)."""
 
+    selector = "quest"
     metadata = (PageMinMax(),)
 
     def __init__(self, geometry: Geometry, group_reduction: str = "max") -> None:
         super().__init__(geometry)
         self.group_reduction = group_reduction
+
+    @classmethod
+    def from_config(cls, config: SparseConfig, geometry: Geometry) -> QuestScorer:
+        return cls(geometry, config.group_reduction) if isinstance(config, QuestConfig) else cls(geometry)
 
     def scores(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         return page_scores(q, cache.metadata["page_min_max"], batch.page_table, batch.num_pages, self.group_reduction)
@@ -38,12 +42,10 @@ class QuestConfig(TopKConfig):
     """`token_budget` tokens per KV head and step, in whole pages, forced pages included."""
 
     method: ClassVar[str] = "quest"
-    bound: str = "minmax"
     group_reduction: str = "max"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("sparse.bound", self.bound, ("minmax",))
         check_choice("sparse.group_reduction", self.group_reduction, ("max", "sum"))
 
 
@@ -54,11 +56,5 @@ class QuestPolicy(TopKPolicy):
     """
 
     config_class = QuestConfig
-    launches = MappingProxyType({"_page_scores_kernel": 1, "_top_k_pages_kernel": 1, "_count_attended_kernel": 1})
-    step_launches = MappingProxyType({"aten": 1})
+    scorer_class = QuestScorer
     config: QuestConfig
-
-    def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
-        super().__init__(config, geometry)
-        self.predictor = QuestPredictor(geometry, self.config.group_reduction)
-        self.metadata = self.predictor.metadata

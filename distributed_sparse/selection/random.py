@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from distributed_sparse.cache import LayerCache
 from distributed_sparse.kernels.philox import RANDOM_PAGES, philox, uniform
-from distributed_sparse.selection.base import DecodeBatch, SparseConfig
-from distributed_sparse.selection.metadata import Geometry, LayerCache
-from distributed_sparse.selection.predictor import Predictor, TopKConfig, TopKPolicy
+from distributed_sparse.selection.base import DecodeBatch
+from distributed_sparse.selection.top_k import Scorer, TopKConfig, TopKPolicy
 
 
-class RandomPredictor(Predictor):
+class RandomScorer(Scorer):
     """Scores pages by Philox: key (request seed), counter (page, sample index, position, use | layer | global KV head)."""
 
     def scores(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Tensor:
@@ -38,9 +37,4 @@ class RandomPolicy(TopKPolicy):
     """Forced pages, and others at random."""
 
     config_class = RandomConfig
-    launches = MappingProxyType({"_top_k_pages_kernel": 1, "_count_attended_kernel": 1, "aten": 169})  # Philox, word by word
-    step_launches = MappingProxyType({"aten": 1})
-
-    def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
-        super().__init__(config, geometry)
-        self.predictor = RandomPredictor(geometry)
+    scorer_class = RandomScorer

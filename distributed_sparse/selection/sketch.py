@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from distributed_sparse.cache import AppendRuns, Geometry, LayerCache, Metadata
 from distributed_sparse.kernels.huge_pages import zeros
-from distributed_sparse.kernels.sketch import (
+from distributed_sparse.kernels.sketch.sketch import (
     KEY_MEAN_BITS,
     MAGNITUDE_BITS,
     VALUE_MEAN_BITS,
@@ -28,9 +29,8 @@ from distributed_sparse.selection.base import (
     slots_of,
     token_selection,
 )
-from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata
-from distributed_sparse.selection.predictor import Predictor
-from distributed_sparse.validation import check_float, check_int
+from distributed_sparse.selection.top_k import Scorer
+from distributed_sparse.utils.validation import check_float, check_int
 
 _NAMES = {field: f"sketch_{field}" for field in PageSketches._fields}
 
@@ -69,9 +69,10 @@ def sketch_bytes(geometry: Geometry) -> int:
     return sum(tensor.nbytes for tensor in on_paper.values())
 
 
-class SketchPredictor(Predictor):
+class SketchScorer(Scorer):
     """Scores every token by its estimated probability, the mean over the group. A token without a sketch has 0."""
 
+    selector = "sketch"
     per_token = True
     graph_safe = False
     metadata = (KeySketches(),)
@@ -113,7 +114,7 @@ class SketchConfig(SparseConfig):
         check_float("sparse.tau", self.tau, 0.0, remedy="1.6 is usual; a lower one attends more")
         check_int("sparse.min_tokens", self.min_tokens, 1, remedy="128 is usual")
 
-    def covers(self, context_len: int, page_size: int) -> bool:
+    def keeps_all(self, context_len: int, page_size: int) -> bool:
         """Whether every row of such a context attends all of it, whatever the data."""
         scored = context_len // page_size * page_size
         return context_len < self.min_context or scored <= max(
@@ -121,7 +122,7 @@ class SketchConfig(SparseConfig):
         )
 
     def attended_tokens(self, context_len: int, page_size: int) -> int | None:
-        return context_len if self.covers(context_len, page_size) else None
+        return context_len if self.keeps_all(context_len, page_size) else None
 
 
 class SketchPolicy(Policy):
@@ -132,15 +133,15 @@ class SketchPolicy(Policy):
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
         super().__init__(config, geometry)
-        self.predictor = SketchPredictor(geometry)
-        self.metadata = self.predictor.metadata
+        self.scorer = SketchScorer(geometry)
+        self.metadata = self.scorer.metadata
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
         config = self.config
-        if config.covers(batch.max_context_len, batch.page_size):
+        if config.keeps_all(batch.max_context_len, batch.page_size):
             return dense_selection(batch, self.geometry.num_kv_heads)
         with self.timer("score"):
-            logits = self.predictor.logits(q, cache, batch)
+            logits = self.scorer.logits(q, cache, batch)
         with self.timer("threshold"):
             found = select_by_sketch(
                 logits,
@@ -164,5 +165,5 @@ class SketchPolicy(Policy):
 
     def bytes_scored(self, context_lens: list[int], max_context_len: int | None = None) -> int:
         if self.config.tail:
-            return sum(n // self.geometry.page_size for n in context_lens) * self.predictor.page_bytes
-        return self.predictor.bytes_scored(context_lens)
+            return sum(n // self.geometry.page_size for n in context_lens) * self.scorer.page_bytes
+        return self.scorer.bytes_scored(context_lens)

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from distributed_sparse.cache import AppendRuns, Geometry, LayerCache, Metadata
 from distributed_sparse.kernels.huge_pages import zeros
 from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, SparseConfig, dense_selection
-from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.int4_logits import int4_logits
-from distributed_sparse.kernels.top_p import top_p
+from distributed_sparse.cache import Geometry, LayerCache, QuantizedKeys
+from distributed_sparse.kernels.twilight.int4_logits import int4_logits
+from distributed_sparse.kernels.twilight.top_p import top_p
 from distributed_sparse.selection.base import (
     DecodeBatch,
     Policy,
@@ -23,11 +24,8 @@ from distributed_sparse.selection.base import (
     dense_selection,
     token_selection,
 )
-from distributed_sparse.selection.hash import check_hash_weights
-from distributed_sparse.selection.metadata import Geometry, LayerCache, QuantizedKeys
-from distributed_sparse.selection.predictor import best_pages
-from distributed_sparse.selection.selector import SELECTORS, make_selector
-from distributed_sparse.validation import check_choice, check_float, check_int
+from distributed_sparse.selection.top_k import best_pages, scorer_class
+from distributed_sparse.utils.validation import check_float, check_int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class TwilightConfig(SparseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_float("sparse.p", self.p, 0.0, 1.0, low_excluded=True, remedy="0.95 suits Llama-class models; 1 prunes nothing")
-        check_choice("sparse.selector", self.selector, (*SELECTORS, "full"))
+        scorer_class(self.selector, "full").check_config(self)
         check_float(
             "sparse.candidate_fraction",
             self.candidate_fraction,
@@ -58,8 +56,6 @@ class TwilightConfig(SparseConfig):
         check_int("sparse.min_candidates", self.min_candidates, 1, remedy="give a number of tokens")
         if self.key_bits not in (2, 4, 8):
             raise ValueError(f"sparse.key_bits={self.key_bits} has no kernel; use 2, 4 or 8")
-        if self.selector == "hash":
-            check_hash_weights(self.hash_weights)
 
     def least_pages(self, page_size: int) -> int:
         """Pages that the selector offers at least."""
@@ -101,21 +97,11 @@ class TwilightPolicy(Policy):
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
         super().__init__(config, geometry)
         name = self.config.selector
-        self.selector = None if name == "full" else make_selector(name, geometry, self.config.hash_weights)
+        self.selector = None if name == "full" else scorer_class(name).from_config(self.config, geometry)
         self.metadata = (QuantizedKeys(self.config.key_bits, self.config.key_offset),)
         if self.selector is not None:
             self.metadata += self.selector.metadata
             self.graph_safe = self.selector.graph_safe
-        self.launches = {
-            "_int4_logits_kernel": 1,
-            "_top_p_threshold_kernel": 1,
-            "_top_p_list_kernel": 1,
-            "_whole_rows_kernel": 1,
-            "_count_attended_kernel": 1,
-        }
-        if self.selector is not None:  # as of quest; another one's own kernels are more
-            self.launches |= {"_page_scores_kernel": 1, "_top_k_pages_kernel": 1}
-            self.step_launches = {"aten": 6}
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
         config, heads = self.config, self.geometry.num_kv_heads
@@ -161,7 +147,7 @@ class TwilightPolicy(Policy):
         def make() -> Tensor:
             return (batch.context_lens.double() * fraction / size).ceil().to(torch.int32).clamp_min(least)
 
-        k = batch.once(("candidates", fraction, least), make)
+        k = batch.cached_per_step(("candidates", fraction, least), make)
         with self.timer("score"):
             scores = self.selector.page_scores(q, cache, batch)
         with self.timer("top_k"):

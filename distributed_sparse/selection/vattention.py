@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.residual_statistics import ResidualStatistics, residual_statistics
-from distributed_sparse.kernels.sample_plan import GUARANTEES, MIN_PILOT, SamplePlan, plan_pilot, plan_samples
-from distributed_sparse.kernels.sample_residual import PILOT, SAMPLE, sample_residual
+from distributed_sparse.cache import Geometry, LayerCache
+from distributed_sparse.kernels.vattention.residual_statistics import ResidualStatistics, residual_statistics
+from distributed_sparse.kernels.vattention.sample_plan import GUARANTEES, MIN_PILOT, SamplePlan, plan_pilot, plan_samples
+from distributed_sparse.kernels.vattention.sample_residual import PILOT, SAMPLE, sample_residual
 from distributed_sparse.selection.base import (
     DecodeBatch,
     Policy,
@@ -22,11 +22,8 @@ from distributed_sparse.selection.base import (
     dense_selection,
     slots_of,
 )
-from distributed_sparse.selection.hash import check_hash_weights
-from distributed_sparse.selection.metadata import Geometry, LayerCache
-from distributed_sparse.selection.predictor import top_k_logical
-from distributed_sparse.selection.selector import SELECTORS, is_per_token, make_selector
-from distributed_sparse.validation import check_choice, check_float, check_int
+from distributed_sparse.selection.top_k import scorer_class, top_k_logical
+from distributed_sparse.utils.validation import check_choice, check_float, check_int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +53,7 @@ class VAttentionConfig(SparseConfig):
             raise ValueError(
                 f"sparse.delta={self.delta} is beyond what guarantee='numerator_denominator' can promise; set it to 0.2 or less"
             )
-        check_choice("sparse.selector", self.selector, SELECTORS)
+        scorer_class(self.selector).check_config(self)
         remedy = "give a share of the context, 0 to 1"
         check_float("sparse.top_k_fraction", self.top_k_fraction, 0.0, 1.0, remedy=remedy)
         check_float("sparse.base_fraction", self.base_fraction, 0.0, 1.0, remedy=remedy)
@@ -64,12 +61,10 @@ class VAttentionConfig(SparseConfig):
         check_int("sparse.window_tokens", self.window_tokens, 1, remedy="the newest token is always attended")
         if self.max_sample is not None:
             check_int("sparse.max_sample", self.max_sample, MIN_PILOT, remedy="rows that need more go dense")
-        if self.selector == "hash":
-            check_hash_weights(self.hash_weights)
 
     def choice(self, page_size: int) -> tuple[int, int, int]:
         """(block, sinks, recent): tokens of what is chosen, pages or single tokens, and how many are always chosen."""
-        block = 1 if is_per_token(self.selector) else page_size
+        block = 1 if scorer_class(self.selector).per_token else page_size
         sinks = -(-max(self.sink_tokens, self.sink_pages * page_size) // block)
         # The newest page may be partial: one more page holds the window whole.
         window = max(self.window_tokens, self.recent_pages * page_size if block == 1 else 0)
@@ -82,13 +77,13 @@ class VAttentionConfig(SparseConfig):
         return max(self.min_context, 2 * (chosen + MIN_PILOT))
 
     def pilot_size(self, num_residual: int) -> int:
-        """Tokens of a row's pilot; as `VAttentionPolicy.pilot_size`."""
+        """Tokens of a row's pilot; as `plan_pilot`."""
         return min(max(math.ceil(num_residual * self.base_fraction), MIN_PILOT), num_residual)
 
     def attended_tokens(self, context_len: int, page_size: int) -> int | None:
         return context_len if context_len < self.sparse_from(page_size) else None
 
-    def read_apart_tokens(self, context_len: int, page_size: int) -> int:
+    def extra_tokens(self, context_len: int, page_size: int) -> int:
         """The pilot. (A row whose sample would not pay reads what was chosen first apart, too.)"""
         if context_len < self.sparse_from(page_size):
             return 0
@@ -102,25 +97,17 @@ class VAttentionConfig(SparseConfig):
 class VAttentionPolicy(Policy):
     """Attends sinks, window and predicted top-k with weight 1; then a sample of the residual, each token for n_s / b.
 
-    The first part is attended here, for its result sizes the sample (`kernels/sample_plan.py`), and handed on as `partial`.
+    The first part is attended here, for its result sizes the sample (`vattention/sample_plan.py`), and handed on as `partial`.
     A row whose sample would be too large to pay is dense; a sample is never truncated.
     """
 
     config_class = VAttentionConfig
-    launches = MappingProxyType(  # of the selector quest; another one's own kernels are more
-        {
-            **{"_page_scores_kernel": 1, "_top_k_pages_kernel": 1, "_attend_kernel": 1, "_combine_kernel": 1},
-            **{"_plan_pilot_kernel": 1, "_sample_residual_kernel": 2, "_residual_statistics_kernel": 1},
-            **{"_plan_samples_kernel": 1, "_count_attended_kernel": 1, "aten": 3},
-        }
-    )
-    step_launches = MappingProxyType({"aten": 6})
     graph_safe = True
     config: VAttentionConfig
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
         super().__init__(config, geometry)
-        self.selector = make_selector(self.config.selector, geometry, self.config.hash_weights)
+        self.selector = scorer_class(self.config.selector).from_config(self.config, geometry)
         self.metadata = self.selector.metadata
         self.graph_safe = self.selector.graph_safe
         # What is chosen, and cut out of the residual: pages, or single tokens.
@@ -148,8 +135,8 @@ class VAttentionPolicy(Policy):
             plan.num_samples,
             log_weight=plan.log_weight,
             partial=(partial[0], plan.lse),
-            partial_of=listed,
-            read_apart=plan.read_apart,
+            partial_selection=listed,
+            extra_tokens_read=plan.extra_tokens_read,
         )
         if batch.trace:
             selection.details = {
@@ -168,7 +155,7 @@ class VAttentionPolicy(Policy):
         counts = batch.context_lens if self.block == 1 else batch.num_pages
         fraction = self.config.top_k_fraction / self.block
         forced = self.sinks + self.recent
-        k = batch.once(
+        k = batch.cached_per_step(
             ("chosen", fraction, forced), lambda: (batch.context_lens.double() * fraction).ceil().to(torch.int32) + forced
         )
         capacity = math.ceil(batch.max_context_len * fraction) + forced

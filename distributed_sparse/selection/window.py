@@ -7,7 +7,6 @@ of it is freed, as there: memory stays bounded in decode, however long it lasts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -19,7 +18,7 @@ from distributed_sparse.selection.base import (
     Policy,
     Selection,
     SparseConfig,
-    covers,
+    all_rows_dense,
     dense_selection,
     page_budget,
     tokens_in_budget,
@@ -73,28 +72,27 @@ class WindowConfig(SparseConfig):
     def attended_tokens(self, context_len: int, page_size: int) -> int:
         return tokens_in_budget(self, self.token_budget, context_len, page_size)
 
-    def kept_pages(self, page_size: int) -> tuple[int, int] | None:
+    def evict_window(self, page_size: int) -> tuple[int, int] | None:
         return (self.sink_pages, -(-self.token_budget // page_size) - self.sink_pages) if self.evict else None
 
 
 class WindowPolicy(Policy):
     """Sinks and recent pages; every KV head reads the same ones.
 
-    With `evict`, page tables hold stale ids between the two: no list names them, as long as `covers` and `page_budget` call
-    no row dense whose pages exceed the budget.
+    With `evict`, page tables hold stale ids between the two. No list names them, as long as `all_rows_dense` and `page_budget`
+    call no row dense whose pages exceed the budget.
     """
 
     config_class = WindowConfig
-    step_launches = MappingProxyType({"aten": 10})
     graph_safe = True
     config: WindowConfig
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
         config, num_kv_heads = self.config, self.geometry.num_kv_heads
-        if covers(config, config.token_budget, batch):
+        if all_rows_dense(config, config.token_budget, batch):
             return dense_selection(batch, num_kv_heads)
         settings = ("window", config.token_budget, config.sink_pages, config.min_context)
-        pages, counts = batch.once(settings, lambda: self._listed(batch))
+        pages, counts = batch.cached_per_step(settings, lambda: self._listed(batch))
         return Selection(pages[:, None].expand(-1, num_kv_heads, -1), counts[:, None].expand(-1, num_kv_heads))
 
     def _listed(self, batch: DecodeBatch) -> tuple[Tensor, Tensor]:

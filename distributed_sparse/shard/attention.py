@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.count_attended import count_attended
-from distributed_sparse.kernels.prefill_attend import prefill_attend
+from distributed_sparse.cache import Geometry, LayerCache, PagedCache
+from distributed_sparse.kernels.attend.count_attended import count_attended
+from distributed_sparse.kernels.attend.prefill_attend import prefill_attend
 from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, attend_selection
-from distributed_sparse.selection.metadata import Geometry, LayerCache
 from distributed_sparse.shard.batch import StepBatch
-from distributed_sparse.shard.cache import PagedCache
 from distributed_sparse.shard.tracer import Tracer
-from distributed_sparse.timer import Timer
+from distributed_sparse.utils.timer import Timer
 
 
 class SparseAttention:
@@ -26,7 +25,9 @@ class SparseAttention:
         """Layers of this step of which the host knows that every row is dense: they are not counted on the device."""
         heads = geometry.num_kv_heads
         self._tokens_attended = torch.zeros((len(policies), heads), dtype=torch.int64, device=geometry.device)
-        self._sparse_rows, self._read_apart = torch.zeros((2, heads), dtype=torch.int64, device=geometry.device).unbind(0)
+        self._sparse_rows, self._extra_tokens_read = torch.zeros((2, heads), dtype=torch.int64, device=geometry.device).unbind(
+            0
+        )
         self.reset()
 
     def reset(self) -> None:
@@ -35,7 +36,7 @@ class SparseAttention:
         self.timer = Timer(self.geometry.device)
         for policy in self.policies:
             policy.timer = self.timer
-        for counter in (self._tokens_attended, self._sparse_rows, self._read_apart):
+        for counter in (self._tokens_attended, self._sparse_rows, self._extra_tokens_read):
             counter.zero_()
         self._dense_tokens = [0] * len(self.policies)
         self._rows = 0
@@ -123,11 +124,11 @@ class SparseAttention:
         if selection.is_dense:
             self.dense_layers.append(layer)
             return
-        partial = selection.partial_of
+        partial = selection.partial_selection
         count_attended(
             self._tokens_attended[layer],
             self._sparse_rows,
-            self._read_apart,
+            self._extra_tokens_read,
             selection.num_pages,
             batch.last_page_len,
             batch.context_lens,
@@ -135,7 +136,7 @@ class SparseAttention:
             num_tokens=selection.num_tokens,
             partial_num_pages=None if partial is None else partial.num_pages,
             partial_num_tokens=None if partial is None else _listed_tokens(partial, batch),
-            read_apart=selection.read_apart,
+            extra_tokens_read=selection.extra_tokens_read,
         )
 
     # ---- what a ShardReport says
@@ -159,12 +160,12 @@ class SparseAttention:
     def bytes_read(self) -> int:
         """K and V of the attended tokens and of those read apart, and what the methods scored."""
         token_bytes = 2 * self.geometry.head_dim * self.geometry.dtype.itemsize
-        return token_bytes * (sum(map(sum, self.tokens_attended)) + int(self._read_apart.sum())) + self._scored_bytes
+        return token_bytes * (sum(map(sum, self.tokens_attended)) + int(self._extra_tokens_read.sum())) + self._scored_bytes
 
 
 def _listed_tokens(partial: Selection, batch: DecodeBatch) -> Tensor | None:
     """Tokens that a partial result's selection lists, and those of a partial result of its own."""
-    if partial.partial_of is None:
+    if partial.partial_selection is None:
         return partial.num_tokens
-    deeper = partial.partial_of.attended(batch.last_page_len, batch.page_size)
+    deeper = partial.partial_selection.attended(batch.last_page_len, batch.page_size)
     return deeper if partial.num_tokens is None else deeper + partial.num_tokens

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, StepPlan
+from distributed_sparse.cache import AppendRuns
+from distributed_sparse.protocol.step import DecodeRow, PrefillChunk, StepPlan
 from distributed_sparse.selection.base import DecodeBatch
-from distributed_sparse.selection.metadata import AppendRuns
 from distributed_sparse.shard.inputs import Arrays
 from distributed_sparse.shard.slots import SlotTable
 
@@ -50,7 +50,7 @@ class StepLayout:
 
 @dataclass(frozen=True)
 class PrefillBatch:
-    """The prompt chunks of a step: see `kernels/prefill_attend.py`."""
+    """The prompt chunks of a step: see `kernels/attend/prefill_attend.py`."""
 
     page_table: Tensor
     query_start: Tensor
@@ -71,7 +71,7 @@ class StepBatch:
     prefill: PrefillBatch | None
 
 
-def lay_out(plan: StepPlan, slots: SlotTable, page_size: int, num_rows: int | None = None) -> StepLayout:
+def build_layout(plan: StepPlan, slots: SlotTable, page_size: int, num_rows: int | None = None) -> StepLayout:
     """Lay out a plan's tokens; the slots have taken in its new pages already.
 
     Args:

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distributed_sparse.driver.messages import StepPlan
 from distributed_sparse.model.transformer import Transformer
+from distributed_sparse.protocol.step import StepPlan
 from distributed_sparse.selection.base import Policy
 from distributed_sparse.shard.attention import SparseAttention
-from distributed_sparse.shard.batch import StepLayout, lay_out, make_batch
-from distributed_sparse.shard.collectives import Collectives
+from distributed_sparse.shard.batch import StepLayout, build_layout, make_batch
+from distributed_sparse.shard.collectives.collectives import Collectives
 from distributed_sparse.shard.inputs import StepInputs
 from distributed_sparse.shard.slots import SlotTable
 from distributed_sparse.shard.warm_up import warm_up_plan
@@ -135,8 +135,8 @@ class DecodeGraphs:
         arrays = {}
         for shape in wanted:
             plan = warm_up_plan(shape.num_rows, 1, [])  # what is launched is told by the shape alone
-            self._slots.take_in(plan)
-            arrays[shape] = lay_out(plan, self._slots, self._page_size, shape.num_rows).arrays
+            self._slots.apply(plan)
+            arrays[shape] = build_layout(plan, self._slots, self._page_size, shape.num_rows).arrays
             self._warm_up(shape, self._inputs.upload(arrays[shape]))
         for shape, of_shape in arrays.items():
             self._collectives.reset_counts()

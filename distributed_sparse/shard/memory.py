@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from distributed_sparse.cache import Geometry
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.selection.metadata import Geometry
 
 HEAD_DIMS, MAX_GROUP_SIZE = (64, 96, 128, 256), 16
 """What the Triton kernels are written for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from distributed_sparse.driver.messages import StepResult
+from distributed_sparse.protocol.step import StepResult
 
 
 def _yes() -> bool:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import platform
 import shutil
-import socket
 import struct
 import tempfile
 import uuid
@@ -30,12 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from distributed_sparse.driver.messages import PrefillChunk
+from distributed_sparse.cache import AppendRuns, Geometry, PagedCache
 from distributed_sparse.kernels import native
 from distributed_sparse.model.transformer import Transformer
-from distributed_sparse.selection.metadata import AppendRuns, Geometry
-from distributed_sparse.shard.cache import PagedCache
-from distributed_sparse.shard.serve import versions
+from distributed_sparse.protocol.step import PrefillChunk
+from distributed_sparse.utils.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +169,7 @@ def check_folder(folder: str) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"prefill_store={folder!r} cannot be written to on node {socket.gethostname()}: {error}; "
+            f"prefill_store={folder!r} cannot be written to on node {platform.node()}: {error}; "
             "name another folder, or leave it out to compute every prompt"
         ) from error
 

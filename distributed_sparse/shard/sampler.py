@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed_sparse.driver.messages import LogprobBlock, SlotSetup
 from distributed_sparse.kernels.philox import TOKEN_SAMPLING, philox, uniform
+from distributed_sparse.protocol.step import LogprobBlock, SlotSetup
 from distributed_sparse.shard.sampling_table import SamplingTable
 
 

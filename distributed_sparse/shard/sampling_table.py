@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distributed_sparse.driver.messages import SlotSetup
+from distributed_sparse.protocol.step import SlotSetup
 
 
 class SamplingTable:

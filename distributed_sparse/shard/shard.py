@@ -12,26 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distributed_sparse.cache import Geometry, PagedCache
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.messages import Loaded, Ready, ShardReport, StepPlan, StepResult
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_device, resolve_dtype, resolve_max_model_len
 from distributed_sparse.model.sharding import LocalSizes, ShardSpec
 from distributed_sparse.model.transformer import Transformer
 from distributed_sparse.model.weights import load_weights
+from distributed_sparse.protocol.step import Loaded, Ready, ShardReport, StepPlan, StepResult
 from distributed_sparse.selection import build_policies
-from distributed_sparse.selection.metadata import Geometry
 from distributed_sparse.shard.attention import SparseAttention
-from distributed_sparse.shard.batch import StepLayout, lay_out, make_batch
-from distributed_sparse.shard.cache import PagedCache
-from distributed_sparse.shard.collectives import Collectives
+from distributed_sparse.shard.batch import StepLayout, build_layout, make_batch
+from distributed_sparse.shard.collectives.collectives import Collectives
 from distributed_sparse.shard.graphs import DecodeGraphs, DecodeShapes, dense_until, held_bytes, why_eager
 from distributed_sparse.shard.inputs import StepInputs
+from distributed_sparse.shard.logit_rows import LOGPROB_ROWS, LogitRows, fill_result, nan_logprobs
 from distributed_sparse.shard.memory import check_kernels, max_pages
 from distributed_sparse.shard.pending import PendingStep
 from distributed_sparse.shard.prefill_store import PrefillStore, check_folder, fingerprint
-from distributed_sparse.shard.readout import LOGPROB_ROWS, ReadOut, fill_result, nan_logprobs
 from distributed_sparse.shard.sampler import Draws, logprob_block, sample
 from distributed_sparse.shard.slots import SlotTable
 from distributed_sparse.shard.step_work import StepWork
@@ -95,7 +94,7 @@ class Shard:
         self.model = Transformer(model, self.spec, weights, self.collectives)
         self.inputs = StepInputs(64 * config.max_num_batched_tokens + 512 * config.max_num_seqs + (64 << 10), self.device)
         self._captures = self._captures_graphs(method)
-        self.page_bytes = PagedCache.page_bytes(self.geometry, self.policies)
+        self.page_bytes = PagedCache.page_bytes(self.geometry, [policy.metadata for policy in self.policies])
         with self._on_device():
             most = max_pages(config, self.device, sum(self.page_bytes), self.max_model_len, self._profile_memory)
         return Loaded(
@@ -106,8 +105,8 @@ class Shard:
             weight_bytes=weights.nbytes,
             page_bytes=sum(self.page_bytes),
             max_pages=most,
-            kept_pages=sparse.kept_pages(config.page_size),
-            forks_copy_pages=any(kind.changes_when_read for policy in self.policies for kind in policy.metadata),
+            evict_window=sparse.evict_window(config.page_size),
+            copy_on_fork=any(kind.changes_when_read for policy in self.policies for kind in policy.metadata),
         )
 
     @torch.inference_mode()
@@ -140,7 +139,7 @@ class Shard:
         )
 
     def _make_cache(self, num_pages: int) -> None:
-        self.cache = PagedCache(num_pages, self.geometry, self.policies)
+        self.cache = PagedCache(num_pages, self.geometry, [policy.metadata for policy in self.policies])
         self.attention = SparseAttention(self.geometry, self.policies, self.cache)
         self.slots = self._new_slots()
 
@@ -246,7 +245,7 @@ class Shard:
     def _run(self, plan: StepPlan) -> tuple[StepResult, dict[str, Tensor]]:
         result = StepResult(step=plan.step, rank=self.spec.rank)
         shape = self.graphs.shapes.of(plan) if self.graphs is not None else None
-        changes = self.slots.take_in(plan)
+        changes = self.slots.apply(plan)
         if plan.page_copies:
             changes["copied_from"], changes["copied_to"] = np.array(plan.page_copies, dtype=np.int64).T
         if not plan.decode and not plan.prefill:
@@ -254,10 +253,10 @@ class Shard:
                 self._apply(self.inputs.upload(changes))
             self.collectives.barrier()
             return result, {}
-        readout = ReadOut.of(plan)
-        arrays = readout.arrays()
+        logit_rows = LogitRows.of(plan)
+        arrays = logit_rows.arrays()
         if self.spec.rank == 0:
-            draws = self.slots.sampling.draws(readout.slots, readout.positions, self.model.config.vocab_size)
+            draws = self.slots.sampling.draws(logit_rows.slots, logit_rows.positions, self.model.config.vocab_size)
             arrays |= {f"draws.{name}": array for name, array in draws.items()}
         logits = None
         if plan.prefill and self.prefill_store is not None:
@@ -265,7 +264,7 @@ class Shard:
             hidden = self._forward_apart(plan, self.prefill_store, result)
             views = self.inputs.upload(arrays)
         else:
-            layout = lay_out(plan, self.slots, self.config.page_size, None if shape is None else shape.num_rows)
+            layout = build_layout(plan, self.slots, self.config.page_size, None if shape is None else shape.num_rows)
             # the layout's first: a captured step finds them where they were
             views = self.inputs.upload({**layout.arrays, **changes, **arrays})
             self._apply(views)
@@ -274,8 +273,8 @@ class Shard:
             else:
                 assert self.graphs is not None
                 hidden, logits = self.graphs.run(shape, layout, views)
-        on_device = self._sample(readout, views, hidden, logits, result)
-        self._prompt_logprobs(readout, views, hidden, result)
+        on_device = self._sample(logit_rows, views, hidden, logits, result)
+        self._prompt_logprobs(logit_rows, views, hidden, result)
         if self.spec.rank == 0 and any(part.num_tokens > 1 or not part.samples for part in plan.parts):
             # Rows that nothing is sampled from: one pass over them, as the sum of a row is finite only where all of it is.
             num_rows = sum(part.num_tokens for part in plan.parts)
@@ -310,11 +309,11 @@ class Shard:
         hidden = []
         if plan.decode:
             rows = StepPlan(plan.step, plan.generation, decode=plan.decode)
-            layout = lay_out(rows, slots, page_size)
+            layout = build_layout(rows, slots, page_size)
             hidden.append(self._forward(rows, layout, self.inputs.upload(layout.arrays), result))
         for index, chunk in enumerate(plan.prefill):
             alone = StepPlan(plan.step, plan.generation, prefill=[chunk])
-            layout = lay_out(alone, slots, page_size)
+            layout = build_layout(alone, slots, page_size)
             views = self.inputs.upload(layout.arrays)
             found = stored[index]
             if is_found[index] and found is not None:
@@ -326,20 +325,20 @@ class Shard:
         return torch.cat(hidden)
 
     def _sample(
-        self, readout: ReadOut, views: Mapping[str, Tensor], hidden: Tensor, logits: Tensor | None, result: StepResult
+        self, logit_rows: LogitRows, views: Mapping[str, Tensor], hidden: Tensor, logits: Tensor | None, result: StepResult
     ) -> dict[str, Tensor]:
         """Rank 0 samples and broadcasts, so ranks never diverge; every rank keeps the tokens as the next step's input.
 
         Returns:
             On rank 0 the tokens int64 [R] that were drawn, and their scores float32 [R], if any were.
         """
-        if not readout.rows.size:
+        if not logit_rows.rows.size:
             return {}
         if logits is None:
-            logits = self.model.logits(readout.distinct_rows(hidden, views))
+            logits = self.model.logits(logit_rows.distinct_rows(hidden, views))
         else:
-            logits = readout.distinct_rows(logits, views)
-        tokens = torch.empty(len(readout.rows), dtype=torch.int64, device=self.device)
+            logits = logit_rows.distinct_rows(logits, views)
+        tokens = torch.empty(len(logit_rows.rows), dtype=torch.int64, device=self.device)
         on_device = {}
         if self.spec.rank == 0:
             if "drawn_places" in views:
@@ -347,12 +346,12 @@ class Shard:
             draws = {name.removeprefix("draws."): views[name] for name in views if name.startswith("draws.")}
             tokens, on_device["scores"] = sample(logits, Draws(**draws))
             on_device["tokens"] = tokens
-            num_best = self.slots.sampling.logprobs[readout.slots].tolist()
+            num_best = self.slots.sampling.logprobs[logit_rows.slots].tolist()
             if max(num_best) >= 0:
                 result.logprobs = [
                     logprob_block(slot, position, logits[i : i + 1], tokens[i : i + 1], best) if best >= 0 else None
                     for i, (slot, position, best) in enumerate(
-                        zip(readout.slots.tolist(), readout.positions.tolist(), num_best)
+                        zip(logit_rows.slots.tolist(), logit_rows.positions.tolist(), num_best)
                     )
                 ]
                 result.bad_logits += [bad for block in result.logprobs if block is not None for bad in nan_logprobs(block)]
@@ -360,9 +359,9 @@ class Shard:
         self.slots.remember(views["drawn_slots"], tokens)
         return on_device
 
-    def _prompt_logprobs(self, readout: ReadOut, views: Mapping[str, Tensor], hidden: Tensor, result: StepResult) -> None:
+    def _prompt_logprobs(self, logit_rows: LogitRows, views: Mapping[str, Tensor], hidden: Tensor, result: StepResult) -> None:
         """Log-probabilities of prompt tokens; every rank takes part, in blocks of rows, rank 0 keeps them."""
-        for block in readout.blocks:
+        for block in logit_rows.blocks:
             logits = self.model.logits(hidden[block.first_row : block.first_row + block.num_rows])
             if self.spec.rank == 0:
                 tokens = views["targets"][block.first_target : block.first_target + block.num_rows]

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distributed_sparse.driver.messages import StepPlan
+from distributed_sparse.protocol.step import StepPlan
 from distributed_sparse.shard.inputs import Arrays
 from distributed_sparse.shard.sampling_table import SamplingTable
 
@@ -32,7 +32,7 @@ class SlotTable:
         self._num_pages = np.zeros(num_slots, dtype=np.int64)
         self._is_set_up = np.zeros(num_slots, dtype=np.bool_)
 
-    def take_in(self, plan: StepPlan) -> Arrays:
+    def apply(self, plan: StepPlan) -> Arrays:
         """Take in the plan's new sequences and new pages on the host.
 
         Returns:

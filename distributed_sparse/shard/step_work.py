@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distributed_sparse.driver.messages import StepResult
+from distributed_sparse.protocol.step import StepResult
 from distributed_sparse.shard.pending import PendingStep
 
 

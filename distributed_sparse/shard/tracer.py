@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distributed_sparse.driver.messages import DecodeRow, LayerTraceBlock, TraceBlock
+from distributed_sparse.cache import Geometry, LayerCache
+from distributed_sparse.protocol.step import DecodeRow, LayerTraceBlock, TraceBlock
 from distributed_sparse.selection.base import DecodeBatch, Selection
 from distributed_sparse.selection.exact import exact_head
-from distributed_sparse.selection.metadata import Geometry, LayerCache
 from distributed_sparse.trace import MASSES
 
 
@@ -87,7 +87,7 @@ def positions_read(selection: Selection, row: int, pages: Tensor, batch: DecodeB
             slots.append((listed[:, None] * size + torch.arange(size, device=listed.device)).flatten())
             if part.tokens is not None and part.num_tokens is not None:
                 slots.append(part.tokens[row, head, : int(part.num_tokens[row, head])].long())
-            part = part.partial_of
+            part = part.partial_selection
         slot = torch.cat(slots)
         position = logical[slot // size] * size + slot % size
         found.append(position[position < n].sort().values)  # the newest page may be partial

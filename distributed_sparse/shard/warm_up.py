@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, SlotSetup, StepPlan
+from distributed_sparse.protocol.step import DecodeRow, PrefillChunk, SlotSetup, StepPlan
 
 
 def warm_up_plan(num_decode: int, context_len: int, chunk_lens: list[int], num_targets: int = 0) -> StepPlan:

@@ -16,18 +16,18 @@ import numpy as np
 import pytest
 import torch
 
+from distributed_sparse.client.output_builder import OutputBuilder, block_arrays
+from distributed_sparse.client.tokenizer import tokenizer_json
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.admission import derived_seed
-from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.detokenizer import Detokenizer
 from distributed_sparse.driver.driver import Driver
-from distributed_sparse.driver.in_process import InProcessGroup
-from distributed_sparse.driver.messages import StepPlan
-from distributed_sparse.driver.shard_group import ShardFailure
-from distributed_sparse.output_builder import OutputBuilder, block_arrays
 from distributed_sparse.outputs import CompletionOutput, RequestOutput
+from distributed_sparse.protocol.client import ModelInfo, NewRequest, RequestUpdate
+from distributed_sparse.protocol.step import StepPlan
+from distributed_sparse.ranks.base import ShardFailure
+from distributed_sparse.ranks.in_process import InProcessGroup
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.tokenizer import tokenizer_json
 from tests.support.checkpoints import transformers_model
 from tests.support.text_checkpoint import byte_level_bos_tokenizer, text_checkpoint
 

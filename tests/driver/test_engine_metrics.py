@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distributed_sparse.driver.engine_metrics import AttendedDensity, EngineMetrics
-from distributed_sparse.driver.messages import ShardReport
+from distributed_sparse.protocol.step import ShardReport
 
 
 def report(attended: int, context: int) -> ShardReport:

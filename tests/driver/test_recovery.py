@@ -19,12 +19,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver import recovery as recovery_module
-from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.driver.driver import Driver, Updates
-from distributed_sparse.driver.messages import PrefillChunk, StepPlan, StepResult
 from distributed_sparse.driver.pages import pages_for
 from distributed_sparse.driver.recovery import KEPT_RECORDS, Recovery
-from distributed_sparse.driver.shard_group import ShardFailure
+from distributed_sparse.protocol.client import ModelInfo, NewRequest, RequestUpdate
+from distributed_sparse.protocol.step import PrefillChunk, StepPlan, StepResult
+from distributed_sparse.ranks.base import ShardFailure
 from distributed_sparse.sampling_params import SamplingParams
 from tests.support.patience import WAIT_S
 from tests.support.scripted_group import VOCAB_SIZE, ScriptedGroup, expected_tokens
@@ -579,8 +579,8 @@ class AnyFailure(RuleBasedStateMachine):
         num_pages=st.integers(12, 40),
         max_num_seqs=st.integers(1, 6),
         spare_budget=st.one_of(st.integers(0, 6), st.integers(0, 40)),
-        kept_pages=st.none() | st.tuples(st.integers(0, 2), st.integers(1, 3)),
-        forks_copy_pages=st.booleans(),
+        evict_window=st.none() | st.tuples(st.integers(0, 2), st.integers(1, 3)),
+        copy_on_fork=st.booleans(),
         queues_plans=st.booleans(),
     )
     def start(
@@ -588,14 +588,12 @@ class AnyFailure(RuleBasedStateMachine):
         num_pages: int,
         max_num_seqs: int,
         spare_budget: int,
-        kept_pages: tuple[int, int] | None,
-        forks_copy_pages: bool,
+        evict_window: tuple[int, int] | None,
+        copy_on_fork: bool,
         queues_plans: bool,
     ) -> None:
-        self.kept_pages = kept_pages
-        self.group = Rank(
-            num_pages=num_pages, kept_pages=kept_pages, forks_copy_pages=forks_copy_pages, queues_plans=queues_plans
-        )
+        self.evict_window = evict_window
+        self.group = Rank(num_pages=num_pages, evict_window=evict_window, copy_on_fork=copy_on_fork, queues_plans=queues_plans)
         config = make_config(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_seqs + spare_budget)
         self.driver = Driver(config, INFO, None, self.group)
         self.driver.group.start()
@@ -629,7 +627,7 @@ class AnyFailure(RuleBasedStateMachine):
         number = len(self.told)
         prompt = [(first + i * 7) % VOCAB_SIZE for i in range(prompt_length)]
         decoded = min(decoded, prompt_length - 1)
-        window: dict[str, Any] = {"kept_pages": self.kept_pages, "prefill_length": prompt_length - decoded}
+        window: dict[str, Any] = {"evict_window": self.evict_window, "prefill_length": prompt_length - decoded}
         stop = {expected_tokens(prompt, place + 1, index, **window)[place] for index, place in ends}
         params = SamplingParams(
             n=1 if score else min(n, self.driver.config.max_num_seqs),
@@ -739,7 +737,7 @@ class AnyFailure(RuleBasedStateMachine):
                 new.prompt_token_ids,
                 params.max_tokens,
                 index,
-                kept_pages=self.kept_pages,
+                evict_window=self.evict_window,
                 prefill_length=len(new.prompt_token_ids) - params.decode_last_prompt_tokens,
             )
             ends = [i for i, token in enumerate(tokens) if token in (params.stop_token_ids or ())]

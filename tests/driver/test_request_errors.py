@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from distributed_sparse import SamplingParams
-from distributed_sparse.client import EngineError
-from distributed_sparse.driver.client_messages import NewRequest
+from distributed_sparse.client.client import EngineError
 from distributed_sparse.driver.detokenizer import Detokenizer
 from distributed_sparse.driver.service import DriverService
 from distributed_sparse.llm import LLM
 from distributed_sparse.outputs import RequestOutput
+from distributed_sparse.protocol.client import NewRequest
 from tests.support.engine import make_llm
 from tests.support.faulty_tokenizer import FaultyTokenizer
 from tests.support.text_checkpoint import text_checkpoint

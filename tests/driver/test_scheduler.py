@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, StepPlan
 from distributed_sparse.driver.pages import NULL_PAGE, PageAllocator, pages_for
+from distributed_sparse.driver.requests import Request, Sequence
 from distributed_sparse.driver.scheduler import Scheduler
-from distributed_sparse.driver.sequence import Request, Sequence
 from distributed_sparse.metrics import RequestMetrics
+from distributed_sparse.protocol.step import DecodeRow, PrefillChunk, StepPlan
 from distributed_sparse.sampling_params import SamplingParams
 from tests.support.scripted_group import VOCAB_SIZE, CacheModel, expected_tokens
 
@@ -55,18 +55,18 @@ class Engine:
         num_pages: int = 64,
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 64,
-        kept_pages: tuple[int, int] | None = None,
-        forks_copy_pages: bool = False,
+        evict_window: tuple[int, int] | None = None,
+        copy_on_fork: bool = False,
         chunk_multiple: int = 1,
     ) -> None:
         self.num_pages = num_pages
-        self.kept_pages = kept_pages
+        self.evict_window = evict_window
         self._settings: dict[str, Any] = {
             "page_size": PAGE_SIZE,
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens,
-            "kept_pages": kept_pages,
-            "forks_copy_pages": forks_copy_pages,
+            "evict_window": evict_window,
+            "copy_on_fork": copy_on_fork,
             "chunk_multiple": chunk_multiple,
         }
         self._come_up()
@@ -79,7 +79,7 @@ class Engine:
         self.uncollected: deque[StepPlan] = deque()
         self.allocator = ReservedAllocator(self.num_pages)
         self.scheduler = Scheduler(self.allocator, **self._settings)
-        self.cache = CacheModel(self.num_pages, PAGE_SIZE, self.kept_pages)
+        self.cache = CacheModel(self.num_pages, PAGE_SIZE, self.evict_window)
 
     def rebuild(self, num_pages: int | None = None) -> None:
         """The shards have lost everything; what is unfinished begins again, in the order in which it came."""
@@ -147,7 +147,7 @@ class Engine:
                 context,
                 len(tokens) - known,
                 sequence.index,
-                kept_pages=self.kept_pages,
+                evict_window=self.evict_window,
                 prefill_length=request.prefill_length,
             )
             self.checked[sequence] = len(tokens)
@@ -376,7 +376,7 @@ def test_a_token_more_than_the_plan_samples_is_an_error() -> None:
 
 
 def test_pages_outside_the_window_are_freed_as_soon_as_prefill_has_ended() -> None:
-    engine = Engine(max_num_batched_tokens=30, kept_pages=(1, 2))
+    engine = Engine(max_num_batched_tokens=30, evict_window=(1, 2))
     request = engine.add(tokens_of(100), max_tokens=300)
     used = [(engine.step(), engine.allocator.used)[1] for _ in range(4)]
     assert used == [2, 4, 6, 7], "prompt chunks attend to all of the prompt"
@@ -393,11 +393,11 @@ def test_pages_outside_the_window_are_freed_as_soon_as_prefill_has_ended() -> No
 
 
 def test_a_context_that_the_window_covers_loses_nothing() -> None:
-    engine = Engine(kept_pages=(1, 3))
+    engine = Engine(evict_window=(1, 3))
     engine.add(tokens_of(40), max_tokens=60)
     used = [(engine.step(), engine.allocator.used)[1] for _ in range(40)]
     assert (used[0], used[23], used[24], used[25], used[39]) == (3, 4, 4, 4, 4)
-    engine = Engine(kept_pages=(1, 3))
+    engine = Engine(evict_window=(1, 3))
     covered = engine.add(tokens_of(40), max_tokens=24)
     engine.step()
     for _ in range(20):
@@ -407,8 +407,8 @@ def test_a_context_that_the_window_covers_loses_nothing() -> None:
 
 def test_two_requests_run_together_that_only_fit_because_of_eviction() -> None:
     kept = (1, 1)
-    for kept_pages, together in ((kept, 2), (None, 1)):
-        engine = Engine(num_pages=15, kept_pages=kept_pages)
+    for evict_window, together in ((kept, 2), (None, 1)):
+        engine = Engine(num_pages=15, evict_window=evict_window)
         requests = [engine.add(tokens_of(20, seed), max_tokens=150) for seed in range(2)]  # 11 pages each
         engine.step()
         assert len(engine.scheduler.running) == together
@@ -420,7 +420,7 @@ def test_two_requests_run_together_that_only_fit_because_of_eviction() -> None:
 def test_a_request_longer_than_the_cache_runs_where_its_window_fits() -> None:
     with pytest.raises(ValueError, match=r"needs 32 pages .* the cache has 7"):
         Engine(num_pages=8).add(tokens_of(10), max_tokens=500)
-    engine = Engine(num_pages=8, kept_pages=(1, 3))
+    engine = Engine(num_pages=8, evict_window=(1, 3))
     request = engine.add(tokens_of(10), max_tokens=500)
     engine.finish()
     assert len(request.sequences[0].output_token_ids) == 500
@@ -430,7 +430,7 @@ def test_a_request_longer_than_the_cache_runs_where_its_window_fits() -> None:
 
 
 def test_a_page_that_samples_share_is_free_when_the_last_of_them_has_evicted_it() -> None:
-    engine = Engine(kept_pages=(1, 2))
+    engine = Engine(evict_window=(1, 2))
     request = engine.add(tokens_of(64), max_tokens=60, n=3)
     engine.step()
     assert engine.allocator.used == 4
@@ -444,14 +444,14 @@ def test_a_page_that_samples_share_is_free_when_the_last_of_them_has_evicted_it(
 
 
 def test_samples_fork_from_a_prompt_whose_pages_have_been_evicted() -> None:
-    for forks_copy_pages in (False, True):
-        engine = Engine(max_num_batched_tokens=80, kept_pages=(1, 2), forks_copy_pages=forks_copy_pages)
+    for copy_on_fork in (False, True):
+        engine = Engine(max_num_batched_tokens=80, evict_window=(1, 2), copy_on_fork=copy_on_fork)
         request = engine.add(tokens_of(72), max_tokens=60, n=3, decode_last_prompt_tokens=5)
         for _ in range(6):
             engine.step()
         assert [sequence.pages[1:3] for sequence in request.sequences] == [[0, 0]] * 3
         assert all(len(sequence.held_pages) == 3 for sequence in request.sequences)
-        assert engine.allocator.used == (9 if forks_copy_pages else 2 + 3)
+        assert engine.allocator.used == (9 if copy_on_fork else 2 + 3)
         engine.finish()
         engine.check_outputs(request)
         assert engine.is_empty()
@@ -461,16 +461,16 @@ def test_samples_fork_from_a_prompt_whose_pages_have_been_evicted() -> None:
     prompt=st.integers(1, 200),
     max_tokens=st.integers(0, 200),
     n=st.integers(1, 4),
-    kept_pages=st.tuples(st.integers(0, 3), st.integers(1, 5)),
-    forks_copy_pages=st.booleans(),
+    evict_window=st.tuples(st.integers(0, 3), st.integers(1, 5)),
+    copy_on_fork=st.booleans(),
 )
 @settings(deadline=None, derandomize=True)
 def test_eviction_never_reserves_more_than_no_eviction(
-    prompt: int, max_tokens: int, n: int, kept_pages: tuple[int, int], forks_copy_pages: bool
+    prompt: int, max_tokens: int, n: int, evict_window: tuple[int, int], copy_on_fork: bool
 ) -> None:
     reserved = []
-    for kept in (kept_pages, None):
-        engine = Engine(num_pages=200, kept_pages=kept, forks_copy_pages=forks_copy_pages)
+    for kept in (evict_window, None):
+        engine = Engine(num_pages=200, evict_window=kept, copy_on_fork=copy_on_fork)
         engine.add(tokens_of(prompt), max_tokens=max_tokens, n=n)
         engine.plan()
         reserved.append(engine.allocator.reserved)
@@ -478,7 +478,7 @@ def test_eviction_never_reserves_more_than_no_eviction(
 
 
 def test_samples_share_no_page_where_the_method_changes_what_it_keeps_in_them() -> None:
-    engine = Engine(forks_copy_pages=True)
+    engine = Engine(copy_on_fork=True)
     request = engine.add(tokens_of(40), max_tokens=20, n=3)
     engine.step()
     assert engine.allocator.used == 9
@@ -583,18 +583,18 @@ def test_a_rebuild_before_the_first_step_of_a_request_changes_nothing() -> None:
     assert (request.metrics.num_replayed_tokens, engine.is_empty()) == (0, True)
 
 
-@pytest.mark.parametrize("kept_pages", [None, (1, 2)])
-@pytest.mark.parametrize("forks_copy_pages", [False, True])
+@pytest.mark.parametrize("evict_window", [None, (1, 2)])
+@pytest.mark.parametrize("copy_on_fork", [False, True])
 @pytest.mark.parametrize("decoded", [0, 5])
 def test_samples_fork_again_from_the_first_that_is_left(
-    kept_pages: tuple[int, int] | None, forks_copy_pages: bool, decoded: int
+    evict_window: tuple[int, int] | None, copy_on_fork: bool, decoded: int
 ) -> None:
     prompt = tokens_of(72)
     params: dict[str, Any] = {"max_tokens": 30, "n": 3, "decode_last_prompt_tokens": decoded}
-    alone = Engine(max_num_batched_tokens=80, kept_pages=kept_pages, forks_copy_pages=forks_copy_pages)
+    alone = Engine(max_num_batched_tokens=80, evict_window=evict_window, copy_on_fork=copy_on_fork)
     undisturbed = alone.add(prompt, **params)
     alone.finish()
-    engine = Engine(max_num_batched_tokens=80, kept_pages=kept_pages, forks_copy_pages=forks_copy_pages)
+    engine = Engine(max_num_batched_tokens=80, evict_window=evict_window, copy_on_fork=copy_on_fork)
     request = engine.add(prompt, **params)
     for _ in range(decoded + 4):
         engine.step()
@@ -610,9 +610,9 @@ def test_samples_fork_again_from_the_first_that_is_left(
         engine.step()
     first, second = request.unfinished
     assert (first.index, second.index) == (1, 2)
-    shared = 0 if forks_copy_pages else len({*first.held_pages} & {*second.held_pages})
-    full = 4 if kept_pages is None else 4 if decoded == 0 else 2
-    assert shared == (0 if forks_copy_pages else full)
+    shared = 0 if copy_on_fork else len({*first.held_pages} & {*second.held_pages})
+    full = 4 if evict_window is None else 4 if decoded == 0 else 2
+    assert shared == (0 if copy_on_fork else full)
     assert engine.allocator.reserved == reserved
     engine.finish()
     engine.check_outputs(request)
@@ -716,8 +716,8 @@ class AnyOrder(RuleBasedStateMachine):
         num_pages=st.integers(3, 24),
         max_num_seqs=st.integers(1, 6),
         spare_budget=st.integers(0, 40),
-        kept_pages=st.none() | st.tuples(st.integers(0, 2), st.integers(1, 3)),
-        forks_copy_pages=st.booleans(),
+        evict_window=st.none() | st.tuples(st.integers(0, 2), st.integers(1, 3)),
+        copy_on_fork=st.booleans(),
         chunk_multiple=st.sampled_from([1, 1, 8, 16]),
         max_in_flight=st.integers(1, 3),
     )
@@ -726,16 +726,16 @@ class AnyOrder(RuleBasedStateMachine):
         num_pages: int,
         max_num_seqs: int,
         spare_budget: int,
-        kept_pages: tuple[int, int] | None,
-        forks_copy_pages: bool,
+        evict_window: tuple[int, int] | None,
+        copy_on_fork: bool,
         chunk_multiple: int,
         max_in_flight: int,
     ) -> None:
-        self.kept_pages, self.forks_copy_pages = kept_pages, forks_copy_pages
+        self.evict_window, self.copy_on_fork = evict_window, copy_on_fork
         self.max_num_seqs = max_num_seqs
         self.budget = max_num_seqs + spare_budget
         self.chunk_multiple = chunk_multiple
-        self.engine = Engine(num_pages, max_num_seqs, self.budget, kept_pages, forks_copy_pages, chunk_multiple)
+        self.engine = Engine(num_pages, max_num_seqs, self.budget, evict_window, copy_on_fork, chunk_multiple)
         self.max_in_flight = max_in_flight
         self.requests: list[Request] = []
         self.admitted: list[Request] = []
@@ -976,7 +976,7 @@ class AnyOrder(RuleBasedStateMachine):
                 assert len({(sequence.request, place) for sequence, place in held}) == 1
                 assert len({sequence for sequence, _ in held}) == len(held)
                 assert held[0][1] < len(held[0][0].request.prompt_token_ids) // PAGE_SIZE
-                assert not self.forks_copy_pages
+                assert not self.copy_on_fork
         assert allocator.used == len(holders), "a page is lost"
         reserved = 0
         for request in self.engine.scheduler.running:
@@ -1006,19 +1006,19 @@ class AnyOrder(RuleBasedStateMachine):
             assert len(pages) == pages_for(row.end, PAGE_SIZE)
             held = [place for place, page in enumerate(pages) if page != NULL_PAGE]
             places = list(range(len(pages)))
-            if self.kept_pages is not None and len(pages) > sum(self.kept_pages):
-                sink, recent = self.kept_pages
+            if self.evict_window is not None and len(pages) > sum(self.evict_window):
+                sink, recent = self.evict_window
                 places = places[:sink] + places[-recent:]
             assert held == places
 
     def most_pages(self, request: Request) -> int:
         """What it can still come to hold, with the samples that it has left."""
         prompt, samples = len(request.prompt_token_ids), len(request.unfinished)
-        shared = 0 if self.forks_copy_pages else prompt // PAGE_SIZE
+        shared = 0 if self.copy_on_fork else prompt // PAGE_SIZE
         own = pages_for(prompt + request.max_tokens, PAGE_SIZE) - shared
-        if self.kept_pages is not None:
-            window = sum(self.kept_pages)
-            own = min(own, max(window, pages_for(prompt, PAGE_SIZE)) if self.forks_copy_pages else window)
+        if self.evict_window is not None:
+            window = sum(self.evict_window)
+            own = min(own, max(window, pages_for(prompt, PAGE_SIZE)) if self.copy_on_fork else window)
         return shared + samples * own
 
     def teardown(self) -> None:

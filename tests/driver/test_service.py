@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from distributed_sparse.client import Client
+from distributed_sparse.client.client import Client
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver import service as service_module
-from distributed_sparse.driver.client_messages import ModelInfo, NewRequest, RequestUpdate
-from distributed_sparse.driver.messages import StepPlan
 from distributed_sparse.driver.pages import pages_for
 from distributed_sparse.driver.service import DriverService
-from distributed_sparse.driver.shard_group import ShardFailure
+from distributed_sparse.protocol.client import ModelInfo, NewRequest, RequestUpdate
+from distributed_sparse.protocol.step import StepPlan
+from distributed_sparse.ranks.base import ShardFailure
 from distributed_sparse.sampling_params import SamplingParams
 from tests.support.patience import WAIT_S
 from tests.support.scripted_group import VOCAB_SIZE, ScriptedGroup, expected_tokens

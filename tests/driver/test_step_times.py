@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, StepPlan, StepResult
 from distributed_sparse.driver.step_times import (
     EMPTY_STEP_TIMEOUT_S,
     FIRST_STEPS_TIMEOUT_S,
@@ -12,6 +11,7 @@ from distributed_sparse.driver.step_times import (
     StepClock,
     StepTimes,
 )
+from distributed_sparse.protocol.step import DecodeRow, PrefillChunk, StepPlan, StepResult
 
 
 def prefill(num_tokens: int) -> StepPlan:

@@ -7,7 +7,6 @@ nothing else: ``TRITON_INTERPRET=1 pytest tests/kernels``. Shapes too large for 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from tests.support.interpreter import INTERPRETED
-from tests.support.kernels import IMPLEMENTATIONS, Implementation, poisoned_memory
+from tests.support.kernels import IMPLEMENTATIONS, Implementation, kernel_modules, poisoned_memory
 
 FILES = {"rotary_append": "append"}
 """Ops that lie in another one's file."""
@@ -32,7 +31,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("implementations")
     names = marker.args if marker else [implementation.name for implementation in IMPLEMENTATIONS]
     op = metafunc.module.__name__.rpartition(".test_")[2]
-    if importlib.util.find_spec(f"distributed_sparse.kernels.{FILES.get(op, op)}_native") is None:
+    if f"{FILES.get(op, op)}_native" not in kernel_modules():
         names = [name for name in names if name != "native"]
     on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
     parameters = [

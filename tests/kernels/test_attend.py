@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels import attend_triton
-from distributed_sparse.kernels.attend import CHUNK_TOKENS, attend
-from distributed_sparse.kernels.combine import combine
+from distributed_sparse.kernels.attend import attend_triton
+from distributed_sparse.kernels.attend.attend import CHUNK_TOKENS, attend
+from distributed_sparse.kernels.attend.attend_torch import combine_torch
 from distributed_sparse.kernels.reference import attend_reference, combine_reference
 from tests.support.kernels import ARCHITECTURES, TOLERANCE, Implementation, assert_compiles, assert_near, bits, poison_
 
@@ -393,7 +393,7 @@ def test_the_dispatchers_choose_the_implementation_of_the_tensors_device():
     out, lse = attend(*case.head, case.scale, return_lse=True)
     assert_near(out, case.reference()[0], TOLERANCE[torch.float32])
     group = out.view(1, 1, 4, 64), lse.view(1, 1, 4)
-    merged, merged_lse = combine(*group, torch.ones(1, dtype=torch.int32))
+    merged, merged_lse = combine_torch(*group, torch.ones(1, dtype=torch.int32))
     assert torch.equal(merged, group[0][0]) and torch.equal(merged_lse, group[1][0])
 
 

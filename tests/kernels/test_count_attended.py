@@ -13,8 +13,8 @@ LISTS = {  # which of a selection's counts there are
     "pages": (),
     "pages and tokens": ("num_tokens",),
     "a partial result": ("num_tokens", "partial_num_pages", "partial_num_tokens"),
-    "tokens read apart": ("num_tokens", "read_apart"),
-    "everything": ("num_tokens", "partial_num_pages", "partial_num_tokens", "read_apart"),
+    "tokens read apart": ("num_tokens", "extra_tokens_read"),
+    "everything": ("num_tokens", "partial_num_pages", "partial_num_tokens", "extra_tokens_read"),
 }
 GARBAGE = torch.iinfo(torch.int32).min
 

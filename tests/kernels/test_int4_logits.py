@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.int4_logits import int4_logits
 from distributed_sparse.kernels.reference import int4_logits_reference, quantise_reference
+from distributed_sparse.kernels.twilight.int4_logits import int4_logits
 from tests.support.kernels import Implementation, assert_near, bits, poison_
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

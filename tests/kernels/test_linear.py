@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distributed_sparse.kernels import native
-from distributed_sparse.kernels.linear import FEW_ROWS, linear
+from distributed_sparse.kernels.layer.linear import FEW_ROWS, linear
 
 
 @pytest.fixture(params=[1, 2])

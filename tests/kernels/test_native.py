@@ -15,19 +15,19 @@ import pytest
 import torch
 
 from distributed_sparse.kernels import native
-from distributed_sparse.kernels.append_native import append_native, rotary_append_native
-from distributed_sparse.kernels.append_torch import rotary_append_torch
-from distributed_sparse.kernels.attend import attend
-from distributed_sparse.kernels.attend_native import attend_native
-from distributed_sparse.kernels.attend_torch import attend_torch
-from distributed_sparse.kernels.int4_logits_native import int4_logits_native
-from distributed_sparse.kernels.page_scores_native import page_scores_native
+from distributed_sparse.kernels.attend.attend import attend
+from distributed_sparse.kernels.attend.attend_native import attend_native
+from distributed_sparse.kernels.attend.attend_torch import attend_torch
+from distributed_sparse.kernels.cache.append_native import append_native, rotary_append_native
+from distributed_sparse.kernels.cache.append_torch import rotary_append_torch
+from distributed_sparse.kernels.quest.page_scores_native import page_scores_native
 from distributed_sparse.kernels.reference import attend_reference, int4_logits_reference, top_p_reference
-from distributed_sparse.kernels.residual_statistics_native import residual_statistics_native
-from distributed_sparse.kernels.residual_statistics_torch import residual_statistics_torch
-from distributed_sparse.kernels.sample_residual_native import sample_residual_native
-from distributed_sparse.kernels.sample_residual_torch import sample_residual_torch
-from distributed_sparse.kernels.top_p_native import top_p_native
+from distributed_sparse.kernels.twilight.int4_logits_native import int4_logits_native
+from distributed_sparse.kernels.twilight.top_p_native import top_p_native
+from distributed_sparse.kernels.vattention.residual_statistics_native import residual_statistics_native
+from distributed_sparse.kernels.vattention.residual_statistics_torch import residual_statistics_torch
+from distributed_sparse.kernels.vattention.sample_residual_native import sample_residual_native
+from distributed_sparse.kernels.vattention.sample_residual_torch import sample_residual_torch
 from tests.support.kernels import TOLERANCE, assert_near, bits
 from tests.support.patience import WAIT_S
 
@@ -148,7 +148,7 @@ def test_of_processes_that_want_it_at_once_one_builds_and_all_get_it_whole(
     assert [process.wait(timeout=WAIT_S) for process in processes] == [0, 0, 0]
     assert [path.suffix for path in fresh.iterdir()] == [".so"]
     compiled = [line.split(" -c ")[1].split()[0] for line in said.read_text().splitlines() if " -c " in line]
-    sources = (ROOT / "kernels" / "cpp").glob("*.cpp")
+    sources = (ROOT / "kernels").rglob("*.cpp")
     assert sorted(Path(name).name for name in compiled) == sorted(path.name for path in sources)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.page_scores import page_scores
+from distributed_sparse.kernels.quest.page_scores import page_scores
 from distributed_sparse.kernels.reference import page_scores_reference
 from tests.support.kernels import Implementation, assert_near, poison_
 

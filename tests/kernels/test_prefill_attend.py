@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels import prefill_attend_torch, prefill_attend_triton
-from distributed_sparse.kernels.prefill_attend import prefill_attend
+from distributed_sparse.kernels.attend import prefill_attend_torch, prefill_attend_triton
+from distributed_sparse.kernels.attend.prefill_attend import prefill_attend
 from distributed_sparse.kernels.reference import prefill_attend_reference
 from tests.support.kernels import ARCHITECTURES, TOLERANCE, Implementation, assert_compiles, assert_near, bits, poison_
 

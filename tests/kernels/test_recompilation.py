@@ -19,23 +19,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from distributed_sparse.kernels.append_triton import append_triton, rotary_append_triton
-from distributed_sparse.kernels.attend_triton import attend_triton, combine_triton
-from distributed_sparse.kernels.count_attended_triton import count_attended_triton
-from distributed_sparse.kernels.hamming_scores_triton import hamming_scores_triton
-from distributed_sparse.kernels.int4_logits_triton import int4_logits_triton
-from distributed_sparse.kernels.page_scores_triton import page_scores_triton
-from distributed_sparse.kernels.prefill_attend_triton import prefill_attend_triton
-from distributed_sparse.kernels.residual_statistics import ResidualStatistics
-from distributed_sparse.kernels.residual_statistics_triton import residual_statistics_triton
-from distributed_sparse.kernels.rms_norm_triton import add_rms_norm_triton, rms_norm_triton
-from distributed_sparse.kernels.sample_plan import GUARANTEES
-from distributed_sparse.kernels.sample_plan_triton import plan_pilot_triton, plan_samples_triton
-from distributed_sparse.kernels.sample_residual_triton import sample_residual_triton
-from distributed_sparse.kernels.signatures_triton import append_signatures_triton, pack_signs_triton
-from distributed_sparse.kernels.top_k_pages_triton import top_k_pages_triton
-from distributed_sparse.kernels.top_p_triton import top_p_triton
-from distributed_sparse.kernels.whole_rows_triton import whole_rows_triton
+from distributed_sparse.kernels.attend.attend_triton import attend_triton, combine_triton
+from distributed_sparse.kernels.attend.count_attended_triton import count_attended_triton
+from distributed_sparse.kernels.attend.prefill_attend_triton import prefill_attend_triton
+from distributed_sparse.kernels.cache.append_triton import append_triton, rotary_append_triton
+from distributed_sparse.kernels.cache.whole_rows_triton import whole_rows_triton
+from distributed_sparse.kernels.hash.hamming_scores_triton import hamming_scores_triton
+from distributed_sparse.kernels.hash.signatures_triton import append_signatures_triton, pack_signs_triton
+from distributed_sparse.kernels.layer.rms_norm_triton import add_rms_norm_triton, rms_norm_triton
+from distributed_sparse.kernels.quest.page_scores_triton import page_scores_triton
+from distributed_sparse.kernels.quest.top_k_pages_triton import top_k_pages_triton
+from distributed_sparse.kernels.twilight.int4_logits_triton import int4_logits_triton
+from distributed_sparse.kernels.twilight.top_p_triton import top_p_triton
+from distributed_sparse.kernels.vattention.residual_statistics import ResidualStatistics
+from distributed_sparse.kernels.vattention.residual_statistics_triton import residual_statistics_triton
+from distributed_sparse.kernels.vattention.sample_plan import GUARANTEES
+from distributed_sparse.kernels.vattention.sample_plan_triton import plan_pilot_triton, plan_samples_triton
+from distributed_sparse.kernels.vattention.sample_residual_triton import sample_residual_triton
 
 BATCHES = [1, 2, 3, 4, 8, 16]
 WIDTHS = [1, 7, 16, 33, 100]  # pages of the longest context

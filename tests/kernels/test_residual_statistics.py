@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.kernels.reference import attend_reference, residual_statistics_reference
-from distributed_sparse.kernels.residual_statistics import ResidualStatistics
+from distributed_sparse.kernels.vattention.residual_statistics import ResidualStatistics
 from tests.support.kernels import Implementation, assert_near, bits, poison_
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

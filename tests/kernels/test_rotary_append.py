@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from distributed_sparse.kernels.append_torch import append_torch, rotate
+from distributed_sparse.kernels.cache.append_torch import append_torch, rotate
 from distributed_sparse.kernels.reference import append_reference, quantise_reference, rotary_reference
 from tests.support.kernels import TOLERANCE, Implementation, assert_near, bits
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_sparse.kernels.residual_statistics import ResidualStatistics
-from distributed_sparse.kernels.sample_plan import GUARANTEES, MIN_PILOT, ROUND_TO, SamplePlan
+from distributed_sparse.kernels.vattention.residual_statistics import ResidualStatistics
+from distributed_sparse.kernels.vattention.sample_plan import GUARANTEES, MIN_PILOT, ROUND_TO, SamplePlan
 from tests.support.kernels import Implementation, bits
 
 SETTINGS: dict[str, Any] = {"guarantee": "output", "epsilon": 0.1, "delta": 0.1, "min_context": 0, "max_sample": None}
@@ -128,7 +128,7 @@ def check(given: Rows, plan: SamplePlan, **changed: Any) -> list[bool]:
         assert int(plan.num_samples[b, h]) == (budget if fits else 0)
         assert int(plan.num_pages[b, h]) == (0 if fits else int(given.num_pages[b]))
         assert int(plan.num_chosen[b, h]) == (int(given.num_chosen[b, h]) if fits else 0)
-        assert int(plan.read_apart[b, h]) == m + (0 if fits else chosen)
+        assert int(plan.extra_tokens_read[b, h]) == m + (0 if fits else chosen)
         own = slice(h * group, (h + 1) * group)
         assert torch.equal(plan.lse[b, own], given.lse[b, own] if fits else torch.full((group,), -math.inf))
         sampled.append(fits)

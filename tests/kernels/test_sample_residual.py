@@ -11,7 +11,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from distributed_sparse.kernels.reference import sample_residual_reference
-from distributed_sparse.kernels.sample_residual import PILOT, SAMPLE
+from distributed_sparse.kernels.vattention.sample_residual import PILOT, SAMPLE
 from tests.support.kernels import TORCH, Implementation, poison_
 
 PAGE_SIZE = 16

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed_sparse.kernels import scratch as module
-from distributed_sparse.kernels.append_torch import append_torch
-from distributed_sparse.kernels.attend_torch import attend_torch
-from distributed_sparse.kernels.hamming_scores_torch import hamming_scores_torch
-from distributed_sparse.kernels.int4_logits_torch import int4_logits_torch
-from distributed_sparse.kernels.page_scores_torch import page_scores_torch
-from distributed_sparse.kernels.prefill_attend_torch import prefill_attend_torch
+from distributed_sparse.kernels.attend.attend_torch import attend_torch
+from distributed_sparse.kernels.attend.prefill_attend_torch import prefill_attend_torch
+from distributed_sparse.kernels.cache.append_torch import append_torch
+from distributed_sparse.kernels.hash.hamming_scores_torch import hamming_scores_torch
+from distributed_sparse.kernels.quest.page_scores_torch import page_scores_torch
 from distributed_sparse.kernels.scratch import scratch
+from distributed_sparse.kernels.twilight.int4_logits_torch import int4_logits_torch
 
 HEADS, GROUP, DIM, PAGE_SIZE, CONTEXT = 4, 2, 64, 16, 4096
 PAGES = CONTEXT // PAGE_SIZE

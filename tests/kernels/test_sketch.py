@@ -9,14 +9,14 @@ import torch
 from scipy.linalg import hadamard
 from torch import Tensor
 
-from distributed_sparse.kernels.sketch import (
+from distributed_sparse.kernels.sketch.sketch import (
     PageSketches,
     append_sketches,
     select_by_sketch,
     sketch_logits,
     sketch_probabilities,
 )
-from distributed_sparse.kernels.sketch_torch import rotate
+from distributed_sparse.kernels.sketch.sketch_torch import rotate
 
 SHAPES = [(64, 3, 16), (128, 4, 32), (96, 1, 64), (80, 2, 16), (256, 16, 16), (8, 1, 64)]
 """head_dim, group, page size."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.kernels.reference import top_p_reference
-from distributed_sparse.kernels.top_p import top_p
+from distributed_sparse.kernels.twilight.top_p import top_p
 from tests.support.kernels import Implementation, bits, poison_
 
 MASS = 1e-6

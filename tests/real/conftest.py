@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distributed_sparse import LLM
-from distributed_sparse.evaluation.real_model import ensure_real_checkpoint
+from distributed_sparse.tools.evaluation.real_model import ensure_real_checkpoint
 from tests.support.engine import make_llm
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from distributed_sparse import LLM, SamplingParams
-from distributed_sparse.evaluation.suite import EvaluatedModel
-from distributed_sparse.evaluation.suites.passkey import PasskeySuite
 from distributed_sparse.outputs import RequestOutput
-from distributed_sparse.shard.margin import TIE, first_difference
+from distributed_sparse.tools.common.margin import TIE, first_difference
+from distributed_sparse.tools.evaluation.suite import EvaluatedModel
+from distributed_sparse.tools.evaluation.suites.passkey import PasskeySuite
 from tests.real.conftest import ROOT
 from tests.support.engine import make_llm
 from tests.support.hash_weights import random_hash_weights

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from distributed_sparse.cache import LayerCache
 from distributed_sparse.selection import policy_class, resolve_sparse_config
-from distributed_sparse.selection.metadata import LayerCache
 from tests.support.decode_rows import DecodeRows, decode_rows
 from tests.support.hash_weights import random_hash_weights
 from tests.support.kernels import error_ratio

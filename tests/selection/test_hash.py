@@ -1,4 +1,4 @@
-"""The hash predictor reads the tokens of the best agreeing signatures; its networks come from a file, or it is refused."""
+"""The hash scorer reads the tokens of the best agreeing signatures; its networks come from a file, or it is refused."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distributed_sparse.cache import AppendRuns
 from distributed_sparse.selection import resolve_sparse_config
 from distributed_sparse.selection.base import Policy, dense_selection
 from distributed_sparse.selection.hash import HashConfig, HashPolicy
-from distributed_sparse.selection.metadata import AppendRuns
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.decode_rows import DecodeRows, positions_read, rows_for
 from tests.support.eager_methods import EagerTopK

@@ -1,4 +1,4 @@
-"""The oracle reads the tokens of the largest exact weights: what a perfect predictor would, for as many tokens."""
+"""The oracle reads the tokens of the largest exact weights: what a perfect scorer would, for as many tokens."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from distributed_sparse import SamplingParams
+from distributed_sparse.cache import AppendRuns, Geometry, LayerCache
 from distributed_sparse.selection import resolve_sparse_config
 from distributed_sparse.selection.base import Selection, dense_selection
-from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache
 from distributed_sparse.selection.tova import TovaConfig, TovaPolicy, Visible
 from tests.support.checkpoints import decisive_checkpoint, tiny_checkpoint
 from tests.support.decode_rows import DecodeRows, decode_rows

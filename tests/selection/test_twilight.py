@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from distributed_sparse.cache import PageMinMax, QuantizedKeys
 from distributed_sparse.kernels.reference import int4_logits_reference
 from distributed_sparse.selection import resolve_sparse_config
 from distributed_sparse.selection.base import Policy, Selection, dense_selection
-from distributed_sparse.selection.metadata import PageMinMax, QuantizedKeys
 from distributed_sparse.selection.twilight import TwilightConfig, TwilightPolicy
 from tests.support.decode_rows import DecodeRows, positions_read, rows_for
 from tests.support.eager_methods import EagerTwilight
@@ -285,7 +285,7 @@ def test_a_wrong_offset_file_is_refused(tmp_path: Path, content: dict[str, torch
         ({"p": 1.01}, "sparse.p=1.01 must be finite, > 0 and <= 1"),
         ({"p": float("nan")}, "sparse.p=nan must be finite"),
         ({"p": "high"}, "sparse: .*float.*p"),
-        ({"selector": "window"}, "sparse.selector='window' is not known; use one of 'quest', 'sketch', 'hash', 'oracle'"),
+        ({"selector": "window"}, "sparse.selector='window' is not known; use one of 'hash', 'oracle', 'quest', 'sketch', 'full'"),
         ({"candidate_fraction": 0.0}, "sparse.candidate_fraction=0.0 must be finite, > 0 and <= 1; give the share"),
         ({"candidate_fraction": 2.0}, "sparse.candidate_fraction=2.0"),
         ({"min_candidates": 0}, "sparse.min_candidates=0 must be >= 1"),

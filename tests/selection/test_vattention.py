@@ -64,7 +64,7 @@ def first_samples(rows: DecodeRows) -> DecodeRows:
 
 def sampled(rows: DecodeRows, selection: Selection, row: int, head: int) -> tuple[list[int], list[int]]:
     """(chosen, sampled) positions of a sparse row."""
-    assert selection.partial_of is not None and selection.num_tokens is not None
+    assert selection.partial_selection is not None and selection.num_tokens is not None
     assert selection.num_pages[row, head] == 0
     count = int(selection.num_tokens[row, head])
     read = positions_read(rows, selection, row, head)

@@ -15,13 +15,13 @@ import torch
 from scipy.stats import binom, norm
 from torch import Tensor
 
-from distributed_sparse.kernels.attend import attend
-from distributed_sparse.kernels.residual_statistics import ResidualStatistics
-from distributed_sparse.kernels.sample_plan import plan_pilot
-from distributed_sparse.kernels.sample_plan_torch import round_up, sample_size
-from distributed_sparse.kernels.sample_residual import PILOT, SAMPLE
+from distributed_sparse.cache import AppendRuns, Geometry, LayerCache
+from distributed_sparse.kernels.attend.attend import attend
+from distributed_sparse.kernels.vattention.residual_statistics import ResidualStatistics
+from distributed_sparse.kernels.vattention.sample_plan import plan_pilot
+from distributed_sparse.kernels.vattention.sample_plan_torch import round_up, sample_size
+from distributed_sparse.kernels.vattention.sample_residual import PILOT, SAMPLE
 from distributed_sparse.selection.base import DecodeBatch
-from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache
 from distributed_sparse.selection.vattention import VAttentionConfig, VAttentionPolicy
 from tests.support.grids import corners
 

@@ -99,8 +99,8 @@ def test_overrides_that_keep_the_same_pages_go_with_eviction() -> None:
         {"method": "window", "evict": True, "dense_layers": 0, "token_budget": 70, "layers": [override]}
     )
     layer_configs(config, 3, 16)
-    assert config.kept_pages(16) == (1, 4)
-    assert config.kept_pages(64) == (1, 1)
+    assert config.evict_window(16) == (1, 4)
+    assert config.evict_window(64) == (1, 1)
 
 
 @pytest.mark.parametrize(("token_budget", "sink_pages", "min_context"), [(48, 1, 0), (70, 1, 70), (96, 0, 96), (96, 4, 50)])
@@ -109,9 +109,9 @@ def test_only_kept_pages_are_read(token_budget: int, sink_pages: int, min_contex
     settings = {"token_budget": token_budget, "sink_pages": sink_pages, "min_context": min_context}
     before = rows.select(window(rows, **settings))
     policy = window(rows, **settings, evict=True, dense_layers=0)
-    kept_pages = policy.config.kept_pages(16)
-    assert kept_pages is not None
-    sink, recent = kept_pages
+    evict_window = policy.config.evict_window(16)
+    assert evict_window is not None
+    sink, recent = evict_window
     for row, count in enumerate(rows.batch.num_pages.tolist()):
         rows.batch.page_table[row, sink : max(sink, count - recent)] = 0  # the null page, which holds NaN here
     assert lists(rows.select(policy)) == lists(before)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from distributed_sparse.cache import LayerCache
 from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, attend_partially, dense_selection
 from distributed_sparse.selection.dense import DenseConfig, DensePolicy
-from distributed_sparse.selection.metadata import LayerCache
 from distributed_sparse.selection.quest import QuestConfig, QuestPolicy
 from distributed_sparse.shard.attention import SparseAttention
 from tests.support.decode_rows import DecodeRows, decode_rows
@@ -100,9 +100,9 @@ class Nested(Policy):
         token = batch.page_table[:, None, :1].expand(-1, heads, -1) * batch.page_size
         one = (batch.context_lens > 0).int()[:, None].expand(-1, heads)
         first = Selection(whole.pages, nothing, token, one)
-        second = Selection(whole.pages, nothing, token + 1, one, partial_of=first)
+        second = Selection(whole.pages, nothing, token + 1, one, partial_selection=first)
         second.partial = attend_partially(q, cache, batch, first, scale)
-        third = Selection(whole.pages, nothing, token + 2, one, partial_of=second, read_apart=2 * one)
+        third = Selection(whole.pages, nothing, token + 2, one, partial_selection=second, extra_tokens_read=2 * one)
         third.partial = attend_partially(q, cache, batch, second, scale)
         return third
 

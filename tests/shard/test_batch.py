@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, SlotSetup, StepPlan
-from distributed_sparse.shard.batch import lay_out, make_batch
+from distributed_sparse.protocol.step import DecodeRow, PrefillChunk, SlotSetup, StepPlan
+from distributed_sparse.shard.batch import build_layout, make_batch
 from distributed_sparse.shard.inputs import StepInputs
-from distributed_sparse.shard.readout import LOGPROB_ROWS, ReadOut
+from distributed_sparse.shard.logit_rows import LOGPROB_ROWS, LogitRows
 from distributed_sparse.shard.slots import SlotTable
 
 PAGE, NUM_SLOTS, MAX_PAGES = 16, 6, 9
@@ -39,7 +39,7 @@ def full_slots() -> SlotTable:
 
 
 def apply(slots: SlotTable, plan: StepPlan) -> None:
-    changes = StepInputs(1 << 14, CPU).upload(slots.take_in(plan))
+    changes = StepInputs(1 << 14, CPU).upload(slots.apply(plan))
     if "new_pages" in changes:
         slots.update(changes["new_page_places"], changes["new_pages"])
 
@@ -76,7 +76,7 @@ def test_every_token_has_its_position_its_page_and_its_place_in_it(
         return
     slots, plan = full_slots(), StepPlan(step=1, generation=0, decode=decode, prefill=prefill)
     num_rows = len(decode) + (padding if decode and not prefill else 0)
-    layout = lay_out(plan, slots, PAGE, num_rows)
+    layout = build_layout(plan, slots, PAGE, num_rows)
     views = StepInputs(1 << 14, CPU).upload(layout.arrays)
     batch = make_batch(layout, views, slots, PAGE)
 
@@ -129,7 +129,7 @@ def test_every_token_has_its_position_its_page_and_its_place_in_it(
 def test_a_row_that_pads_reads_and_writes_nothing() -> None:
     slots = full_slots()
     plan = StepPlan(step=1, generation=0, decode=[DecodeRow(slot=2, position=37, token=None, samples=[2])])
-    layout = lay_out(plan, slots, PAGE, 4)
+    layout = build_layout(plan, slots, PAGE, 4)
     batch = make_batch(layout, StepInputs(1 << 14, CPU).upload(layout.arrays), slots, PAGE)
     assert batch.decode is not None and batch.num_decode == 4
     assert batch.runs.counts.tolist() == [1, 0, 0, 0] and batch.runs.pages.tolist()[1:] == [0, 0, 0]
@@ -140,7 +140,7 @@ def test_a_slot_that_was_never_set_up_is_refused() -> None:
     slots = SlotTable(3, 2, CPU)
     apply(slots, StepPlan(step=0, generation=0, setups=[setup(0)]))
     with pytest.raises(AssertionError, match="never set up"):
-        lay_out(StepPlan(step=1, generation=0, decode=[DecodeRow(slot=1, position=0, token=5, samples=[])]), slots, PAGE)
+        build_layout(StepPlan(step=1, generation=0, decode=[DecodeRow(slot=1, position=0, token=5, samples=[])]), slots, PAGE)
 
 
 def test_the_two_page_tables_stay_equal_as_slots_grow_and_are_given_on() -> None:
@@ -171,24 +171,24 @@ def test_rows_are_read_once_for_all_samples_that_are_drawn_from_them() -> None:
         decode=[DecodeRow(0, 9, 1, [0]), DecodeRow(1, 4, 1, []), DecodeRow(2, 7, 1, [2])],
         prefill=[PrefillChunk(3, 0, [1, 2, 3], []), PrefillChunk(4, 10, [1, 2], [4, 5])],
     )
-    readout = ReadOut.of(plan)
-    assert readout.rows.tolist() == [0, 2, 7, 7] and readout.slots.tolist() == [0, 2, 4, 5]
-    assert readout.positions.tolist() == [10, 8, 12, 12]
-    views = StepInputs(1 << 10, CPU).upload(readout.arrays())
+    logit_rows = LogitRows.of(plan)
+    assert logit_rows.rows.tolist() == [0, 2, 7, 7] and logit_rows.slots.tolist() == [0, 2, 4, 5]
+    assert logit_rows.positions.tolist() == [10, 8, 12, 12]
+    views = StepInputs(1 << 10, CPU).upload(logit_rows.arrays())
     hidden = torch.arange(8)[:, None]
-    rows = readout.distinct_rows(hidden, views)
+    rows = logit_rows.distinct_rows(hidden, views)
     assert rows.flatten().tolist() == [0, 2, 7]
     assert rows.index_select(0, views["drawn_places"]).flatten().tolist() == [0, 2, 7, 7]
 
 
 def test_a_step_that_draws_from_every_row_copies_none() -> None:
     plan = StepPlan(step=1, generation=0, decode=[DecodeRow(slot, 9, None, [slot]) for slot in (3, 0, 5)])
-    readout = ReadOut.of(plan)
-    views = StepInputs(1 << 10, CPU).upload(readout.arrays())
+    logit_rows = LogitRows.of(plan)
+    views = StepInputs(1 << 10, CPU).upload(logit_rows.arrays())
     assert set(views) == {"drawn_slots"}
     hidden = torch.zeros(4, 2)  # one row pads
-    assert readout.distinct_rows(hidden, views).shape == (3, 2)
-    assert readout.distinct_rows(hidden, views).data_ptr() == hidden.data_ptr()
+    assert logit_rows.distinct_rows(hidden, views).shape == (3, 2)
+    assert logit_rows.distinct_rows(hidden, views).data_ptr() == hidden.data_ptr()
 
 
 def test_known_tokens_are_scored_in_blocks() -> None:
@@ -200,10 +200,10 @@ def test_known_tokens_are_scored_in_blocks() -> None:
         decode=[DecodeRow(0, 9, 1, []), DecodeRow(1, 20, 1, [], target=77, prompt_logprobs=-1)],
         prefill=[PrefillChunk(2, 0, [0] * 5, []), PrefillChunk(3, 30, [0] * length, [], targets=targets, prompt_logprobs=2)],
     )
-    readout = ReadOut.of(plan)
-    assert readout.targets.tolist() == [77, *targets] and not readout.rows.size
-    assert set(readout.arrays()) == {"targets"}
-    assert readout.blocks == [
+    logit_rows = LogitRows.of(plan)
+    assert logit_rows.targets.tolist() == [77, *targets] and not logit_rows.rows.size
+    assert set(logit_rows.arrays()) == {"targets"}
+    assert logit_rows.blocks == [
         (1, 21, 1, 0, 1, -1),
         (3, 31, 7, 1, LOGPROB_ROWS, 2),
         (3, 31 + LOGPROB_ROWS, 7 + LOGPROB_ROWS, 1 + LOGPROB_ROWS, LOGPROB_ROWS, 2),

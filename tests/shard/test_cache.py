@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_sparse.driver.sequence import Sequence
+from distributed_sparse.cache import Geometry, LayerCache, PagedCache
+from distributed_sparse.driver.requests import Sequence
 from distributed_sparse.kernels.reference import quantise_reference, signatures_reference
-from distributed_sparse.kernels.sketch import append_sketches
+from distributed_sparse.kernels.sketch.sketch import append_sketches
 from distributed_sparse.selection.dense import DenseConfig, DensePolicy
-from distributed_sparse.selection.metadata import Geometry, LayerCache
 from distributed_sparse.selection.quest import QuestConfig, QuestPolicy
 from distributed_sparse.selection.sketch import KeySketches, sketches_of
-from distributed_sparse.shard.cache import PagedCache
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.eager_selectors import HashScores, Margins
 from tests.support.hash_weights import random_hash_weights
@@ -320,7 +319,7 @@ GEOMETRY = Geometry(
 def mixed_cache(num_pages: int) -> PagedCache:
     """A dense layer, which keeps no metadata, and a Quest layer, filled with random bits."""
     policies = [DensePolicy(DenseConfig(), GEOMETRY), QuestPolicy(QuestConfig(), GEOMETRY)]
-    cache = PagedCache(num_pages, GEOMETRY, policies)
+    cache = PagedCache(num_pages, GEOMETRY, [policy.metadata for policy in policies])
     for layer in cache.layers:
         for pages in layer.pages:
             pages.copy_(torch.randn(pages.shape))
@@ -332,7 +331,7 @@ def test_only_layers_whose_method_asks_for_metadata_keep_it() -> None:
     assert [list(layer.metadata) for layer in cache.layers] == [[], ["page_min_max"]]
 
     kv_bytes, metadata_bytes = PagedCache.page_bytes(
-        GEOMETRY, [DensePolicy(DenseConfig(), GEOMETRY), QuestPolicy(QuestConfig(), GEOMETRY)]
+        GEOMETRY, [DensePolicy(DenseConfig(), GEOMETRY).metadata, QuestPolicy(QuestConfig(), GEOMETRY).metadata]
     )
     assert 7 * kv_bytes == sum(layer.k_pages.nbytes + layer.v_pages.nbytes for layer in cache.layers)
     assert 7 * metadata_bytes == sum(kept.nbytes for layer in cache.layers for kept in layer.metadata.values())

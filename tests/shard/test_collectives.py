@@ -19,9 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distributed_sparse.shard import shared_memory
-from distributed_sparse.shard.collectives import CollectiveError, Collectives
-from distributed_sparse.shard.shared_memory import CAPACITY
+from distributed_sparse.shard.collectives.collectives import CollectiveError, Collectives, shared_memory
+from distributed_sparse.shard.collectives.shared_memory import CAPACITY
 from tests.support.patience import WAIT_S
 from tests.support.process_group import PRELOAD
 
@@ -362,7 +361,7 @@ def test_nccl_sums_gathers_and_broadcasts_on_its_device():
     """NCCL refuses two ranks on one GPU, so this is one rank through the real NCCL calls."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    from distributed_sparse.shard.transports import ProcessGroup
+    from distributed_sparse.shard.collectives.transports import ProcessGroup
 
     torch.cuda.set_device(0)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

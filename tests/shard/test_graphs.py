@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distributed_sparse.cache import Geometry
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, StepPlan
+from distributed_sparse.protocol.step import DecodeRow, PrefillChunk, StepPlan
 from distributed_sparse.selection import build_policies, resolve_sparse_config
 from distributed_sparse.selection.base import Policy
-from distributed_sparse.selection.metadata import Geometry
 from distributed_sparse.shard.attention import SparseAttention
 from distributed_sparse.shard.batch import StepBatch
-from distributed_sparse.shard.collectives import Collectives
+from distributed_sparse.shard.collectives.collectives import Collectives
 from distributed_sparse.shard.graphs import DecodeGraphs, DecodeShape, DecodeShapes, buckets, dense_until, reserve, why_eager
 from distributed_sparse.shard.shard import Shard
 from distributed_sparse.shard.warm_up import warm_up_plan

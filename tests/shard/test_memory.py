@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from distributed_sparse.cache import Geometry
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.selection.metadata import Geometry
 from distributed_sparse.shard.attention import SparseAttention
 from distributed_sparse.shard.batch import StepBatch
-from distributed_sparse.shard.collectives import Collectives
+from distributed_sparse.shard.collectives.collectives import Collectives
 from distributed_sparse.shard.memory import check_kernels, max_pages
 from distributed_sparse.shard.shard import Shard
 from distributed_sparse.shard.tracer import Tracer

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distributed_sparse.cache import AppendRuns, Geometry, LayerCache, Metadata
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.outputs import RequestOutput
-from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata
 from tests.support.checkpoints import ROPE_PARAMETERS, tiny_checkpoint
 from tests.support.engine import make_llm
 from tests.support.hash_weights import random_hash_weights

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from distributed_sparse import SamplingParams
-from distributed_sparse.driver.messages import SlotSetup
+from distributed_sparse.client.output_builder import block_arrays
 from distributed_sparse.llm import LLM
-from distributed_sparse.output_builder import block_arrays
+from distributed_sparse.protocol.step import SlotSetup
 from distributed_sparse.shard.sampler import Draws, gumbel, logprob_block, mask_logits
 from distributed_sparse.shard.sampler import sample as sample_draws
 from tests.support.checkpoints import tiny_checkpoint

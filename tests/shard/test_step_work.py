@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from distributed_sparse.driver.messages import StepResult
+from distributed_sparse.protocol.step import StepResult
 from distributed_sparse.shard.pending import PendingStep
 from distributed_sparse.shard.step_work import StepWork
 

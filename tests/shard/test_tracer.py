@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_sparse.driver.messages import DecodeRow
+from distributed_sparse.protocol.step import DecodeRow
 from distributed_sparse.selection.base import Policy, Selection, dense_selection, token_selection
 from distributed_sparse.selection.quest import QuestConfig, QuestPolicy
 from distributed_sparse.shard.tracer import Tracer
@@ -71,13 +71,13 @@ def test_mass_error_entropy_and_counts_are_those_of_the_definition() -> None:
 
 
 def test_tokens_and_what_a_partial_has_read_count_too() -> None:
-    """The first page in `partial_of`, single tokens beside it: one list of positions, ascending."""
+    """The first page in `partial_selection`, single tokens beside it: one list of positions, ascending."""
     rows = decode_rows([100])
     table = rows.batch.page_table[0]
     positions = torch.tensor([70, 33, 99], dtype=torch.int32)
     tokens = (table[positions // 16] * 16 + positions % 16).view(1, 1, 3).expand(1, 4, 3)
     selection = token_selection(rows.batch, tokens, torch.full((1, 4), 3, dtype=torch.int32))
-    selection.partial_of = Selection(table[:1].view(1, 1, 1).expand(1, 4, 1), torch.ones(1, 4, dtype=torch.int32))
+    selection.partial_selection = Selection(table[:1].view(1, 1, 1).expand(1, 4, 1), torch.ones(1, 4, dtype=torch.int32))
     selection.details = {"budget": torch.arange(4.0).view(1, 4)}
     found = trace(rows, selection, [0])[0]
     assert all(of_head.tolist() == [*range(16), 33, 70, 99] for of_head in found.indices)

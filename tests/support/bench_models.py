@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distributed_sparse.bench.models import ATTENTION_HEAVY, CONFIGS
+from distributed_sparse.tools.bench.models import ATTENTION_HEAVY, CONFIGS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 331,

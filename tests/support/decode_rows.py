@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distributed_sparse.cache import AppendRuns, Geometry, LayerCache, Metadata, PageMinMax
 from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, SparseConfig, attend_selection
-from distributed_sparse.selection.metadata import AppendRuns, Geometry, LayerCache, Metadata, PageMinMax
 
 ANY_BITS = 2**31 - 1
 """What stands in a page table past its count: an id that no cache has."""
@@ -154,7 +154,9 @@ def positions_read(rows: DecodeRows, selection: Selection, row: int, head: int) 
     if selection.tokens is not None and selection.num_tokens is not None:
         slots = selection.tokens[row, head, : int(selection.num_tokens[row, head])].tolist()
         found += [logical[slot // size] * size + slot % size for slot in slots]
-    return found if selection.partial_of is None else found + positions_read(rows, selection.partial_of, row, head)
+    return (
+        found if selection.partial_selection is None else found + positions_read(rows, selection.partial_selection, row, head)
+    )
 
 
 def listed(selection: Selection, row: int, head: int) -> list[int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from distributed_sparse.client import Service
-from distributed_sparse.driver.client_messages import ModelInfo
-from distributed_sparse.driver.in_process import InProcessGroup
+from distributed_sparse.client.client import Service
 from distributed_sparse.driver.service import DriverService
-from distributed_sparse.driver.shard_group import ShardGroup
 from distributed_sparse.llm import LLM
-from distributed_sparse.shard.serve import ShardArguments, ShardFactory, run_shard
+from distributed_sparse.protocol.client import ModelInfo
+from distributed_sparse.ranks.base import ShardGroup
+from distributed_sparse.ranks.in_process import InProcessGroup
+from distributed_sparse.ranks.worker import ShardArguments, ShardFactory, run_shard
 from tests.support.process_group import ProcessShardGroup
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from distributed_sparse.evaluation.methods import settings_key
+from distributed_sparse.tools.evaluation.methods import settings_key
 
 
 def answers_record(

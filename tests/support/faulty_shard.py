@@ -14,10 +14,10 @@ from typing import TypeVar
 import torch
 
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.messages import Loaded, PrefillChunk, Ready, StepPlan
-from distributed_sparse.shard.collectives import CollectiveError, Collectives
+from distributed_sparse.protocol.step import Loaded, PrefillChunk, Ready, StepPlan
+from distributed_sparse.ranks.worker import ShardArguments, run_shard
+from distributed_sparse.shard.collectives.collectives import CollectiveError, Collectives
 from distributed_sparse.shard.pending import PendingStep
-from distributed_sparse.shard.serve import ShardArguments, run_shard
 from distributed_sparse.shard.shard import Shard
 
 T = TypeVar("T")

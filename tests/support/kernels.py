@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+import distributed_sparse.kernels as kernels
 from distributed_sparse.kernels import scratch
 
 SHARED_MEMORY_LIMIT = 99 * 1024
@@ -41,10 +44,17 @@ class Implementation:
         return self.name == "interpreter"
 
     def function(self, op: str, file: str | None = None) -> Callable[..., Any]:
-        """The implementation's function of an op: ``append_torch`` of ``kernels/append_torch.py``, or of ``file``_torch.py."""
+        """The implementation's function of an op: ``append_torch`` of ``append_torch.py``, or of ``file``_torch.py."""
         suffix = self.name if self.name in ("torch", "native") else "triton"
-        module = importlib.import_module(f"distributed_sparse.kernels.{file or op}_{suffix}")
-        return getattr(module, f"{op}_{suffix}")
+        return getattr(importlib.import_module(kernel_modules()[f"{file or op}_{suffix}"]), f"{op}_{suffix}")
+
+
+@functools.cache
+def kernel_modules() -> dict[str, str]:
+    """Name of a kernel's file -> its module."""
+    root = Path(next(iter(kernels.__path__)))
+    files = (file.relative_to(root).with_suffix("") for file in root.glob("*/*.py"))
+    return {file.name: ".".join((kernels.__name__, *file.parts)) for file in files}
 
 
 TORCH = Implementation("torch", "cpu")

@@ -22,9 +22,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.group import RayShardGroup
-from distributed_sparse.driver.messages import StepPlan
-from distributed_sparse.driver.shard_group import ShardFailure
+from distributed_sparse.protocol.step import StepPlan
+from distributed_sparse.ranks.base import ShardFailure
+from distributed_sparse.ray_backend.group import RayShardGroup
 from tests.support.patience import WAIT_S
 from tests.support.stand_in_shard import StandInShard
 

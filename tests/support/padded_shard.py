@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.shard.collectives import Collectives
+from distributed_sparse.shard.collectives.collectives import Collectives
 from distributed_sparse.shard.shard import Shard
 
 

@@ -14,14 +14,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.remote_group import RemoteShardGroup
-from distributed_sparse.shard.serve import ShardArguments, ShardFactory, run_shard
+from distributed_sparse.ranks.remote import RemoteShardGroup
+from distributed_sparse.ranks.worker import ShardArguments, ShardFactory, run_shard
 
 PRELOAD = [
     "torch",
     "torch.distributed",
     "safetensors.torch",
-    "distributed_sparse.shard.serve",
+    "distributed_sparse.ranks.worker",
     "distributed_sparse.shard.shard",
 ]
 

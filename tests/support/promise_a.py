@@ -20,7 +20,7 @@ def row_bits(rows: DecodeRows, selection: Selection, row: int, head: int) -> lis
     output = rows.attend(selection)[row, head * group : (head + 1) * group]
     assert torch.isfinite(output).all()
     bits = output.view(torch.int32 if output.dtype == torch.float32 else torch.int16).tolist()
-    return [pages, tokens, weight, row_lists(selection.partial_of, row, head), bits]
+    return [pages, tokens, weight, row_lists(selection.partial_selection, row, head), bits]
 
 
 def row_lists(selection: Selection | None, row: int, head: int) -> tuple[list[int], list[int]]:

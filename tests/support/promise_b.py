@@ -6,7 +6,7 @@ import torch
 
 from distributed_sparse.outputs import CompletionOutput, RequestOutput
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.shard.margin import TIE, first_difference, relative_margin
+from distributed_sparse.tools.common.margin import TIE, first_difference, relative_margin
 
 
 def count_ties(reference: list[RequestOutput], found: list[RequestOutput], params: list[SamplingParams]) -> int:

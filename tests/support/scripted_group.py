@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from distributed_sparse.driver.messages import DecodeRow, LogprobBlock, SlotSetup, StepPlan, StepResult
-from distributed_sparse.driver.shard_group import RankInfo, ShardFailure, ShardGroup
+from distributed_sparse.protocol.step import DecodeRow, LogprobBlock, SlotSetup, StepPlan, StepResult
+from distributed_sparse.ranks.base import RankInfo, ShardFailure, ShardGroup
 
 VOCAB_SIZE = 97
 T = TypeVar("T")
@@ -25,9 +25,9 @@ def next_token(context: Sequence[int | None], sample_index: int) -> int:
     return zlib.crc32(repr((sample_index, list(context))).encode()) % VOCAB_SIZE
 
 
-def in_window(tokens: Sequence[T], page_size: int, kept_pages: tuple[int, int]) -> list[T]:
+def in_window(tokens: Sequence[T], page_size: int, evict_window: tuple[int, int]) -> list[T]:
     """What a decode step reads of a context: its first pages and its newest ones."""
-    sink, recent = kept_pages
+    sink, recent = evict_window
     start = max(-(-len(tokens) // page_size) - recent, sink)
     return [*tokens[: sink * page_size], *tokens[start * page_size :]]
 
@@ -37,19 +37,19 @@ def expected_tokens(
     count: int,
     sample_index: int = 0,
     *,
-    kept_pages: tuple[int, int] | None = None,
+    evict_window: tuple[int, int] | None = None,
     prefill_length: int = 0,
     page_size: int = 16,
 ) -> list[int]:
     """The first `count` tokens that a request gets when nothing goes wrong with its pages.
 
-    With `kept_pages`, contexts longer than `prefill_length` are read through that window.
+    With `evict_window`, contexts longer than `prefill_length` are read through that window.
     """
     tokens = list(prompt)
     for _ in range(count):
         read = tokens
-        if kept_pages is not None and len(tokens) > prefill_length:
-            read = in_window(tokens, page_size, kept_pages)
+        if evict_window is not None and len(tokens) > prefill_length:
+            read = in_window(tokens, page_size, evict_window)
         tokens.append(next_token(read, sample_index))
     return tokens[len(prompt) :]
 
@@ -57,9 +57,9 @@ def expected_tokens(
 class CacheModel:
     """Does with plans what a shard does, with tokens in place of keys: what it samples comes from what lies in the pages."""
 
-    def __init__(self, num_pages: int, page_size: int, kept_pages: tuple[int, int] | None = None) -> None:
+    def __init__(self, num_pages: int, page_size: int, evict_window: tuple[int, int] | None = None) -> None:
         self.page_size = page_size
-        self.kept_pages = kept_pages
+        self.evict_window = evict_window
         self.pages: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
         self.tables: dict[int, list[int]] = {}
         self.setups: dict[int, SlotSetup] = {}
@@ -72,7 +72,7 @@ class CacheModel:
             self.last_token.pop(setup.slot, None)
         for slot, pages in plan.new_pages:
             # only a fork from a sequence that has evicted pages is told of the null page
-            least = 1 if self.kept_pages is None else 0
+            least = 1 if self.evict_window is None else 0
             assert all(least <= page < len(self.pages) for page in pages), f"slot {slot} is given {pages}"
             self.tables[slot] += pages
         copied = [list(self.pages[source]) for source, _ in plan.page_copies]
@@ -87,8 +87,8 @@ class CacheModel:
         sampled: dict[int, int] = {}
         for part in plan.parts:
             context = self.read(part.slot, part.end)
-            if self.kept_pages is not None and isinstance(part, DecodeRow):
-                context = in_window(context, self.page_size, self.kept_pages)
+            if self.evict_window is not None and isinstance(part, DecodeRow):
+                context = in_window(context, self.page_size, self.evict_window)
             for slot in part.samples:
                 sampled[slot] = next_token(context, self.setups[slot].sample_index)
                 result.tokens.append(sampled[slot])
@@ -134,7 +134,7 @@ class ScriptedGroup(ShardGroup):
     Args:
         num_pages: of the cache, the null page included; may be set anew before a rebuild.
         before_step: called with each plan before it is answered; may wait, or raise a ShardFailure.
-        kept_pages, forks_copy_pages: as in `Loaded`.
+        evict_window, copy_on_fork: as in `Loaded`.
         queues_plans: as of `ShardGroup`.
 
     Attributes:
@@ -148,8 +148,8 @@ class ScriptedGroup(ShardGroup):
         num_pages: int = 64,
         page_size: int = 16,
         before_step: Callable[[StepPlan], None] | None = None,
-        kept_pages: tuple[int, int] | None = None,
-        forks_copy_pages: bool = False,
+        evict_window: tuple[int, int] | None = None,
+        copy_on_fork: bool = False,
         queues_plans: bool = False,
     ) -> None:
         super().__init__(world_size=1)
@@ -165,8 +165,8 @@ class ScriptedGroup(ShardGroup):
         self.deadlines: list[float | None] = []
         self.stopped = threading.Event()
         self.cancelled = threading.Event()
-        self._window = kept_pages
-        self._copies = forks_copy_pages
+        self._window = evict_window
+        self._copies = copy_on_fork
         self._failure: ShardFailure | None = None
 
     @property
@@ -196,8 +196,8 @@ class ScriptedGroup(ShardGroup):
         self.ranks = [
             RankInfo(
                 rank=0, node_id="n", hostname="h", pid=1, device="cpu", dtype="float32", kv_heads=(0, 1), weight_bytes=0,
-                page_bytes=64, max_pages=self.cache_pages, cache_bytes=0, metadata_bytes=0, kept_pages=self._window,
-                forks_copy_pages=self._copies,
+                page_bytes=64, max_pages=self.cache_pages, cache_bytes=0, metadata_bytes=0, evict_window=self._window,
+                copy_on_fork=self._copies,
             )
         ]  # fmt: skip
         return self.ranks

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from distributed_sparse.chaos.processes import MARK, SHARD, marked_processes
 from distributed_sparse.outputs import CompletionOutput, RequestOutput
 from distributed_sparse.sampling_params import SamplingParams
+from distributed_sparse.tools.chaos.processes import MARK, SHARD, marked_processes
 
 MENDING_S = 0.15
 SHORT_TIMEOUT_S = 2.5

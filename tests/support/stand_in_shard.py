@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.messages import Loaded, Ready, ShardReport, StepPlan, StepResult
-from distributed_sparse.shard import serve
-from distributed_sparse.shard.collectives import Collectives
+from distributed_sparse.protocol.step import Loaded, Ready, ShardReport, StepPlan, StepResult
+from distributed_sparse.ranks import worker as serve
+from distributed_sparse.ranks.worker import ShardArguments, run_shard
+from distributed_sparse.shard.collectives.collectives import Collectives
 from distributed_sparse.shard.pending import PendingStep
-from distributed_sparse.shard.serve import ShardArguments, run_shard
 
 FAIL_STEP, KILL_STEP, SLEEP_STEP, WRONG_STEP, QUIET_STEP = 1001, 1002, 1003, 1004, 1005
 """Steps in which the last rank raises, kills itself, sleeps, answers another step; and one that runs no collective."""
@@ -109,10 +109,10 @@ class OtherMethod(StandInShard):
 
     def load(self) -> Loaded:
         loaded = super().load()
-        if self.name == "kept_pages":
-            loaded.kept_pages = (1, 2) if self.rank == 0 else None
+        if self.name == "evict_window":
+            loaded.evict_window = (1, 2) if self.rank == 0 else None
         else:
-            loaded.forks_copy_pages = self.rank == 1
+            loaded.copy_on_fork = self.rank == 1
         return loaded
 
 

@@ -12,16 +12,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from distributed_sparse.client.output_builder import OutputBuilder
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.client_messages import ModelInfo, NewRequest
 from distributed_sparse.driver.driver import Driver
-from distributed_sparse.driver.messages import Hello, StepPlan, StepResult
-from distributed_sparse.driver.shard_group import RankInfo, ShardGroup
 from distributed_sparse.model.config import ModelConfig
-from distributed_sparse.output_builder import OutputBuilder
 from distributed_sparse.outputs import RequestOutput
+from distributed_sparse.protocol.client import ModelInfo, NewRequest
+from distributed_sparse.protocol.step import Hello, StepPlan, StepResult
+from distributed_sparse.ranks.base import RankInfo, ShardGroup
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.shard.collectives import Collectives
+from distributed_sparse.shard.collectives.collectives import Collectives
 from distributed_sparse.shard.shard import Shard
 from tests.support.patience import WAIT_S
 

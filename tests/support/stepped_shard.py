@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from distributed_sparse.config import EngineConfig
-from distributed_sparse.driver.messages import DecodeRow, PrefillChunk, SlotSetup, StepPlan, StepResult
-from distributed_sparse.shard.collectives import Collectives
+from distributed_sparse.protocol.step import DecodeRow, PrefillChunk, SlotSetup, StepPlan, StepResult
+from distributed_sparse.shard.collectives.collectives import Collectives
 from distributed_sparse.shard.pending import PendingStep
 from distributed_sparse.shard.shard import Shard
 from tests.support.prompts import random_tokens

@@ -1,0 +1,67 @@
+"""prompts: the forms that a prompt may have. Text, token ids, or one of vLLM's two dicts."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any, TypedDict
+
+from distributed_sparse.utils.validation import check_keys, shown
+from distributed_sparse.utils.vllm_names import PROMPT, drop_neutral
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text, which the tokenizer encodes."""
+
+    prompt: str
+
+
+class _TokenIds(TypedDict):
+    prompt_token_ids: list[int]
+
+
+class TokensPrompt(_TokenIds, total=False):
+    """A prompt as token ids. `prompt` is the text that they stand for: it is not read, and comes back in the output."""
+
+    prompt: str
+
+
+Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
+
+
+def parse_prompt(prompt: Any) -> tuple[str | None, list[Any] | None]:
+    """(text, token ids) of a prompt, None for what it does not have; the ids are not checked yet.
+
+    Raises:
+        ValueError: it has none of the forms; a key of vLLM's that is not supported is named.
+    """
+    if isinstance(prompt, str):
+        return prompt, None
+    name, form, text, token_ids = "prompt", "a str or a list of token ids", None, prompt
+    if isinstance(prompt, Mapping):
+        given = drop_neutral(prompt, PROMPT, where="prompt: ")
+        check_keys(given, ("prompt", "prompt_token_ids"), "prompt")
+        text, token_ids = given.get("prompt"), given.get("prompt_token_ids")
+        if text is None and token_ids is None:
+            raise ValueError(f"prompt={shown(prompt)} is empty; give {{'prompt': text}} or {{'prompt_token_ids': [...]}}")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"prompt={shown(text)} must be a str; give token ids as {{'prompt_token_ids': [...]}}")
+        if token_ids is None:
+            return text, None
+        name, form = "prompt_token_ids", "a list of token ids"
+    if not isinstance(token_ids, Sequence) or isinstance(token_ids, str | bytes | bytearray):
+        raise ValueError(f"{name}={shown(token_ids)} must be {form} (an array's .tolist())")
+    return text, list(token_ids)
+
+
+def is_single_prompt(prompts: Any) -> bool:
+    """Whether that is one prompt, and not a list of prompts.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(prompts, str | Mapping):
+        return True
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
+        raise ValueError(
+            f"prompts={shown(prompts)} must be a str, a list of token ids, or a list of those (an array's .tolist())"
+        )
+    return len(prompts) > 0 and isinstance(prompts[0], Integral)

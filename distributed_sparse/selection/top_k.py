@@ -1,0 +1,189 @@
+"""Scorer: scores what a row could attend to: Quest's page bounds, hash signatures, the exact logits.
+
+A scorer works alone (`TopKPolicy`: quest, hash, oracle_topk, random), ahead of Twilight's pruner, and inside vAttention.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from distributed_sparse.cache import Metadata
+from distributed_sparse.kernels.quest.top_k_pages import top_k_pages
+from distributed_sparse.selection.base import (
+    DecodeBatch,
+    Geometry,
+    LayerCache,
+    Policy,
+    Selection,
+    SparseConfig,
+    all_rows_dense,
+    dense_selection,
+    named_class,
+    page_budget,
+    slots_of,
+    token_selection,
+    tokens_in_budget,
+)
+
+SCORERS: dict[str, type[Scorer]] = {}
+"""By `Scorer.selector`."""
+
+
+def scorer_class(name: str, *others: str) -> type[Scorer]:
+    """The scorer that a `selector:` names: one of `SCORERS`, or "package.module:Scorer". `others`: what else is allowed."""
+    return named_class("sparse.selector", name, SCORERS | dict.fromkeys(others, Scorer), Scorer)
+
+
+class Scorer(ABC):
+    """Scores every page of a row, or every token.
+
+    Attributes:
+        selector: the name by which Twilight and vAttention take it as their `selector`; None: by its import path alone.
+        per_token: scores single tokens, not pages.
+        graph_safe: as of `Policy`.
+        metadata: as of `Policy`.
+    """
+
+    selector: ClassVar[str | None] = None
+    per_token: ClassVar[bool] = False
+    graph_safe: bool = True
+    metadata: tuple[Metadata, ...] = ()
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+
+    def __init_subclass__(cls) -> None:
+        if cls.selector is not None:
+            SCORERS[cls.selector] = cls
+
+    @classmethod
+    def from_config(cls, config: SparseConfig, geometry: Geometry) -> Self:
+        """A scorer with the settings of a method that uses it.
+
+        Raises:
+            ValueError: the settings lack something that it needs.
+        """
+        return cls(geometry)
+
+    @classmethod  # noqa: B027
+    def check_config(cls, config: SparseConfig) -> None:
+        """Raise ValueError where the settings of a method that uses it lack something. Checked before an engine starts."""
+
+    @abstractmethod
+    def scores(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Tensor:
+        """Higher is better, one score for the whole group of query heads.
+
+        Returns:
+            float32, or int32 of few distinct values from 0 on: [B, H_kv, P] per page, or [B, H_kv, P * page_size] per token.
+            Entries past a row's count are undefined.
+        """
+
+    def page_scores(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Tensor:
+        """The scores of pages: of a scorer per token, its best token's."""
+        scores = self.scores(q, cache, batch)
+        if not self.per_token:
+            return scores
+        position = torch.arange(scores.shape[2], device=scores.device)
+        past = position >= batch.context_lens[:, None, None]
+        return scores.masked_fill(past, _least(scores.dtype)).unflatten(2, (-1, batch.page_size)).amax(-1)
+
+    def bytes_scored(self, context_lens: list[int]) -> int:
+        """Bytes that `scores` reads for rows of these contexts, over this rank's KV heads."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKConfig(SparseConfig):
+    """`token_budget` tokens per KV head and step, the sink and recent ones included.
+
+    The budget is rounded up to whole pages, and sinks and recent tokens are `sink_pages` and `recent_pages` pages' worth, of
+    methods that choose single tokens too: 33 reads 48 tokens at pages of 16.
+    """
+
+    method: ClassVar[str]
+    per_token: ClassVar[bool] = False
+    """Whether single tokens are chosen: that of the method's scorer."""
+    token_budget: int = 2048
+
+    def check(self, page_size: int) -> None:
+        self.check_budget(self.token_budget, page_size)
+
+    def attended_tokens(self, context_len: int, page_size: int) -> int:
+        in_pages = tokens_in_budget(self, self.token_budget, context_len, page_size)
+        if not self.per_token or in_pages == context_len:
+            return in_pages
+        return -(-self.token_budget // page_size) * page_size
+
+
+class TopKPolicy(Policy):
+    """The best pages or tokens by a scorer's scores, as many as the budget holds."""
+
+    config: TopKConfig
+    scorer_class: ClassVar[type[Scorer]]
+
+    def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
+        super().__init__(config, geometry)
+        self.scorer = self.scorer_class.from_config(config, geometry)
+        self.metadata = self.scorer.metadata
+        self.graph_safe = self.scorer.graph_safe
+
+    def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
+        config = self.config
+        if all_rows_dense(config, config.token_budget, batch):
+            return dense_selection(batch, self.geometry.num_kv_heads)
+        with self.timer("score"):
+            scores = self.scorer.scores(q, cache, batch)
+        k, capacity = page_budget(config, config.token_budget, batch)
+        with self.timer("top_k"):
+            if self.scorer.per_token:
+                return self._best_tokens(scores, k, capacity, batch)
+            return Selection(*best_pages(scores, batch, k, config, capacity))
+
+    def _best_tokens(self, scores: Tensor, k: Tensor, capacity: int, batch: DecodeBatch) -> Selection:
+        """As many tokens as fill k pages."""
+        size = batch.page_size
+        positions, counts = top_k_logical(
+            scores,
+            batch.context_lens,
+            k * size,
+            batch,
+            sinks=self.config.sink_pages * size,
+            recent=self.config.recent_pages * size,
+            capacity=capacity * size,
+        )
+        return token_selection(batch, slots_of(positions, batch), counts)
+
+    def bytes_scored(self, context_lens: list[int], max_context_len: int | None = None) -> int:
+        return self.scorer.bytes_scored(context_lens)
+
+
+def _least(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).min if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+def best_pages(scores: Tensor, batch: DecodeBatch, k: Tensor, config: SparseConfig, capacity: int) -> tuple[Tensor, Tensor]:
+    """The k best pages of every row, the sink and recent pages of its settings among them: as of `top_k_pages`."""
+    return top_k_pages(
+        scores,
+        batch.page_table,
+        batch.num_pages,
+        k,
+        sink_pages=config.sink_pages,
+        recent_pages=config.recent_pages,
+        capacity=capacity,
+    )
+
+
+def top_k_logical(
+    scores: Tensor, counts: Tensor, k: Tensor, batch: DecodeBatch, *, sinks: int, recent: int, capacity: int
+) -> tuple[Tensor, Tensor]:
+    """`top_k_pages` by logical index, of pages or of tokens: int32 [B, H_kv, capacity] ascending, counts int32 [B, H_kv]."""
+    rows, width = scores.shape[0], scores.shape[2]
+    own = batch.cached_per_step(("logical", width), lambda: torch.arange(width, dtype=torch.int32, device=scores.device))
+    identity = own.expand(rows, -1)
+    return top_k_pages(scores, identity, counts, k, sink_pages=sinks, recent_pages=recent, capacity=capacity)

@@ -1,0 +1,70 @@
+"""models: what the whole-engine benchmarks run: a shape with dummy weights, or a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distributed_sparse.model.checkpoint import resolve_checkpoint
+from distributed_sparse.model.config import ModelConfig
+
+ATTENTION_HEAVY = "attention-heavy"
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    ATTENTION_HEAVY: {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 1 << 20,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }
+}
+"""Shapes by name: one whose time goes to attention, not to matrices, already at moderate contexts."""
+
+SHAPES = Path(__file__).resolve().parents[3] / "configs" / "models"
+"""Where the repository keeps the shapes of public models."""
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A folder that an engine can load, and how."""
+
+    path: Path
+    load_format: str
+    config: ModelConfig
+
+
+@contextmanager
+def bench_model(name: str) -> Iterator[BenchModel]:
+    """A model by its name in `CONFIGS` or in configs/models, a folder, or a hub id. Without weights: dummy ones.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if name in CONFIGS:
+            path, load_format = Path(folder), "dummy"
+            (path / "config.json").write_text(json.dumps(CONFIGS[name]))
+        else:
+            given = SHAPES / name if not Path(name).expanduser().exists() and (SHAPES / name).is_dir() else Path(name)
+            local = given.expanduser().is_dir()
+            load_format = "dummy" if local and not any(given.expanduser().glob("*.safetensors")) else "auto"
+            path = resolve_checkpoint(str(given), load_format)
+        yield BenchModel(path, load_format, ModelConfig.from_pretrained(path))

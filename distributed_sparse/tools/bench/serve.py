@@ -1,0 +1,297 @@
+"""serve: requests that arrive whether or not the engine keeps up. Names and definitions are those of `vllm bench serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from distributed_sparse.client.client import EngineError
+from distributed_sparse.llm import LLM
+from distributed_sparse.model.limits import resolve_device, resolve_dtype
+from distributed_sparse.sampling_params import SamplingParams
+from distributed_sparse.tools.bench.accuracy import WrongResult
+from distributed_sparse.tools.bench.decode import DecodeSettings, one_ray
+from distributed_sparse.tools.bench.failures import caught
+from distributed_sparse.tools.bench.models import BenchModel, bench_model
+from distributed_sparse.tools.bench.synthetic import SyntheticLLM, SyntheticShard
+from distributed_sparse.tools.bench.timing import check_memory, torch_threads
+from distributed_sparse.tools.bench.ttft import NEVER
+from distributed_sparse.tools.common.latency import RequestTimes, spread_ms
+from distributed_sparse.tools.planner.rank import RankCostModel
+
+CHECKED_REQUESTS = 2
+
+TIE_NATS = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+"""Two tokens whose log-probabilities are so close may be chosen either way."""
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """What arrives, and at which engine."""
+
+    model: str = DecodeSettings.model
+    method: tuple[str, ...] = ("dense", "quest")
+    set: tuple[str, ...] = ()
+    request_rate: tuple[float, ...] = (math.inf,)
+    """Requests per second; inf: all at once."""
+    burstiness: float = 1.0
+    """Shape of the gamma distribution of the gaps: 1 is Poisson, less is burstier; inf: equal gaps."""
+    num_prompts: int = 16
+    random_input_len: int = 512
+    random_output_len: int = 32
+    num_warmups: int = 8
+    """Requests sent at once, and not measured, before an engine's first rate."""
+    rounds: int = 3
+    """Runs at each rate, with other prompts and arrivals; the one of median output throughput is reported."""
+    seed: int = 0
+    tensor_parallel_size: int = 1
+    dtype: str = "auto"
+    device: str = "cpu"
+    threads: int | None = None
+    page_size: int = 16
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "random_input_len", "random_output_len", "num_warmups", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
+        for name, values in (("request-rate", self.request_rate), ("burstiness", (self.burstiness,))):
+            if any(not value > 0 for value in values):
+                raise ValueError(f"--{name} {values} must be above 0")
+
+    def prompts(self, count: int, round_number: int, vocab_size: int) -> list[list[int]]:
+        """Random token ids; round 0 warms up."""
+        generators = (np.random.default_rng([self.seed, round_number, number]) for number in range(count))
+        return [generator.integers(3, vocab_size, self.random_input_len).tolist() for generator in generators]
+
+    def as_decode(self) -> DecodeSettings:
+        """What both benchmarks share."""
+        return DecodeSettings(method=self.method, set=self.set, tensor_parallel_size=(self.tensor_parallel_size,))
+
+
+@dataclass
+class Served:
+    """One request as its client saw it."""
+
+    times: RequestTimes
+    due: float
+    """When it was to be sent (`time.monotonic`)."""
+    error: str | None = None
+
+
+def arrival_times(count: int, request_rate: float, burstiness: float, seed: int) -> list[float]:
+    """Seconds from the start at which requests arrive, as `get_request` of `vllm bench serve` has it.
+
+    Gaps are of a gamma distribution of mean 1 / request_rate, the first request's too, and stretched together so that the last
+    one arrives at count / request_rate.
+
+    Args:
+        burstiness: shape of the distribution; inf: equal gaps.
+    """
+    if math.isinf(request_rate):
+        return [0.0] * count
+    if math.isinf(burstiness):
+        times = np.arange(1.0, count + 1)
+    else:
+        gaps = np.random.default_rng(seed).gamma(burstiness, 1.0 / (request_rate * burstiness), count)
+        times = np.cumsum(gaps)
+    stretched = times * (count / request_rate / times[-1]) if times[-1] > 0 else times
+    return stretched.tolist()
+
+
+def bench_serve(settings: ServeSettings, told: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
+    """Serve the same requests with each method at each rate.
+
+    Returns:
+        Rows of "method", "request_rate" and what `vllm bench serve` saves: "duration" (s), "completed", "failed",
+        "total_input_tokens", "total_output_tokens", "request_throughput", "output_throughput", "total_token_throughput" (per
+        second), and {mean, median, p99}_{ttft, tpot, itl, e2el}_ms; beside them "max_send_delay_ms" (how late the client was),
+        {min, max}_output_throughput of the rounds, and "greedy_agreement" (of checked requests, the share of tokens that a
+        dense prefill of prompt and output ranks first);
+        or "unavailable" or "wrong", with the reason. "duration" begins when the first gap does, and ends with the last request.
+    """
+    device, rows = resolve_device(settings.device), []
+    with bench_model(settings.model) as model, torch_threads(settings.threads), one_ray(settings.as_decode()):
+        dtype = resolve_dtype(settings.dtype, model.config.dtype)
+        for method, sparse in settings.as_decode().sections().items():
+            of_method: list[dict[str, Any]] = []
+            with caught(method) as failed, _engine(settings, model, sparse, dtype, device) as llm:
+                warm_ups = settings.prompts(settings.num_warmups, 0, model.config.vocab_size)
+                asyncio.run(serve(llm, warm_ups, [0.0] * len(warm_ups), settings.random_output_len))
+                for rate in settings.request_rate:
+                    rounds = range(1, settings.rounds + 1)
+                    of_method.append(median_round([_at_rate(settings, llm, rate, method, dtype, n) for n in rounds]))
+            if failed:
+                of_method.append({**failed})
+            for row in of_method:
+                row |= {"method": method, "tensor_parallel_size": settings.tensor_parallel_size}
+                rows.append({"method": row.pop("method"), **row})
+                told(rows[-1])
+    return rows
+
+
+def _engine(
+    settings: ServeSettings, model: BenchModel, sparse: dict[str, Any] | None, dtype: torch.dtype, device: torch.device
+) -> SyntheticLLM:
+    """Room for as many requests as run at once; nothing is filled synthetically."""
+    length = settings.random_input_len + settings.random_output_len + 1
+    num_seqs = min(settings.max_num_seqs, settings.num_prompts)
+    paper = RankCostModel(model.config, settings.tensor_parallel_size, sparse, settings.page_size, dtype)
+    cache_bytes = (num_seqs * -(-length // settings.page_size) + 1) * sum(paper.page_bytes)
+    ranks = settings.tensor_parallel_size if device.type == "cpu" else 1
+    check_memory(f"{num_seqs} requests at once", ranks * (paper.weight_bytes + cache_bytes), device)
+    return SyntheticLLM(
+        str(model.path),
+        partial(SyntheticShard, fill_from=NEVER, num_threads=settings.threads),
+        load_format=model.load_format,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        sparse=sparse,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        page_size=settings.page_size,
+        max_model_len=length,
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=max(settings.max_num_batched_tokens, num_seqs),
+        kv_cache_memory_bytes=cache_bytes,
+        seed=settings.seed,
+    )
+
+
+def _at_rate(
+    settings: ServeSettings, llm: LLM, rate: float, method: str, dtype: torch.dtype, round_number: int
+) -> dict[str, Any]:
+    prompts = settings.prompts(settings.num_prompts, round_number, llm.model_config.vocab_size)
+    due = arrival_times(settings.num_prompts, rate, settings.burstiness, settings.seed + round_number)
+    served, duration = asyncio.run(serve(llm, prompts, due, settings.random_output_len))
+    row: dict[str, Any] = {"request_rate": rate if math.isfinite(rate) else "inf", "burstiness": settings.burstiness}
+    try:
+        agreement = greedy_agreement(llm, prompts, served, method, dtype, settings.random_output_len)
+    except WrongResult as wrong:
+        return {**row, "wrong": str(wrong)}
+    return row | summary(served, duration) | {"greedy_agreement": agreement}
+
+
+def median_round(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of median output throughput, with the extremes of all rounds and every error; or the first that is wrong."""
+    for row in rounds:
+        if "wrong" in row:
+            return row
+    by_throughput = sorted(rounds, key=lambda row: row["output_throughput"])
+    return by_throughput[(len(rounds) - 1) // 2] | {
+        "min_output_throughput": by_throughput[0]["output_throughput"],
+        "max_output_throughput": by_throughput[-1]["output_throughput"],
+        "errors": sorted({error for row in rounds for error in row["errors"]}),
+    }
+
+
+async def serve(llm: LLM, prompts: Sequence[list[int]], due: Sequence[float], output_len: int) -> tuple[list[Served], float]:
+    """Send each request when it is due, whatever has become of the others, and wait for all of them.
+
+    Args:
+        due: seconds from now on.
+        output_len: tokens that each generates.
+
+    Returns:
+        What became of each, and the seconds from now until all of them had ended.
+    """
+    params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+    started = time.monotonic()
+    served = await asyncio.gather(*(_one(llm, prompt, params, started + after) for prompt, after in zip(prompts, due)))
+    return served, time.monotonic() - started
+
+
+async def _one(llm: LLM, prompt: list[int], params: SamplingParams, due: float) -> Served:
+    await asyncio.sleep(max(0.0, due - time.monotonic()))
+    times = RequestTimes(time.monotonic(), len(prompt))
+    served = Served(times, due)
+    try:
+        stream = await asyncio.to_thread(llm.stream, prompt, params)  # beside the loop: submitting may wait for the engine
+        async for output in stream:
+            tokens = output.outputs[0].token_ids
+            if len(tokens) > len(times.token_ids):
+                times.arrivals.append(time.monotonic())
+                times.token_ids = list(tokens)
+            served.error = output.error
+    except (EngineError, ValueError) as error:
+        served.error = str(error)
+    return served
+
+
+def summary(served: Sequence[Served], duration: float) -> dict[str, Any]:
+    """What they took together, under the names of `vllm bench serve`; latencies and tokens of completed requests alone.
+
+    Args:
+        duration: seconds of all of it, failed requests included.
+    """
+    completed = [one.times for one in served if one.error is None]
+    errors = sorted({one.error for one in served if one.error is not None})
+    row: dict[str, Any] = {
+        "completed": len(completed),
+        "failed": len(served) - len(completed),
+        "max_send_delay_ms": max(one.times.sent - one.due for one in served) * 1e3,
+        "errors": errors,
+    }
+    if not completed:
+        return {**row, "wrong": f"no request was completed: {errors[0]}"}
+    num_input = sum(one.num_prompt_tokens for one in completed)
+    num_output = sum(len(one.token_ids) for one in completed)
+    row |= {
+        "duration": duration,
+        "total_input_tokens": num_input,
+        "total_output_tokens": num_output,
+        "request_throughput": len(completed) / duration,
+        "output_throughput": num_output / duration,
+        "total_token_throughput": (num_input + num_output) / duration,
+    }
+    seconds = {
+        "ttft": [one.ttft for one in completed],
+        "tpot": [one.tpot for one in completed if one.tpot is not None],
+        "itl": [gap for one in completed for gap in one.itl],
+        "e2el": [one.arrivals[-1] - one.sent for one in completed],
+    }
+    for name, values in seconds.items():
+        spread = spread_ms(values) or dict.fromkeys(("mean", "median", "p99"))
+        row |= {f"{statistic}_{name}_ms": value for statistic, value in spread.items()}
+    return row
+
+
+def greedy_agreement(
+    llm: LLM, prompts: Sequence[list[int]], served: Sequence[Served], method: str, dtype: torch.dtype, output_len: int
+) -> float | None:
+    """Of the first completed requests, the share of their tokens that a dense prefill of prompt and output ranks first.
+
+    A dense engine's must be, up to ties: they were decoded in a changing batch, and are prefilled alone.
+
+    Raises:
+        WrongResult: a request has fewer tokens than it should, or a dense engine another token than its prefill.
+    """
+    equal, total = 0, 0
+    checked = [place for place, one in enumerate(served) if one.error is None][:CHECKED_REQUESTS]
+    for place in checked:
+        prompt, tokens = prompts[place], served[place].times.token_ids
+        if len(tokens) != output_len:
+            raise WrongResult(f"{method}: request {place} has {len(tokens)} tokens instead of {output_len}")
+        params = SamplingParams(max_tokens=1, prompt_logprobs=1, ignore_eos=True)
+        output = llm.generate([*prompt, *tokens], params, use_tqdm=False)[0]
+        assert output.prompt_logprobs is not None
+        for position, token in enumerate(tokens, len(prompt)):
+            of_position = output.prompt_logprobs[position]
+            assert of_position is not None
+            best = max(entry.logprob for entry in of_position.values())
+            behind = best - of_position[token].logprob
+            equal, total = equal + (behind == 0.0), total + 1
+            if method == "dense" and behind > TIE_NATS[dtype]:
+                number = position - len(prompt) + 1
+                raise WrongResult(
+                    f"{method}: token {number} of request {place} is behind the best one of its prefill by {behind:.2g} nats"
+                )
+    return equal / total if total else None

@@ -1,0 +1,173 @@
+"""synthetic: a cache of any length without its prefill: random keys and values in place of a prompt's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from distributed_sparse.cache import AppendRuns, Geometry
+from distributed_sparse.client.client import Service
+from distributed_sparse.config import EngineConfig
+from distributed_sparse.llm import LLM
+from distributed_sparse.protocol.client import ModelInfo
+from distributed_sparse.protocol.step import Loaded, PrefillChunk, StepPlan
+from distributed_sparse.ranks.worker import ShardFactory
+from distributed_sparse.shard.collectives.collectives import Collectives
+from distributed_sparse.shard.pending import PendingStep
+from distributed_sparse.shard.shard import Shard
+
+BLOCK = 4096
+"""Consecutive positions whose keys and values are drawn together: they follow from layer, KV head and block alone."""
+
+KEY_SPREAD = 4.0
+"""Standard deviation of the keys: with queries below 1, as random weights give them, logits spread by 2 to 4."""
+
+FILL_FROM = 1024
+"""Prompts of so many tokens are filled; shorter ones run truly, so that the same engine can be compared with a reference."""
+
+
+def synthetic_kv(layer: int, kv_head: int, block: int, head_dim: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Keys and values of the positions block * BLOCK ... of one KV head: float32 [BLOCK, d] each.
+
+    Values are standard normal, keys normal of standard deviation `KEY_SPREAD`. The same on any rank, on one kind of device.
+
+    Args:
+        kv_head: as the whole model counts it.
+    """
+    name = hashlib.sha256(f"{layer} {kv_head} {block}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(name[:4], "little"))  # of a seed, CPUs use 32 bits
+    k, v = torch.randn(2, BLOCK, head_dim, generator=generator, device=device)
+    return k.mul_(KEY_SPREAD), v
+
+
+def blocks(start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
+    """(block, which of its positions, where they lie from `start` on) for the blocks that hold positions [start, stop)."""
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        first, last = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
+        yield block, slice(first - block * BLOCK, last - block * BLOCK), slice(first - start, last - start)
+
+
+class SyntheticShard(Shard):
+    """A shard that puts `synthetic_kv` into the cache in place of long prompts; only a prompt's last token runs.
+
+    They go through the cache's own append, so pages, metadata and all that a method keeps are as of any keys.
+
+    Args:
+        fill_from: prompts of so many tokens are filled.
+        num_threads: torch threads of this rank; None: as it finds them.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        rank: int,
+        world_size: int,
+        collectives: Collectives,
+        *,
+        fill_from: int = FILL_FROM,
+        num_threads: int | None = None,
+    ) -> None:
+        super().__init__(config, rank, world_size, collectives)
+        self.fill_from = fill_from
+        self.num_threads = num_threads
+        self._pages: dict[int, list[int]] = {}
+        self._prompt_lengths: dict[int, int] = {}
+
+    def load(self) -> Loaded:
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
+        return super().load()
+
+    def begin(self, plan: StepPlan) -> PendingStep:
+        return super().begin(self._without_long_prompts(plan))
+
+    @torch.inference_mode()
+    def _without_long_prompts(self, plan: StepPlan) -> StepPlan:
+        """Fill the chunks of long prompts; the plan that is left of the step."""
+        for setup in plan.setups:
+            self._prompt_lengths[setup.slot], self._pages[setup.slot] = setup.prompt_length, []
+        for slot, pages in plan.new_pages:
+            self._pages[slot] += pages
+        left: list[PrefillChunk] = []
+        ranges: list[tuple[int, int, int]] = []
+        for chunk in plan.prefill:
+            if self._prompt_lengths.get(chunk.slot, 0) < self.fill_from:
+                left.append(chunk)
+                continue
+            if chunk.targets:
+                raise ValueError(f"a filled cache has no log-probabilities of prompts of {self.fill_from} tokens and more")
+            truly = bool(chunk.samples)
+            ranges.append((chunk.slot, chunk.start, chunk.end - truly))
+            if truly:
+                left.append(msgspec.structs.replace(chunk, start=chunk.end - 1, tokens=chunk.tokens[-1:]))
+        if not ranges:
+            return plan
+        with self._on_device():
+            self._fill(ranges)
+        return msgspec.structs.replace(plan, prefill=left)
+
+    def _fill(self, ranges: list[tuple[int, int, int]]) -> None:
+        """Write positions [start, stop) of each (slot, start, stop), in every layer."""
+        geometry, size = self.geometry, self.config.page_size
+        for block in sorted({block for _, start, stop in ranges for block, _, _ in blocks(start, stop)}):
+            runs = [
+                (own, self._runs(self._pages[slot], block * BLOCK + own.start, block * BLOCK + own.stop, size))
+                for slot, start, stop in ranges
+                for number, own, _ in blocks(start, stop)
+                if number == block
+            ]
+            for layer, cache in enumerate(self.cache.layers):
+                k, v = _of_heads(layer, block, geometry)
+                for own, where in runs:
+                    cache.append(k[own], v[own], where)
+
+    def _runs(self, pages: list[int], start: int, stop: int, page_size: int) -> AppendRuns:
+        """Positions [start, stop) of a sequence with these pages."""
+        borders = np.unique(np.r_[start, np.arange(-(-start // page_size), -(-stop // page_size)) * page_size])
+        ends = np.r_[borders[1:], stop]
+        table = np.array(pages)[borders // page_size]
+        columns = np.stack([table, borders - start, borders % page_size, ends - borders]).astype(np.int32)
+        return AppendRuns(*torch.from_numpy(columns).to(self.device).unbind(0))
+
+
+def _of_heads(layer: int, block: int, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """k and v [BLOCK, H_kv, d] of this rank's heads, in the cache's dtype."""
+    k, v = (
+        torch.empty(BLOCK, geometry.num_kv_heads, geometry.head_dim, dtype=geometry.dtype, device=geometry.device)
+        for _ in range(2)
+    )
+    for head in range(geometry.num_kv_heads):
+        own = synthetic_kv(layer, geometry.first_kv_head + head, block, geometry.head_dim, geometry.device)
+        k[:, head], v[:, head] = own
+    return k, v
+
+
+class SyntheticLLM(LLM):
+    """The product's LLM, whose shards are made by `shard_factory`: for one rank in this process, else Ray actors.
+
+    Args:
+        model, engine_args: as `LLM`.
+        shard_factory: picklable; None: `Shard` itself.
+    """
+
+    def __init__(self, model: str, shard_factory: ShardFactory | None, **engine_args: Any) -> None:
+        self._shard_factory = shard_factory
+        super().__init__(model, **engine_args)
+
+    def _start_service(self, info: ModelInfo, tokenizer: str | None) -> Service:
+        if self.config.tensor_parallel_size > 1:
+            from distributed_sparse.ray_backend.driver_actor import connect_driver
+
+            return connect_driver(self.config, info, tokenizer, self._shard_factory)
+        from distributed_sparse.driver.service import DriverService
+        from distributed_sparse.ranks.in_process import InProcessGroup
+
+        service = DriverService(self.config, info, tokenizer, InProcessGroup(self.config, self._shard_factory))
+        service.start()
+        return service

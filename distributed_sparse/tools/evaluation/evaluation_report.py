@@ -1,0 +1,246 @@
+"""The report: an evaluation's results as Markdown tables, each method with its controls at equal density."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from distributed_sparse.tools.common.results import Record
+from distributed_sparse.tools.common.tables import megabytes, number, small, table
+from distributed_sparse.tools.evaluation.evaluation_summary import (
+    DENSE,
+    UNKNOWN,
+    Estimate,
+    RunSummary,
+    attended_of,
+    dense_failures,
+    summarise_run,
+)
+from distributed_sparse.tools.evaluation.methods import Settings, controls_of, has_budget, label, settings_key
+from distributed_sparse.tools.evaluation.profile_report import profile_sections
+from distributed_sparse.tools.evaluation.suite import Suite
+
+REACHED = 0.95
+"""Share of right answers at which a recall budget is enough."""
+
+LEGEND = """\
+Every run went through the engine. Prompts were prefilled densely up to the question; the question's tokens (at most
+{question}) and the answer's were decoded one by one, so the method read the question too.
+
+- examples, tokens: prompts, and their tokens that were judged or generated. In brackets: 95% bootstrap intervals over
+  {units}, resampled within each task or text: what others of the same tasks and texts may give.
+  Where all numbers are 0, or all are the best, the interval is the rule of three's.
+- against dense: {change}, on the same {pairs}.
+- bytes / dense: K, V and metadata that a decode step reads, over those of the dense run's steps (the engine's own count).
+- top-1: how often the most likely token is the dense run's; KL: KL(dense || run) of the next-token distribution in nats; both
+  after the same tokens in both runs.
+- density: tokens attended / tokens in context, in the layers that select; attended: tokens per row (step, layer, KV head)
+  there.
+- held: KV bytes, and bytes of what the method keeps beside them, of the pages of the longest example's sequence; read: bytes
+  of K, V and metadata per decode step of one sequence. Over all ranks and layers, MB = 10^6 bytes.
+- error: relative L2 error of a head's attention output against dense over the same cache, mean / 90th percentile; mass:
+  softmax mass that was read, mean / 10th percentile. Of traced steps, over the query heads of the layers that select;
+  heads whose dense output is zero but for rounding have no error.
+- sparse rows, and why the others were dense: the layer is dense (`dense_layers`, `layers`), the context is below
+  `min_context`, or the row read its whole context (the budget covers it, or the method chose all of it). Shares of all rows.
+- Rows that begin with `=` are controls with the token budget that the run above them attended on average.
+- `-`: not measured (evicting methods cannot be traced; for KL, log-probabilities of the whole vocabulary must fit into
+  memory), or no interval."""
+
+
+def report(configuration: dict[str, Any], suite: Suite, methods: Sequence[Settings], records: Sequence[Record]) -> str:
+    """The Markdown text. `methods`: settings of the runs to show, beside dense and their controls."""
+    engine, options = configuration["engine"], configuration[suite.name]
+    settings = ", ".join(f"{name}={_option(value)}" for name, value in options.items() if _is_shown(name, value))
+    parts = [
+        f"# {suite.name}: {engine['model']}",
+        f"tensor_parallel_size={engine['tensor_parallel_size']}, dtype={engine['dtype']}, device={engine['device']}, "
+        f"page_size={engine['page_size']}, seed={engine['seed']}.\n\nSuite: {settings}.",
+    ]
+    if suite.traces_only:
+        return "\n\n".join([*parts, *profile_sections(methods, records)]) + "\n"
+    groups = list(dict.fromkeys(record["group"] for record in records))
+    page_size = engine["page_size"]
+    sections, question = [], 0
+    for group in groups:
+        blocks = summarise_group(records, methods, group, page_size)
+        question = max([question, *(run.question_tokens for block in blocks for run in block)])
+        sections += [f"## {group}", *(f"**{failure}**" for failure in dense_failures(suite, records, [group]))]
+        sections += _group_sections(suite, blocks)
+        sections += _missing_controls(records, blocks, group, page_size)
+    return "\n\n".join([*parts, _legend(suite, question), *sections]) + "\n"
+
+
+def _legend(suite: Suite, question: int) -> str:
+    units = {0: "examples", 1: "judged positions"}.get(suite.block, f"blocks of {suite.block} judged positions")
+    change = f"{suite.score_label} over the dense run's, less one" if suite.is_log else "score less the dense run's"
+    return LEGEND.format(question=question, units=units, change=change, pairs="positions" if suite.block else "examples")
+
+
+def summarise_group(
+    records: Sequence[Record], methods: Sequence[Settings], group: str, page_size: int
+) -> list[list[RunSummary]]:
+    """The dense run, then each method followed by its controls; runs that are not there are left out."""
+    dense = summarise_run(records, settings_key(DENSE), group)
+    blocks = [[dense]] if dense else []
+    for settings in methods:
+        own = summarise_run(records, settings_key(settings), group)
+        if own is None or settings["method"] == "dense":
+            continue
+        wanted = _wanted_controls(records, settings, group, page_size)
+        controls = [summarise_run(records, settings_key(control), group) for control in wanted]
+        blocks.append([own, *(control for control in controls if control is not None)])
+    return blocks
+
+
+def _wanted_controls(records: Sequence[Record], settings: Settings, group: str, page_size: int) -> list[Settings]:
+    attended = attended_of(records, settings_key(settings), group)
+    return [] if attended is None else controls_of(settings, attended, page_size)
+
+
+def _group_sections(suite: Suite, blocks: list[list[RunSummary]]) -> list[str]:
+    labelled = [(f"{'= ' if place else ''}{run.label}", run) for block in blocks for place, run in enumerate(block)]
+    parts = [_quality_table(suite, labelled), *gains(suite, blocks)]
+    if suite.name == "recall":
+        parts.append(_smallest_budgets(blocks))
+    for what, of in (("task", lambda run: run.task_scores), ("depth", lambda run: run.depth_scores)):
+        columns = list(dict.fromkeys(key for _, run in labelled for key in of(run)))
+        if len(columns) > 1:
+            rows = [[name, *(_estimate(of(run).get(key, UNKNOWN), suite, 1) for key in columns)] for name, run in labelled]
+            first = labelled[0][1]
+            parts.append(
+                f"{suite.score_label} by {what}, {first.num_examples} examples and {first.num_tokens} tokens in all\n\n"
+                + table([what, *map(_column, columns)], rows)
+            )
+    return [*parts, _attention_table(labelled), _rows_table(labelled)]
+
+
+def _is_shown(name: str, value: Any) -> bool:
+    return value not in (None, (), []) and not name.endswith("sha256")
+
+
+def _option(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _column(key: Any) -> str:
+    return f"{key:g}" if isinstance(key, float) else str(key)
+
+
+def _estimate(estimate: Estimate, suite: Suite, digits: int = 3) -> str:
+    """A score with its interval, as a table shows it."""
+    mean, low, high = (math.exp(value) if suite.is_log else value for value in (estimate.mean, *estimate.interval))
+    digits = 2 if suite.is_log else digits
+    return _bracketed(number(mean, digits), number(low, digits), number(high, digits))
+
+
+def _change(estimate: Estimate, suite: Suite) -> str:
+    if suite.is_log:
+        mean, low, high = (100 * math.expm1(value) for value in (estimate.mean, *estimate.interval))
+        return _bracketed(*(f"{value:+.1f}%" if math.isfinite(value) else number(value) for value in (mean, low, high)))
+    mean, low, high = estimate.mean, *estimate.interval
+    return _bracketed(*(f"{value:+.3f}" if math.isfinite(value) else number(value) for value in (mean, low, high)))
+
+
+def _bracketed(mean: str, low: str, high: str) -> str:
+    return mean if low == "-" else f"{mean} [{low}, {high}]"
+
+
+def _quality_table(suite: Suite, labelled: list[tuple[str, RunSummary]]) -> str:
+    head = ["run", "examples", "tokens", suite.score_label, "against dense", "bytes / dense", "top-1", "KL"]
+    rows = []
+    for name, run in labelled:
+        # a run that read all of every context is dense attention itself: nothing about it is an estimate
+        top1, kl, change = (Estimate(of.mean) if run.sparse_share == 0 else of for of in (run.top1, run.kl, run.change))
+        rows.append(
+            [
+                name,
+                str(run.num_examples),
+                str(run.num_tokens),
+                _estimate(run.score, suite),
+                "-" if run.settings == DENSE else _change(change, suite),
+                number(run.read_share),
+                _bracketed(*(number(value) for value in (top1.mean, *top1.interval))),
+                _bracketed(*(small(value) for value in (kl.mean, *kl.interval))),
+            ]
+        )
+    return table(head, rows)
+
+
+def _attention_table(labelled: list[tuple[str, RunSummary]]) -> str:
+    head = ["run", "examples", "density", "attended", "held KV MB", "held metadata MB", "read MB / step", "error", "mass"]
+    rows = [
+        [
+            name,
+            str(run.num_examples),
+            number(run.density),
+            number(run.attended, 0),
+            megabytes(run.held_kv),
+            megabytes(run.held_metadata),
+            megabytes(run.read_per_step),
+            f"{small(run.error)} / {small(run.error_p90)}",
+            f"{number(run.mass)} / {number(run.mass_p10)}",
+        ]
+        for name, run in labelled
+    ]
+    return table(head, rows)
+
+
+def _rows_table(labelled: list[tuple[str, RunSummary]]) -> str:
+    head = ["run", "examples", "sparse rows", "dense: layer", "dense: min_context", "dense: whole context read"]
+    rows = []
+    for name, run in labelled:
+        shares = run.dense_shares or dict.fromkeys(("sparse", "layers", "short", "whole"), math.nan)
+        rows.append([name, str(run.num_examples), *(number(shares[key]) for key in ("sparse", "layers", "short", "whole"))])
+    return table(head, rows)
+
+
+def _missing_controls(records: Sequence[Record], blocks: list[list[RunSummary]], group: str, page_size: int) -> list[str]:
+    """A line for each method whose controls were not run, all or some of them, and why."""
+    lines = []
+    for own, *controls in blocks:
+        if own.settings["method"] == "dense":
+            continue
+        wanted = _wanted_controls(records, own.settings, group, page_size)
+        missing = [label(control) for control in wanted if settings_key(control) not in {run.run for run in controls}]
+        if not wanted:
+            lines.append(
+                f"- {own.label}: no controls, since all of its rows read the whole context: there is no density to match"
+            )
+        elif missing:
+            lines.append(f"- {own.label}: {', '.join(missing)} not run (--no-controls, or a run that was interrupted)")
+    return ["Controls left out:\n\n" + "\n".join(lines)] if lines else []
+
+
+def gains(suite: Suite, blocks: list[list[RunSummary]]) -> list[str]:
+    """A line for each adaptive method: what it gains over Quest at equal density, a loss with its sign."""
+    lines = []
+    for own, *controls in blocks:
+        quest = next((run for run in controls if run.settings["method"] == "quest"), None)
+        if has_budget(own.settings) or quest is None:
+            continue
+        score, of_quest = (math.exp(run.score.mean) if suite.is_log else run.score.mean for run in (own, quest))
+        gain = score - of_quest if suite.higher_is_better else of_quest - score
+        lines.append(
+            f"- {own.label}: gain over quest at equal density: {gain:+.2f}{' (a loss)' if gain < 0 else ''} "
+            f"({score:.3f} at density {own.density:.3f}, {quest.label} {of_quest:.3f} at {quest.density:.3f}; "
+            f"{own.num_examples} examples)"
+        )
+    return ["\n".join(lines)] if lines else []
+
+
+def _smallest_budgets(blocks: list[list[RunSummary]]) -> str:
+    tried: dict[str, dict[int, float]] = {}
+    for run in (run for block in blocks for run in block):
+        if has_budget(run.settings):
+            tried.setdefault(run.settings["method"], {})[run.settings["token_budget"]] = run.score.mean
+    rows = []
+    for method, scores in tried.items():
+        enough = [budget for budget, score in scores.items() if score >= REACHED]
+        rows.append([method, str(min(enough)) if enough else "none of them", ", ".join(map(str, sorted(scores)))])
+    head = ["method", f"smallest budget with a score of {REACHED}", "budgets tried"]
+    if not rows:
+        return "No method with a token_budget was run."
+    judged = blocks[0][0].num_tokens
+    return f"Smallest budgets by the mean score over {judged} questions, whatever its interval\n\n{table(head, rows)}"

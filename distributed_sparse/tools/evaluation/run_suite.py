@@ -1,0 +1,283 @@
+"""Evaluation: every run of a suite, one engine after the other, each finished unit kept at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distributed_sparse.client.tokenizer import load_tokenizer
+from distributed_sparse.config import EngineConfig
+from distributed_sparse.model.checkpoint import resolve_checkpoint
+from distributed_sparse.model.config import ModelConfig
+from distributed_sparse.model.limits import resolve_max_model_len
+from distributed_sparse.selection import layer_configs, resolve_sparse_config
+from distributed_sparse.tools.common.results import Record, Results
+from distributed_sparse.tools.evaluation.evaluation_summary import DENSE, attended_of, dense_failures
+from distributed_sparse.tools.evaluation.meter import decode_contexts
+from distributed_sparse.tools.evaluation.methods import (
+    Settings,
+    check_runs,
+    controls_of,
+    label,
+    selecting_layers,
+    settings_key,
+)
+from distributed_sparse.tools.evaluation.session import Session, compared
+from distributed_sparse.tools.evaluation.suite import EvaluatedModel, Example, Suite
+from distributed_sparse.utils.progress import Progress
+from distributed_sparse.utils.validation import check_bool, check_int
+
+if TYPE_CHECKING:
+    from distributed_sparse import LLM
+
+logger = logging.getLogger(__name__)
+
+DECIDING = (
+    "model",
+    "tokenizer",
+    "tensor_parallel_size",
+    "max_model_len",
+    "dtype",
+    "device",
+    "seed",
+    "load_format",
+    "page_size",
+)
+"""Keys of the engine's configuration that numbers depend on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a suite is run, whatever it asks."""
+
+    batch: int = field(default=8, metadata={"help": "examples that are answered together, and kept together"})
+    trace_examples: int = field(default=2, metadata={"help": "examples of a group whose attention is compared with dense"})
+    trace_steps: int = field(default=4, metadata={"help": "steps of each of them, of those that say the answer"})
+    kl_tokens: int = field(default=32, metadata={"help": "tokens of a generated answer whose distributions are compared"})
+    table_bytes: int = field(
+        default=2 << 30, metadata={"help": "most memory for log-probabilities over the whole vocabulary; above it no KL"}
+    )
+    controls: bool = field(
+        default=True,
+        metadata={"help": "run window, random and oracle_topk at each run's density, and quest for methods without a budget"},
+    )
+
+    def __post_init__(self) -> None:
+        check_int("batch", self.batch, 1, remedy="give the number of examples")
+        for name in ("trace_examples", "trace_steps", "kl_tokens", "table_bytes"):
+            check_int(name, getattr(self, name), 0, remedy="0 leaves it out")
+        check_bool("controls", self.controls)
+
+
+class Evaluation:
+    """One suite on one model: dense first, then the methods, then the controls at the density that each method had.
+
+    Args:
+        config: the engine; its `sparse` section is replaced by each run's.
+        suite: what is asked.
+        methods: settings of the runs; dense is added.
+        options: how.
+        open_engine: makes an engine; one is open at a time.
+
+    Raises:
+        ValueError: settings that do not hold for the model, or a suite that has no examples for it.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        suite: Suite,
+        methods: Sequence[Settings],
+        options: RunOptions,
+        open_engine: Callable[[EngineConfig], AbstractContextManager[LLM]] | None = None,
+    ) -> None:
+        self.config, self.suite, self.options = config, suite, options
+        path = resolve_checkpoint(config.model, config.load_format)
+        self.model_config = ModelConfig.from_pretrained(path)
+        tokenizer = load_tokenizer(config.tokenizer or str(path))
+        max_model_len = resolve_max_model_len(config.max_model_len, self.model_config)
+        self.model = EvaluatedModel(config.model, self.model_config.vocab_size, max_model_len, tokenizer)
+        self.dense = DENSE
+        self.methods = [settings for settings in methods if settings["method"] != "dense"]
+        check_runs(config, self.methods, self.model_config.num_hidden_layers)
+        self.groups: dict[str, list[Example]] = {}
+        for example in suite.examples(self.model):
+            self.groups.setdefault(example.group, []).append(example)
+        ids = Counter(example.id for examples in self.groups.values() for example in examples)
+        if repeated := [name for name, count in ids.items() if count > 1]:
+            raise ValueError(f"two examples are called {repeated[0]!r}; give each length, task, depth and text once")
+        self._open_engine = open_engine
+
+    def configuration(self) -> dict[str, Any]:
+        """What the numbers depend on beside each run's settings: the identity of a results directory."""
+        options = asdict(self.options)
+        del options["controls"]
+        engine = {name: value for name, value in asdict(self.config).items() if name in DECIDING}
+        return {"suite": self.suite.name, self.suite.name: self.suite.options(), "engine": engine, "options": options}
+
+    def run(self, results: Results) -> None:
+        """Do what `results` lacks. Each unit is kept as soon as it is finished.
+
+        All engines share one prefill store, so that a prompt is prefilled once and not by every method: the configuration's,
+        else a folder in the results directory that is deleted at the end.
+        """
+        given = self.config.prefill_store
+        with nullcontext(given) if given else TemporaryDirectory(prefix="prefill-", dir=results.directory) as folder:
+            self._prefill_store = folder
+            self._run(results)
+
+    def _run(self, results: Results) -> None:
+        groups = list(self.groups)
+        with Progress(unit="units", total=0, line_interval_s=0.0) as progress:
+            runs: list[tuple[Settings, list[str]]] = [(settings, groups) for settings in (self.dense, *self.methods)]
+            progress.total = sum(len(self._units(*run)) for run in runs)
+            for settings, of_groups in runs:
+                self._complete(settings, of_groups, results, progress)
+                if settings == self.dense:
+                    for failure in dense_failures(self.suite, list(results.records.values()), groups):
+                        logger.warning("%s", failure)  # before the hours that the methods take
+            controls = self._controls(results)
+            done = {(settings_key(settings), group) for settings, of_groups in runs for group in of_groups}
+            controls = [(s, [g for g in gs if (settings_key(s), g) not in done]) for s, gs in controls]
+            progress.total += sum(len(self._units(*run)) for run in controls)
+            for settings, of_groups in controls:
+                self._complete(settings, of_groups, results, progress)
+
+    # ---- the plan
+
+    def _controls(self, results: Results) -> list[tuple[Settings, list[str]]]:
+        """Each control once, with the groups that it is wanted for."""
+        if self.suite.traces_only or not self.options.controls:
+            return []
+        found: dict[str, tuple[Settings, list[str]]] = {}
+        for settings in self.methods:
+            for group in self.groups:
+                attended = attended_of(results.records.values(), settings_key(settings), group)
+                if attended is None:
+                    continue
+                for control in controls_of(settings, attended, self.config.page_size):
+                    _, groups = found.setdefault(settings_key(control), (control, []))
+                    if group not in groups:
+                        groups.append(group)
+        return list(found.values())
+
+    def _units(self, settings: Settings, groups: Sequence[str]) -> list[tuple[str, str, str, list[Example]]]:
+        """(key, kind, group, examples) of every unit of a run."""
+        found = []
+        run, size = settings_key(settings), self.options.batch
+        for group in groups:
+            examples = self.groups[group]
+            if not self.suite.traces_only:
+                for number, start in enumerate(range(0, len(examples), size)):
+                    found.append((f"{run}/answers/{group}/{number}", "answers", group, examples[start : start + size]))
+            for example in self._traced(examples) if self._can_trace(settings) else []:
+                found.append((f"{run}/trace/{group}/{example.id}", "trace", group, [example]))
+        return found
+
+    def _traced(self, examples: list[Example]) -> list[Example]:
+        if self.suite.traces_only:
+            return examples
+        count = min(self.options.trace_examples, len(examples)) if self.options.trace_steps else 0
+        return [examples[i * len(examples) // count] for i in range(count)]
+
+    def _can_trace(self, settings: Settings) -> bool:
+        """Dense attention can be compared with only where no page has been freed."""
+        return resolve_sparse_config(settings).evict_window(self.config.page_size) is None
+
+    # ---- the work
+
+    def _complete(self, settings: Settings, groups: Sequence[str], results: Results, progress: Progress) -> None:
+        units = self._units(settings, groups)
+        progress.set_description(label(settings), refresh=False)
+        progress.initial += (done := sum(key in results for key, *_ in units))  # finished earlier, in no time
+        progress.n += done
+        missing = [unit for kind in ("answers", "trace") for unit in units if unit[1] == kind and unit[0] not in results]
+        if not missing:
+            return
+        with self._session(settings, trace=any(kind == "trace" for _, kind, _, _ in missing)) as session:
+            for key, kind, group, examples in missing:
+                work = self._answer if kind == "answers" else self._trace
+                record = {"key": key, "kind": kind, "run": settings_key(settings), "settings": settings, "group": group}
+                results.append(record | work(session, settings, examples, results))
+                progress.set_postfix_str(f"{group}, {kind} of {', '.join(example.id for example in examples)}", refresh=False)
+                progress.update()
+
+    @contextmanager
+    def _session(self, settings: Settings, trace: bool) -> Iterator[Session]:
+        from distributed_sparse import LLM
+
+        config = dataclasses.replace(self.config, sparse=settings, trace=trace, prefill_store=self._prefill_store)
+        with (self._open_engine or LLM.from_config)(config) as llm:
+            yield Session(llm, self.options.table_bytes)
+
+    def _answer(self, session: Session, settings: Settings, examples: list[Example], results: Results) -> Record:
+        is_dense = settings == self.dense
+        forced = None if is_dense else {example.id: self._dense_answer(example, results) for example in examples}
+        answered, counters = session.answer(examples, forced, self.options.kl_tokens)
+        rows = []
+        for example, found in zip(examples, answered):
+            if is_dense and found.logprobs is not None:
+                results.save_reference(example.id, found.logprobs)
+            reference = found.logprobs if is_dense else results.reference(example.id)
+            rows.append(
+                {
+                    "id": example.id,
+                    "task": example.meta.get("task"),
+                    "depth": example.meta.get("depth"),
+                    "scores": self.suite.score(example, found.answer),
+                    "values": list(self.suite.values(example, found.answer)),
+                    "needed": self.suite.needed(example),
+                    "text": found.answer.text,
+                    "token_ids": found.answer.token_ids,
+                    "references": example.references,
+                    "num_prompt_tokens": len(example.token_ids),
+                    "num_question_tokens": example.num_question_tokens,
+                    "num_output_tokens": found.num_output_tokens,
+                    "pages": found.pages,
+                    **compared(reference, found.logprobs),
+                }
+            )
+        return {
+            "examples": rows,
+            "counters": dataclasses.asdict(counters),
+            "page_bytes": session.page_bytes,
+            "selecting_layers": self._selecting(settings),
+            "short_rows": self._short_rows(settings, rows),
+            "block": self.suite.block,
+            "best": self.suite.best,
+        }
+
+    def _trace(self, session: Session, settings: Settings, examples: list[Example], results: Results) -> Record:
+        (example,) = examples
+        said = self._dense_answer(example, results) if example.max_tokens else ()
+        steps = None if self.suite.traces_only else self.options.trace_steps
+        return {
+            "example": example.id,
+            "trace": session.trace(example, said, steps),
+            "selecting_layers": self._selecting(settings),
+        }
+
+    def _selecting(self, settings: Settings) -> list[int]:
+        return selecting_layers(settings, self.model_config.num_hidden_layers, self.config.page_size)
+
+    def _short_rows(self, settings: Settings, rows: Sequence[Record]) -> int:
+        """Rows of the selecting layers that are dense since their context is below `min_context`."""
+        num_layers, heads = self.model_config.num_hidden_layers, self.model_config.num_key_value_heads
+        configs = layer_configs(resolve_sparse_config(settings), num_layers, self.config.page_size)
+        names = ("num_prompt_tokens", "num_question_tokens", "num_output_tokens")
+        contexts = np.array([length for row in rows for length in decode_contexts(*(row[name] for name in names))])
+        return heads * sum(int((contexts < configs[layer].min_context).sum()) for layer in self._selecting(settings))
+
+    def _dense_answer(self, example: Example, results: Results) -> list[int]:
+        """What the dense run, which comes first, said to an example."""
+        number = self.groups[example.group].index(example) // self.options.batch
+        record = results.records[f"{settings_key(self.dense)}/answers/{example.group}/{number}"]
+        return next(row["token_ids"] for row in record["examples"] if row["id"] == example.id)

@@ -1,0 +1,82 @@
+"""profile: what attention looks like on this checkpoint: how many tokens matter, and for how long they do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from distributed_sparse.tools.evaluation.files import digest
+from distributed_sparse.tools.evaluation.haystack import filler_sentences
+from distributed_sparse.tools.evaluation.recall import make_quiz
+from distributed_sparse.tools.evaluation.recall_vocabulary import VOCAB_SIZE
+from distributed_sparse.tools.evaluation.suite import Answer, EvaluatedModel, Example, Suite, check_lengths
+from distributed_sparse.tools.evaluation.token_text import TokenText, encode_text, read_texts
+from distributed_sparse.utils.validation import check_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileSuite(Suite):
+    """Nothing is answered: the last `steps` tokens of each text are decoded, and all of them traced in every layer."""
+
+    name: ClassVar[str] = "profile"
+    score_label: ClassVar[str] = ""
+    traces_only: ClassVar[bool] = True
+    default_methods: ClassVar[tuple[str, ...]] = (
+        "oracle_topk",  # the best that top-k can be
+        "{method: vattention, selector: oracle, top_k_fraction: 0.0}",  # a sample beside sinks and window
+        "{method: vattention, selector: oracle}",  # both
+    )
+    forced: ClassVar[dict[str, Any]] = {"dense_layers": 0}  # every layer is looked at
+
+    text: str | None = field(default=None, metadata={"help": "UTF-8 text file (default: generated filler)"})
+    token_ids: str | None = field(default=None, metadata={"help": "JSON file with a list of token ids, instead of a text"})
+    lengths: tuple[int, ...] = field(default=(4096,), metadata={"help": "tokens of a text"})
+    samples: int = field(default=2, metadata={"help": "texts per length"})
+    steps: int = field(default=8, metadata={"help": "last tokens that are decoded and traced, at least 2 to see overlap"})
+    seed: int = field(default=0, metadata={"help": "chooses generated text"})
+
+    def examples(self, model: EvaluatedModel) -> list[Example]:
+        check_int("profile: samples", self.samples, 1, remedy="give a number of texts per length")
+        check_int("profile: steps", self.steps, 2, remedy="the overlap of a step with the next needs two")
+        check_lengths(self.name, self.lengths, 1, model, least=self.steps + 2)
+        return [
+            Example(f"{length}-{number}", f"{length} tokens", token_ids, self.steps)
+            for length in self.lengths
+            for number, token_ids in enumerate(self._texts(model, length))
+        ]
+
+    def _texts(self, model: EvaluatedModel, length: int) -> list[list[int]]:
+        if self.text is None and self.token_ids is None:
+            if model.vocab_size == VOCAB_SIZE:  # the recall checkpoint: filler alone would show nothing of what it does
+                return [_quiz(length, self.seed + number) for number in range(self.samples)]
+            if model.tokenizer is not None:
+                return self._windows(_filler(model, self.samples * length, self.seed), length)
+        files = ([path] if path else [] for path in (self.text, self.token_ids))
+        (given,) = read_texts(model, self.name, *files).values()
+        return self._windows(given, length)
+
+    def _windows(self, text: TokenText, length: int) -> list[list[int]]:
+        return [text.window(start, length) for start in text.starts(length, self.samples, self.name)]
+
+    def score(self, example: Example, answer: Answer) -> dict[str, float]:
+        raise AssertionError("a profile has no answers")
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {"text_sha256": digest(Path(self.text or self.token_ids or ""))}
+
+
+def _filler(model: EvaluatedModel, length: int, seed: int) -> TokenText:
+    """Generated sentences of at least `length` tokens."""
+    text, found = "", TokenText([], [])
+    while len(found.token_ids) < length:
+        text += " ".join(filler_sentences(seed)) + " "
+        seed += 1
+        found = encode_text(model, text)
+    return found
+
+
+def _quiz(length: int, seed: int) -> list[int]:
+    """A recall document whose last tokens ask for its facts, one fact in 32 tokens."""
+    questions = max(1, min(8, length // 64))
+    return make_quiz(max(3, min(256, length // 32)), length, min(questions, max(3, length // 32)), seed=seed).token_ids

@@ -1,0 +1,117 @@
+"""plan: a grid of ranks, contexts, batches and methods, each point with its bytes, memory and times beside dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from distributed_sparse.config import PAGE_SIZES
+from distributed_sparse.model.config import ModelConfig
+from distributed_sparse.model.limits import resolve_max_model_len
+from distributed_sparse.tools.planner.hardware import Hardware
+from distributed_sparse.tools.planner.memory import DEFAULT_RESERVE_BYTES, memory
+from distributed_sparse.tools.planner.rank import RankCostModel
+from distributed_sparse.tools.planner.times import expected, limit_s
+from distributed_sparse.utils.validation import check_bool, check_float, check_int
+
+DENSE: dict[str, Any] = {"method": "dense"}
+
+HardwareOf = Callable[[list[RankCostModel]], list[Hardware]]
+"""The device that each of these ranks runs on: one tensor_parallel_size, one rank per method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What is planned: every combination. `sparse`: sections as of a run's YAML, planned beside dense.
+
+    Raises:
+        ValueError: a value that no engine would take; names it and the remedy.
+    """
+
+    tensor_parallel_sizes: Sequence[int] = (1,)
+    contexts: Sequence[int] = (32768,)
+    batches: Sequence[int] = (1,)
+    sparse: Sequence[dict[str, Any]] = field(default_factory=lambda: ({"method": "quest"},))
+    density: float | None = None
+    page_size: int = 16
+    gpu_memory_utilization: float = 0.9
+    reserve_bytes: int = DEFAULT_RESERVE_BYTES
+    enforce_eager: bool = False
+
+    def __post_init__(self) -> None:
+        for name, values, what in (
+            ("tensor_parallel_size", self.tensor_parallel_sizes, "ranks"),
+            ("context", self.contexts, "tokens of prompt and output together"),
+            ("batch", self.batches, "sequences that decode at once"),
+        ):
+            if not values:
+                raise ValueError(f"{name} is empty; give a number of {what}, or several: 1,8")
+            for value in values:
+                check_int(name, value, 1, remedy=f"give a number of {what}")
+        if self.density is not None:
+            check_float("density", self.density, 0.0, 1.0, low_excluded=True, remedy="give tokens attended / tokens in context")
+        if self.page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size={self.page_size} has no kernel; use one of {', '.join(map(str, PAGE_SIZES))}")
+        remedy = "0.9 is usual"
+        check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, low_excluded=True, remedy=remedy)
+        check_int("reserve", self.reserve_bytes, 0, remedy="give bytes")
+        check_bool("enforce_eager", self.enforce_eager)
+
+
+def plan(model: ModelConfig, dtype: torch.dtype, grid: Grid, hardware_of: HardwareOf) -> list[dict[str, Any]]:
+    """One row per point, dense first at each. Bytes are of one rank and one step; times in seconds.
+
+    Raises:
+        ValueError: the model does not reach a context, the ranks do not divide its heads, a sparse section is wrong for it, or
+            a method's traffic depends on data and no density is given.
+    """
+    for context in grid.contexts:
+        resolve_max_model_len(context, model)
+    rows: list[dict[str, Any]] = []
+    sections = [DENSE, *(section for section in grid.sparse if section != DENSE)]
+    for world_size in grid.tensor_parallel_sizes:
+        ranks = [RankCostModel(model, world_size, section, grid.page_size, dtype) for section in sections]
+        devices = hardware_of(ranks)
+        for context in grid.contexts:
+            for batch in grid.batches:
+                of_point = [_row(rank, device, context, batch, grid) for rank, device in zip(ranks, devices)]
+                for row, section in zip(of_point, sections):
+                    row["sparse"] = section
+                    for name in ("limit_s", "tpot_s"):
+                        row[name.replace("_s", "_speedup")] = of_point[0][name] / row[name]
+                    compared = row is not of_point[0] and row["memory"]["fits"]
+                    row["pays"] = row["tpot_s"] < of_point[0]["tpot_s"] if compared else None
+                rows += of_point
+    return rows
+
+
+def _row(rank: RankCostModel, device: Hardware, context: int, batch: int, grid: Grid) -> dict[str, Any]:
+    attention = rank.attention([context] * batch, grid.density)
+    time = expected(rank, device, context, batch, grid.density, grid.enforce_eager)
+    held = memory(rank, device, context, batch, grid.gpu_memory_utilization, grid.reserve_bytes)
+    return {
+        "method": rank.method,
+        "tensor_parallel_size": rank.shard.world_size,
+        "context": context,
+        "batch": batch,
+        "weight_bytes_read": rank.weight_bytes_read(batch),
+        "kv_bytes_read": attention.dense_kv + attention.sparse_kv,
+        "scored_bytes": attention.scored,
+        "written_bytes": attention.written,
+        "memory": {**asdict(held), "fits": held.fits},
+        "all_reduce_calls": rank.all_reduce_calls,
+        "all_reduce_bytes": rank.all_reduce_calls * rank.all_reduce_bytes_each(batch),
+        "launches": rank.dense_launches + rank.sparse_launches(context),
+        "captured": not device.measured and rank.why_eager(grid.enforce_eager) is None,
+        "limit_s": limit_s(rank, device, context, batch, grid.density),
+        "tpot_s": time.total_s,
+        "parts_s": asdict(time),
+    }
+
+
+def does_not_pay(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points that fit and where a sparse method is expected to be no faster than dense."""
+    return [row for row in rows if row["pays"] is False]

@@ -1,0 +1,194 @@
+"""rank: one rank of an engine on paper: what it holds, and what a decode step reads, writes and sends. In bytes, exactly.
+
+Everything is asked of the engine's own code (slices, policies, pages), so that it counts what the engine's counters count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+
+from distributed_sparse.cache import Geometry, PagedCache
+from distributed_sparse.model.config import ModelConfig
+from distributed_sparse.model.sharding import LocalSizes, ShardSpec, tensor_slices
+from distributed_sparse.model.weights import EMBEDDING
+from distributed_sparse.selection import build_policies, resolve_sparse_config
+from distributed_sparse.selection.base import Policy
+from distributed_sparse.shard.graphs import why_eager
+from distributed_sparse.tools.evaluation.meter import pages_held
+from distributed_sparse.tools.planner.launches import dense_launches, layer_launches, step_launches
+
+TOKEN_BYTES = 8
+"""A sampled token's id, as rank 0 broadcasts it."""
+
+
+@dataclass(frozen=True)
+class AttentionBytes:
+    """What a decode step's attention reads on one rank. The first three add up to the engine's `bytes_read`."""
+
+    dense_kv: int
+    """K and V of layers and rows that attend to their whole context."""
+    sparse_kv: int
+    """K and V of the tokens that the others attend to, and of those that a policy reads apart."""
+    scored: int
+    """Metadata, and keys alone, by which a policy chooses."""
+    written: int
+    """K, V and metadata of the step's own tokens."""
+
+    @property
+    def read(self) -> int:
+        return self.dense_kv + self.sparse_kv + self.scored
+
+
+class RankCostModel:
+    """One rank's share of a model with a sparse method. All ranks hold, read and send the same number of bytes.
+
+    Args:
+        model: the whole model's shape.
+        tensor_parallel_size: ranks.
+        sparse: a `sparse:` section; None is dense.
+        page_size: tokens per page.
+        dtype: of weights and cache.
+
+    Raises:
+        ValueError: the ranks do not divide the heads, or the section is wrong for this model (as the engine says it).
+    """
+
+    def __init__(
+        self, model: ModelConfig, tensor_parallel_size: int, sparse: dict[str, Any] | None, page_size: int, dtype: torch.dtype
+    ) -> None:
+        self.model = model
+        self.sparse = sparse
+        self.shard = ShardSpec(0, tensor_parallel_size)
+        sizes = LocalSizes(model, self.shard)
+        self.sizes = sizes
+        self.geometry = Geometry(
+            num_kv_heads=sizes.num_key_value_heads,
+            group_size=model.num_attention_heads // model.num_key_value_heads,
+            head_dim=model.head_dim,
+            page_size=page_size,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            first_kv_head=sizes.first_key_value_head,
+            model_kv_heads=model.num_key_value_heads,
+        )
+        config = resolve_sparse_config(sparse)
+        self.method: str = sparse["method"] if sparse else config.method
+        self.evict_window = config.evict_window(page_size)
+        self.policies: list[Policy] = build_policies(self.method, config, model.num_hidden_layers, self.geometry)
+        self.page_bytes = PagedCache.page_bytes(self.geometry, [policy.metadata for policy in self.policies])
+        """Of one page over all layers: (K and V, metadata)."""
+        self._slices = {name: prod(part.local_shape) for name, part in tensor_slices(model, self.shard).items()}
+
+    # ---- held
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights in memory, padding included; tied embeddings once."""
+        return sum(self._slices.values()) * self.geometry.dtype.itemsize
+
+    @cached_property
+    def constant_bytes(self) -> int:
+        """What methods keep per layer and not per page: the networks of hash signatures, offsets of keys. Reads their files."""
+        return sum(
+            tensor.nbytes
+            for layer, policy in enumerate(self.policies)
+            for kind in policy.metadata
+            for tensor in kind.constants(layer, self.geometry).values()
+        )
+
+    def pages(self, context_len: int) -> int:
+        """Pages that a sequence of such a context holds in decode; where a method evicts, its prefill holds all for a while."""
+        return pages_held(context_len, self.geometry.page_size, self.evict_window)
+
+    # ---- read and written by a decode step
+
+    @property
+    def matrix_elements(self) -> int:
+        """Weights that every step reads whole: all but the embedding's rows, of which a step reads one per sequence.
+
+        A tied embedding counts, being lm_head.
+        """
+        total = sum(self._slices.values())
+        return total if self.model.tie_word_embeddings else total - self._slices[EMBEDDING]
+
+    def weight_bytes_read(self, batch: int) -> int:
+        """Of a step that decodes `batch` sequences; of the embedding, a row for each (any row where another rank has it)."""
+        return (self.matrix_elements + batch * self.model.hidden_size) * self.geometry.dtype.itemsize
+
+    def attention(self, context_lens: Sequence[int], density: float | None = None) -> AttentionBytes:
+        """Of a step over sequences of these contexts, the step's own tokens included.
+
+        Args:
+            density: tokens attended / tokens in context of the rows for which the data decides.
+
+        Raises:
+            ValueError: the data decides, and no density is given.
+        """
+        contexts, geometry = list(context_lens), self.geometry
+        dense_tokens, sparse_tokens, scored = 0, 0.0, 0
+        for policy in self.policies:
+            config, page_size = policy.config, geometry.page_size
+            attended = [config.attended_tokens(n, page_size) for n in contexts]
+            if None in attended and density is None:
+                raise ValueError(
+                    f"with sparse.method={self.method!r} the data decides how many tokens are attended; give the density "
+                    "(tokens attended / tokens in context), as `stats()` or an evaluation measured it: --density 0.05"
+                )
+            if attended == contexts:
+                dense_tokens += sum(contexts)
+                continue
+            scored += policy.bytes_scored(contexts)
+            for n, tokens in zip(contexts, attended):
+                if tokens == n:
+                    dense_tokens += n
+                elif tokens is not None:
+                    sparse_tokens += tokens + config.extra_tokens(n, page_size)
+                else:
+                    assert density is not None
+                    sparse_tokens += density * n + config.extra_tokens(n, page_size)
+        of_head = 2 * geometry.head_dim * geometry.dtype.itemsize
+        of_token = geometry.num_kv_heads * of_head
+        metadata = sum(kind.bytes_per_token(geometry) for policy in self.policies for kind in policy.metadata)
+        return AttentionBytes(
+            dense_kv=dense_tokens * of_token,
+            sparse_kv=round(sparse_tokens * of_token),
+            scored=scored,
+            written=len(contexts) * (len(self.policies) * of_token + metadata),
+        )
+
+    @property
+    def dense_launches(self) -> int:
+        """Kernels of a step on a GPU whose layers are all dense."""
+        return dense_launches(self.model.num_hidden_layers, self.model.qk_norm)
+
+    def sparse_launches(self, context_len: int) -> int:
+        """Kernels of a step on a GPU beside those: to select, to attend apart, and to count."""
+        page_size = self.geometry.page_size
+        sparse = [own for own in self.policies if own.config.attended_tokens(context_len, page_size) != context_len]
+        of_settings = {repr(own.config): step_launches(own) for own in sparse}
+        return sum(layer_launches(own).total() for own in sparse) + sum(own.total() for own in of_settings.values())
+
+    def why_eager(self, enforce_eager: bool) -> str | None:
+        """Why a GPU's decode steps are not captured as CUDA graphs; None: they are."""
+        return why_eager(enforce_eager, self.policies, self.method)
+
+    # ---- sent by a decode step
+
+    @property
+    def all_reduce_calls(self) -> int:
+        """One for the embedding, two per layer; none with one rank."""
+        return 2 * self.model.num_hidden_layers + 1 if self.shard.world_size > 1 else 0
+
+    def all_reduce_bytes_each(self, batch: int) -> int:
+        """Payload of each."""
+        return batch * self.model.hidden_size * self.geometry.dtype.itemsize
+
+    def gather_bytes(self, batch: int) -> int:
+        """Logits that a rank gives to the gather."""
+        return batch * self.sizes.vocab_size * self.geometry.dtype.itemsize

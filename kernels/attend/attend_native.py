@@ -1,0 +1,69 @@
+"""attend on a CPU with `attend.cpp`: pages and tokens are read where they lie, each once for all heads of its group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distributed_sparse.kernels import native
+
+
+def attend_native(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pages: Tensor,
+    num_pages: Tensor,
+    last_page_len: Tensor,
+    scale: float,
+    *,
+    tokens: Tensor | None = None,
+    num_tokens: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    partial: tuple[Tensor, Tensor] | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attend` for CPU tensors: the same arguments and results; the bits of a row do not depend on the number of threads."""
+    assert k_pages.stride()[1:] == v_pages.stride()[1:] == (k_pages[0, 0].numel(), k_pages.shape[3], 1)
+    batch, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, page_size, _ = k_pages.shape
+    queries = (q.float() * scale).contiguous()
+    pages, num_pages, last_page_len = native.listed(pages), num_pages.int(), last_page_len.int().contiguous()
+    if tokens is None or num_tokens is None:
+        tokens = num_tokens = None
+    else:
+        tokens, num_tokens = native.listed(tokens), num_tokens.int()
+    weight = None if log_weight is None else log_weight.float().contiguous()
+    parts = (None, None) if partial is None else (partial[0].float().contiguous(), partial[1].float().contiguous())
+    out, lse = torch.empty(batch, num_q_heads, head_dim), torch.empty(batch, num_q_heads)
+
+    def strides(entries: Tensor | None) -> tuple[int, int]:
+        return (entries.stride(0), entries.stride(1)) if entries is not None else (0, 0)
+
+    native.run(
+        f"attend_{native.DTYPES[k_pages.dtype]}",
+        queries,
+        k_pages,
+        v_pages,
+        k_pages.stride(0),
+        k_pages.stride(1),
+        pages,
+        *strides(pages),
+        num_pages,
+        *strides(num_pages),
+        last_page_len,
+        tokens,
+        *strides(tokens),
+        num_tokens,
+        *strides(num_tokens),
+        weight,
+        *parts,
+        batch,
+        num_kv_heads,
+        num_q_heads // num_kv_heads,
+        head_dim,
+        page_size,
+        out,
+        lse,
+    )
+    return (out, lse) if return_lse else out.to(q.dtype)

@@ -1,0 +1,52 @@
+"""sample_residual on a CPU with `sample_residual.cpp`: 16 samples at a time walk their cycles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distributed_sparse.kernels import native
+
+
+def sample_residual_native(
+    chosen: Tensor,
+    num_chosen: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
+    num_samples: Tensor,
+    random_key: Tensor,
+    *,
+    block_tokens: int,
+    page_size: int,
+    layer: int,
+    first_kv_head: int,
+    draw: int,
+    capacity: int,
+) -> Tensor:
+    """See `sample_residual`."""
+    batch, heads, _ = chosen.shape
+    chosen, page_table = native.listed(chosen), native.listed(page_table)
+    num_chosen, context_lens, num_samples = (x.int().contiguous() for x in (num_chosen, context_lens, num_samples))
+    random_key = random_key.long().contiguous()
+    slots = torch.empty(batch, heads, capacity, dtype=torch.int32)
+    native.run(
+        "sample_residual",
+        chosen,
+        *chosen.stride()[:2],
+        num_chosen,
+        page_table,
+        page_table.stride(0),
+        context_lens,
+        num_samples,
+        random_key,
+        block_tokens,
+        page_size,
+        layer,
+        first_kv_head,
+        draw,
+        batch,
+        heads,
+        capacity,
+        slots,
+    )
+    return slots
