@@ -16,13 +16,14 @@ from distributed_sparse.outputs import ScoreOutput
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import make_llm
 from tests.support.hash_weights import random_hash_weights
+from tests.support.methods import METHODS
 from tests.support.prompts import random_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
 
 PAGE, LAYERS, KV_HEADS, HEAD_DIM = 16, 4, 2, 16
 TOKEN_BYTES = 2 * HEAD_DIM * 4  # K and V of one KV head
-METHODS = ["quest", "window", "random", "oracle_topk", "hash"]
+BUDGETED = [method for method, case in METHODS.items() if case.budget]
 PER_TOKEN = ["oracle_topk", "hash"]
 """These fill the budget's pages with single tokens; the newest page may be partial for the others."""
 DECODED = 12
@@ -89,7 +90,7 @@ def density(method: str, lengths: range, token_budget: int) -> float:
 
 @pytest.mark.parametrize("spare_pages", [0, 7])
 @pytest.mark.parametrize("length", [17, 100, 5000])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUDGETED)
 def test_a_budget_that_covers_the_context_is_bitwise_dense(
     path: Path, dense: LLM, method: str, length: int, spare_pages: int
 ) -> None:
@@ -104,7 +105,7 @@ def test_a_budget_that_covers_the_context_is_bitwise_dense(
     assert_same_bits(score(dense, length)[0], found)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUDGETED)
 def test_a_covered_row_stays_bitwise_dense_beside_rows_that_are_not(path: Path, dense: LLM, method: str) -> None:
     """Here the device decides, row by row: the host only knows that the longest context is not covered."""
     lengths = (100, 5000, 17, 700)
@@ -121,7 +122,7 @@ def test_a_covered_row_stays_bitwise_dense_beside_rows_that_are_not(path: Path, 
 
 
 @pytest.mark.parametrize("length", [100, 5000])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUDGETED)
 def test_one_page_less_than_the_context_is_sparse(path: Path, dense: LLM, method: str, length: int) -> None:
     token_budget = (-(-length // PAGE) - 1) * PAGE
     with sparse_llm(path, method, token_budget) as llm:
@@ -138,7 +139,7 @@ def test_one_page_less_than_the_context_is_sparse(path: Path, dense: LLM, method
     assert not (expected.logprobs[first:] == found.logprobs[first:]).all(axis=1).any()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUDGETED)
 def test_sampling_under_a_covering_budget_draws_the_dense_tokens(path: Path, dense: LLM, method: str) -> None:
     prompts = [random_tokens(length, seed=length) for length in (40, 90, 5)]
     params = SamplingParams(temperature=1.2, top_p=0.95, seed=7, max_tokens=30, n=1, logprobs=0, ignore_eos=True)
@@ -218,7 +219,7 @@ def adaptive_llm(path: Path, method: str, **settings: Any) -> LLM:
 
 
 @pytest.mark.parametrize("token_budget", [32, 48, 90, 96])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUDGETED)
 def test_density_is_the_budget_in_whole_pages_over_the_context(path: Path, method: str, token_budget: int) -> None:
     with sparse_llm(path, method, token_budget) as llm:
         score(llm, 150, decoded=70)  # contexts 81 to 150: some of them are covered by the larger budgets
@@ -230,7 +231,7 @@ def test_density_is_the_budget_in_whole_pages_over_the_context(path: Path, metho
     assert attention["rows_dense"] == (70 - sparse_rows) * LAYERS * KV_HEADS
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUDGETED)
 def test_bytes_read_are_those_of_the_attended_tokens_and_of_the_scored_metadata(path: Path, method: str) -> None:
     with sparse_llm(path, method, 48, dense_layers=1) as llm:
         score(llm, 150, decoded=20)
@@ -247,7 +248,7 @@ def test_bytes_read_are_those_of_the_attended_tokens_and_of_the_scored_metadata(
 
 
 @pytest.mark.parametrize("dense_layers", [0, 1, 3, 4])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUDGETED)
 def test_the_first_dense_layers_stay_dense(path: Path, method: str, dense_layers: int) -> None:
     with sparse_llm(path, method, 48, dense_layers=dense_layers) as llm:
         score(llm, 200)
@@ -257,13 +258,13 @@ def test_the_first_dense_layers_stay_dense(path: Path, method: str, dense_layers
     assert attention["rows_sparse"] == DECODED * (LAYERS - dense_layers) * KV_HEADS
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUDGETED)
 def test_dense_layers_in_all_layers_are_bitwise_dense(path: Path, dense: LLM, method: str) -> None:
     with sparse_llm(path, method, 48, dense_layers=LAYERS) as llm:
         assert_same_bits(score(dense, 200)[0], score(llm, 200)[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUDGETED)
 def test_below_min_context_rows_are_bitwise_dense(path: Path, dense: LLM, method: str) -> None:
     """200 tokens are below, 700 above, and of the last 12 contexts of 305 the first seven are below 301."""
     lengths = (200, 305, 700)
@@ -280,7 +281,7 @@ def test_below_min_context_rows_are_bitwise_dense(path: Path, dense: LLM, method
     assert same[:300].all() and not same[300:].any()  # row i predicts from a context of i + 1 tokens
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUDGETED)
 def test_layers_have_budgets_of_their_own(path: Path, method: str) -> None:
     layers = [{"range": "1-2", "token_budget": 64}, {"range": "2", "min_context": 1000}]
     with sparse_llm(path, method, 32, layers=layers) as llm:

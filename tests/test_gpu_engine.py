@@ -17,6 +17,7 @@ from distributed_sparse.tools.evaluation.recall import make_prompts, make_quiz, 
 from distributed_sparse.tools.evaluation.recall_model import save_recall_checkpoint
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.hash_weights import random_hash_weights
+from tests.support.methods import METHODS, sparse_settings
 from tests.support.padded_shard import padded_shard
 from tests.support.stepped_shard import SteppedShard
 
@@ -78,15 +79,10 @@ def test_a_second_engine_in_the_process_finds_the_memory_of_the_first(checkpoint
 # ---- captured steps
 
 LAYERS, HEADS, HEAD_DIM = 4, 8, 64
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "quest": {"token_budget": 64},
-    "quest below min_context": {"method": "quest", "token_budget": 64, "min_context": 400},
-    "twilight": {"p": 0.7, "candidate_fraction": 0.5, "min_candidates": 64},
-    "vattention": {"epsilon": 0.5, "delta": 0.5, "sink_tokens": 16, "window_tokens": 16, "guarantee": "denominator"},
-    "hash": {"token_budget": 64},
-    "window": {"token_budget": 64},
-    "random": {"token_budget": 64},
+CAPTURED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),
+    **{method: (method, {}) for method, case in METHODS.items() if case.captured},
+    "quest below min_context": ("quest", {"min_context": 400}),
 }
 LENGTHS = (1100, 30, 300, 90, 5)
 """Five rows, padded to eight; long enough to be sampled, covered by a budget, and in between."""
@@ -105,10 +101,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(folder / "model", hidden_size=256, max_position_embeddings=2048, **sizes)
 
 
-def stepped(tiny: Path, method: str, make_shard: Any = Shard, **config: Any) -> SteppedShard:
-    sparse = {"method": method, "dense_layers": 1, **METHODS[method]}
-    if method == "hash":
-        sparse["hash_weights"] = str(tiny.parent / "hash.safetensors")
+def stepped(tiny: Path, variant: str, make_shard: Any = Shard, **config: Any) -> SteppedShard:
+    method, changes = CAPTURED[variant]
+    sparse = sparse_settings(method, str(tiny.parent / "hash.safetensors"), **changes)
     given = {"device": "cuda", "dtype": "float32", "sparse": sparse, "max_num_seqs": 12, "max_num_batched_tokens": 2048}
     return SteppedShard(tiny, 1500, make_shard, **{**given, **config})
 
@@ -130,7 +125,7 @@ def no_waiting() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAPTURED)
 def test_a_captured_step_is_bit_for_bit_the_step_that_was_captured(tiny: Path, method: str, dtype: str) -> None:
     """The same shapes with and without capture, over 40 steps in which contexts outgrow pages."""
     captured = stepped(tiny, method, dtype=dtype)
@@ -145,7 +140,7 @@ def test_a_captured_step_is_bit_for_bit_the_step_that_was_captured(tiny: Path, m
     assert method == "dense" or captured.shard.attention.rows[1] > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAPTURED)
 def test_graphs_give_the_tokens_of_eager_steps(tiny: Path, method: str) -> None:
     """Through ends, slots that are given on, and batches of every size: captured steps against steps of their own shape."""
     tokens: dict[bool, list[list[int]]] = {}
@@ -167,7 +162,7 @@ def test_graphs_give_the_tokens_of_eager_steps(tiny: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8}, {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0.01}])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAPTURED)
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_decode_steps_wait_for_nothing(tiny: Path, method: str, sampling: dict[str, Any], enforce_eager: bool) -> None:
     engine = stepped(tiny, method, enforce_eager=enforce_eager)
@@ -181,7 +176,7 @@ def test_decode_steps_wait_for_nothing(tiny: Path, method: str, sampling: dict[s
     assert all(len(step.result().tokens) == len(LENGTHS) for step in pending)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAPTURED)
 def test_decode_steps_allocate_nothing(tiny: Path, method: str) -> None:
     """Nothing is asked of the driver, and nothing is held when a step has ended."""
     engine = stepped(tiny, method)

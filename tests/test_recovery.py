@@ -26,6 +26,7 @@ from distributed_sparse.trace import TraceStep
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import GroupLLM, InProcessLLM, ProcessLLM
 from tests.support.faulty_shard import Fault, Faults
+from tests.support.methods import METHODS, sparse_settings
 from tests.support.process_group import ProcessShardGroup, open_ports
 from tests.support.promise_b import count_ties
 from tests.support.prompts import random_tokens
@@ -405,33 +406,15 @@ def test_a_collective_that_breaks_off_though_nobody_died_replaces_nobody(engine:
 # ---- every method
 
 
-METHODS: dict[str, dict[str, Any] | None] = {
-    "dense": None,
-    "quest": QUEST,
-    "twilight": {"method": "twilight", "p": 0.8, "min_candidates": 64, "dense_layers": 1},
-    "vattention": {
-        "method": "vattention",
-        "sink_tokens": 16,
-        "window_tokens": 16,
-        "epsilon": 0.5,
-        "delta": 0.5,
-        "dense_layers": 1,
-    },
-    "window, evicted": {
-        "method": "window",
-        "token_budget": 48,
-        "recent_pages": 1,
-        "dense_layers": 0,
-        "min_context": 0,
-        "evict": True,
-    },
-    "tova": {"method": "tova", "token_budget": 48, "dense_layers": 1},
-    "outside": {"method": "tests.support.outside_policy:EveryOtherPolicy", "stride": 3, "dense_layers": 1},
+REPLAYED: dict[str, dict[str, Any] | None] = {
+    **{method: sparse_settings(method) for method in ("dense", *METHODS) if method not in ("hash", "random", "oracle_topk")},
+    "window, evicted": sparse_settings("window", dense_layers=0, evict=True),
 }
+"""What keeps something of the prompt or of its own draws; the rest has nothing that quest has not."""
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REPLAYED)
 def test_a_replay_restores_what_a_method_has_kept(new_engine: NewEngine, method: str, rank: int) -> None:
     """The first prompt's end was decoded, and its first sample has ended: the other one leads the replay.
 
@@ -439,7 +422,7 @@ def test_a_replay_restores_what_a_method_has_kept(new_engine: NewEngine, method:
     """
     long, budget = (1203, 400) if method == "vattention" else (150, 48)  # else nothing would be sampled
     engine = new_engine(
-        sparse=METHODS[method],
+        sparse=REPLAYED[method],
         max_num_seqs=5,
         max_num_batched_tokens=budget,
         max_model_len=long + 106,
@@ -467,14 +450,14 @@ def test_a_replay_restores_what_a_method_has_kept(new_engine: NewEngine, method:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "vattention"])
+@pytest.mark.parametrize("method", [method for method in REPLAYED if method != "vattention"])
 def test_random_requests_survive_random_faults(new_engine: NewEngine, method: str, ranks: int) -> None:
     """More requests than slots and pages, budgets that cut every chunk anew, and faults that hit replays of replays."""
     draw = random.Random(f"{method} {ranks}")
     for _ in range(3):
         engine = new_engine(
             ranks=ranks,
-            sparse=METHODS[method],
+            sparse=REPLAYED[method],
             max_num_seqs=draw.randint(4, 6),
             max_num_batched_tokens=draw.choice([6, 17, 33, 64]),
             max_model_len=160,

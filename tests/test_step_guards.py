@@ -26,6 +26,7 @@ from tests.support.checkpoints import tiny_checkpoint
 from tests.support.hash_weights import random_hash_weights
 from tests.support.interpreter import INTERPRETED
 from tests.support.kernels import error_ratio, poisoned_memory
+from tests.support.methods import METHODS, sparse_settings
 from tests.support.padded_shard import padded_shard
 from tests.support.stepped_shard import SteppedShard
 from tests.support.triton_path import triton_path
@@ -33,18 +34,8 @@ from tests.support.triton_path import triton_path
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 on_torch = pytest.mark.skipif(INTERPRETED, reason="the torch path")
 
-METHODS: dict[str, dict[str, Any] | None] = {
-    "dense": None,
-    "quest": {"method": "quest", "token_budget": 64},
-    "twilight": {"method": "twilight", "p": 0.7, "candidate_fraction": 0.5, "min_candidates": 64},
-    "vattention": {
-        **{"method": "vattention", "epsilon": 0.5, "delta": 0.5, "guarantee": "denominator"},
-        **{"sink_tokens": 16, "window_tokens": 16},
-    },
-}
-
-
-LONGEST = {"vattention": 1000, **dict.fromkeys(("dense", "quest", "twilight", "hash", "window", "random"), 200)}
+CAPTURED = ["dense", *(method for method, case in METHODS.items() if case.captured)]
+LONGEST = {"dense": 200, **{method: max(200, case.sparse_at) for method, case in METHODS.items()}}
 """Tokens of a context with sparse rows, where there are any."""
 
 
@@ -57,14 +48,21 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hidden_size": 64,
         "head_dim": 64,
     }
-    return tiny_checkpoint(tmp_path_factory.mktemp("guards"), max_position_embeddings=16384, **sizes)
+    folder = tmp_path_factory.mktemp("guards")
+    random_hash_weights(folder / "hash.safetensors", range(3), 4, 64)
+    return tiny_checkpoint(folder / "model", max_position_embeddings=16384, **sizes)
 
 
-def stepped(path: Path, method: str, num_pages: int = 200, **config: Any) -> SteppedShard:
-    """Two layers; the first one is dense."""
-    sparse = METHODS[method]
+def sparse_of(path: Path, method: str, **changes: Any) -> dict[str, Any] | None:
+    return sparse_settings(method, str(path.parent / "hash.safetensors"), **changes)
+
+
+def stepped(
+    path: Path, method: str, num_pages: int = 200, changes: dict[str, Any] | None = None, **config: Any
+) -> SteppedShard:
+    """The first layer is dense. `changes`: of the method's settings."""
     given = {"max_model_len": 1024, "max_num_seqs": 4, "max_num_batched_tokens": 4096, **config}
-    return SteppedShard(path, num_pages, sparse=None if sparse is None else {**sparse, "dense_layers": 1}, **given)
+    return SteppedShard(path, num_pages, sparse=sparse_of(path, method, **(changes or {})), **given)
 
 
 # ---- the Triton path: waits, uploads, ops, launches
@@ -173,7 +171,7 @@ def counted_uploads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @interpreted
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAPTURED)
 def test_a_decode_step_uploads_once_waits_for_nothing_and_launches_what_is_written_down(
     path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,10 +186,7 @@ def test_a_decode_step_uploads_once_waits_for_nothing_and_launches_what_is_writt
     assert recorder.waits == []
     assert recorder.launched == written_down(engine, path), f"launched: {recorder.launched}"
     assert engine.shard.attention.rows[1] > 0 or method == "dense"
-    sparse = METHODS[method]
-    paper = RankCostModel(
-        ModelConfig.from_pretrained(path), 1, None if sparse is None else {**sparse, "dense_layers": 1}, 16, torch.float32
-    )
+    paper = RankCostModel(ModelConfig.from_pretrained(path), 1, sparse_of(path, method), 16, torch.float32)
     planned = paper.dense_launches + paper.sparse_launches(LONGEST[method])
     assert planned == sum(map(Counter.total, recorder.launched.values())), "the planner adds them up"
 
@@ -200,23 +195,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "twilight over everything": ("twilight", {"selector": "full"}),
     "vattention by its output": ("vattention", {"guarantee": "output"}),
     "vattention by both": ("vattention", {"guarantee": "numerator_denominator", "delta": 0.2}),
-    "hash": ("hash", {"token_budget": 64}),
-    "window": ("window", {"token_budget": 64}),
-    "random": ("random", {"token_budget": 64}),
 }
-"""Settings and methods that are planned with numbers of their own."""
+"""Settings that are planned with numbers of their own."""
 
 
 @interpreted
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_other_methods_and_settings_launch_what_is_written_down_too(
-    path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    method, settings = VARIANTS[variant]
-    if method == "hash":
-        settings = {**settings, "hash_weights": random_hash_weights(path.parent / "hash.safetensors", range(2), 4, 64)}
-    monkeypatch.setitem(METHODS, method, {**(METHODS.get(method) or {"method": method}), **settings})
-    engine = stepped(path, method)
+def test_other_settings_launch_what_is_written_down_too(path: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, changes = VARIANTS[variant]
+    engine = stepped(path, method, changes=changes)
     engine.start([LONGEST[method], 48])
     with recorded_step(monkeypatch) as recorder, torch.inference_mode():
         engine.shard.run(engine.decode_plan())
@@ -229,7 +216,6 @@ def test_other_methods_and_settings_launch_what_is_written_down_too(
 def test_what_depends_on_the_batch_alone_is_made_by_the_first_of_the_sparse_layers(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METHODS, method, METHODS.get(method) or {"method": method, "token_budget": 64})
     sizes: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64}
     path = tiny_checkpoint(tmp_path, head_dim=64, max_position_embeddings=1024, **sizes)
     engine = stepped(path, method)
@@ -290,16 +276,8 @@ def keeping(logits: Callable[[Tensor], Tensor], kept: list[Tensor]) -> Callable[
     return kept_logits
 
 
-GRAPH_SAFE: dict[str, dict[str, Any] | None] = {
-    **METHODS,
-    "hash": {"method": "hash", "token_budget": 64},
-    "window": {"method": "window", "token_budget": 64},
-    "random": {"method": "random", "token_budget": 64},
-}
-
-
 @interpreted
-@pytest.mark.parametrize("method", GRAPH_SAFE)
+@pytest.mark.parametrize("method", CAPTURED)
 def test_rows_that_pad_a_captured_shape_are_nobodys_to_every_kernel(
     path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,11 +286,6 @@ def test_rows_that_pad_a_captured_shape_are_nobodys_to_every_kernel(
     A row that pads has no page and no context; what is allocated is full of NaN, so that whatever is read of it shows, and so
     are the pages of the padded one before they are given out, the null page too.
     """
-    sparse = GRAPH_SAFE[method]
-    if method == "hash":
-        assert sparse is not None
-        sparse = {**sparse, "hash_weights": random_hash_weights(path.parent / "hash.safetensors", range(2), 4, 64)}
-    monkeypatch.setitem(METHODS, method, sparse)
     own, padded = stepped(path, method), stepped(path, method, make_shard=padded_shard)
     found = []
     fill_pages(padded)
@@ -342,16 +315,11 @@ def fill_pages(engine: SteppedShard) -> None:
 
 @on_torch
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("method", [*GRAPH_SAFE, "oracle_topk", "tova"])
+@pytest.mark.parametrize("method", ["dense", *METHODS])
 def test_what_pages_held_before_they_were_given_out_changes_no_bit(
     path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request whose keys are NaN leaves them behind in pages that others get, and so may a warm-up in the null page."""
-    sparse = GRAPH_SAFE.get(method, {"method": method, "token_budget": 64})
-    if method == "hash":
-        assert sparse is not None
-        sparse = {**sparse, "hash_weights": random_hash_weights(path.parent / "hash.safetensors", range(2), 4, 64)}
-    monkeypatch.setitem(METHODS, method, sparse)
     found = []
     for is_filled in (False, True):
         engine = stepped(path, method)
@@ -359,7 +327,7 @@ def test_what_pages_held_before_they_were_given_out_changes_no_bit(
             fill_pages(engine)
         kept: list[Tensor] = []
         monkeypatch.setattr(engine.shard.model, "logits", keeping(engine.shard.model.logits, kept))
-        engine.start([LONGEST.get(method, 200), 33, 47])
+        engine.start([LONGEST[method], 33, 47])
         for _ in range(4):  # over the end of a page
             engine.decode()
         found.append(torch.cat(kept))
@@ -443,7 +411,7 @@ its place among the others of its row.
 
 @on_torch
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BYTES_PER_TOKEN)
 def test_a_decode_steps_allocations_hardly_grow_with_the_context(path: Path, method: str) -> None:
     """Lists of a row grow, an index or a score for each page or token of it; nothing grows like keys and values."""
     found = {}

@@ -19,27 +19,21 @@ from tests.support.checkpoints import tiny_checkpoint
 from tests.support.emulated_graphs import EmulatedGraph, emulated_graphs
 from tests.support.hash_weights import random_hash_weights
 from tests.support.interpreter import INTERPRETED
+from tests.support.methods import METHODS, sparse_settings
 from tests.support.stepped_shard import SteppedShard
 from tests.support.triton_path import triton_path
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "quest": {"token_budget": 48, "recent_pages": 1},
-    "quest below min_context": {"method": "quest", "token_budget": 48, "recent_pages": 1, "min_context": 60},
-    "twilight": {"p": 0.6, "candidate_fraction": 0.5, "min_candidates": 32},
-    "vattention": {"epsilon": 0.9, "delta": 0.9, "sink_tokens": 16, "window_tokens": 16, "guarantee": "denominator"},
-    "hash": {"token_budget": 48, "recent_pages": 1},
-    "window": {"token_budget": 48, "recent_pages": 1},
-    "random": {"token_budget": 48, "recent_pages": 1},
+CAPTURED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),
+    **{method: (method, {}) for method, case in METHODS.items() if case.captured},
+    "quest below min_context": ("quest", {"min_context": 60}),
 }
-
-
 TWO_SETS = ("quest below min_context", "vattention")
 """The last steps' contexts are known to be dense to these."""
 
-OF_A_KIND = ("quest", "hash", "window", "random")
+OF_A_KIND = ("dense", "quest", "hash", "window", "random")
 """They launch little that the others do not, and the interpreter takes its time."""
 
 
@@ -71,10 +65,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield seen
 
 
-def stepped(path: Path, method: str, longest: int) -> SteppedShard:
-    sparse = {"method": method, "dense_layers": 1, **METHODS[method]}
-    if method == "hash":
-        sparse["hash_weights"] = str(path.parent / "hash.safetensors")
+def stepped(path: Path, variant: str, longest: int) -> SteppedShard:
+    method, changes = CAPTURED[variant]
+    sparse = sparse_settings(method, str(path.parent / "hash.safetensors"), **changes)
     return SteppedShard(path, 130, sparse=sparse, max_model_len=longest + 40, max_num_seqs=4, max_num_batched_tokens=2048)
 
 
@@ -97,7 +90,7 @@ def decoded(engine: SteppedShard, monkeypatch: pytest.MonkeyPatch, longest: int)
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=[pytest.mark.slow] if name in OF_A_KIND else []) for name in METHODS]
+    "method", [pytest.param(name, marks=[pytest.mark.slow] if name in OF_A_KIND else []) for name in CAPTURED]
 )
 def test_replayed_steps_give_the_tokens_and_counts_of_steps_that_were_never_captured(
     path: Path, method: str, replays: list[int], monkeypatch: pytest.MonkeyPatch
@@ -132,7 +125,7 @@ def test_candidates_that_a_captured_step_scores_are_counted_though_they_are_all_
         launch(self, *args, **kwargs)
 
     monkeypatch.setattr(graphs, "buckets", lambda most: [most])
-    monkeypatch.setitem(METHODS, "twilight", {"p": 0.6, "candidate_fraction": 0.5, "min_candidates": 64})
+    monkeypatch.setitem(CAPTURED, "twilight", ("twilight", {"min_candidates": 64}))
     scored = {}
     for captures in (False, True):
         monkeypatch.setattr(Shard, "_captures_graphs", lambda self, method, captures=captures: captures)

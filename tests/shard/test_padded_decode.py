@@ -19,27 +19,20 @@ from distributed_sparse.shard.graphs import DecodeGraphs, DecodeShape
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import make_llm
 from tests.support.hash_weights import random_hash_weights
+from tests.support.methods import METHODS, sparse_settings
 from tests.support.padded_shard import padded_shard
 from tests.support.prompts import random_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
 
 LAYERS, HEADS, HEAD_DIM = 3, 4, 16
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "quest": {"token_budget": 64},
-    "quest below min_context": {"method": "quest", "token_budget": 64, "min_context": 150},
-    "quest in layers of their own": {"method": "quest", "token_budget": 64, "layers": [{"range": "2", "token_budget": 160}]},
-    "twilight": {"p": 0.7, "candidate_fraction": 0.5, "min_candidates": 64},
-    "twilight over everything": {"method": "twilight", "p": 0.7, "selector": "full"},
-    "vattention": {"epsilon": 0.5, "delta": 0.5, "sink_tokens": 16, "window_tokens": 16, "guarantee": "denominator"},
-    "vattention by hash": {
-        **{"method": "vattention", "selector": "hash", "epsilon": 0.5, "delta": 0.5, "guarantee": "denominator"},
-        **{"sink_tokens": 16, "window_tokens": 16},
-    },
-    "hash": {"token_budget": 64},
-    "window": {"token_budget": 64},
-    "random": {"token_budget": 64},
+CAPTURED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),
+    **{method: (method, {}) for method, case in METHODS.items() if case.captured},
+    "quest below min_context": ("quest", {"min_context": 150}),
+    "quest in layers of their own": ("quest", {"layers": [{"range": "2", "token_budget": 160}]}),
+    "twilight over everything": ("twilight", {"selector": "full"}),
+    "vattention by hash": ("vattention", {"selector": "hash"}),
 }
 """All that may be captured."""
 LENGTHS = (1100, 30, 300, 90, 5)
@@ -59,11 +52,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(folder / "model", max_position_embeddings=2048, **sizes)
 
 
-def sparse_of(path: Path, method: str) -> dict[str, Any]:
-    sparse = {"method": method, "dense_layers": 1, **METHODS[method]}
-    if "hash" in (sparse["method"], sparse.get("selector")):
-        sparse["hash_weights"] = str(path.parent / "hash.safetensors")
-    return sparse
+def sparse_of(path: Path, variant: str) -> dict[str, Any] | None:
+    method, changes = CAPTURED[variant]
+    return sparse_settings(method, str(path.parent / "hash.safetensors"), **changes)
 
 
 @pytest.fixture
@@ -101,7 +92,7 @@ def generate(llm: LLM) -> tuple[list[list[list[int]]], dict[str, Any]]:
     return tokens_of(outputs), llm.stats()["attention"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAPTURED)
 def test_padded_steps_give_the_tokens_and_the_counts_of_steps_of_their_own_shape(
     path: Path, method: str, shapes_run: list[DecodeShape]
 ) -> None:
