@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,34 @@ def starts_ray(file: str) -> bool:
     return "mark.ray" in (ROOT / file).read_text(encoding="utf-8")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "each_value: run cases that hold each value of each parameter once; the rest is slow")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, the files that start Ray go first."""
+    """Mark the cases that `each_value` leaves out. Where several processes share the tests, files that start Ray go first."""
+    grids: defaultdict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        is_of_a_grid = item.get_closest_marker("each_value") or item.location[0].startswith("tests/kernels/")
+        if is_of_a_grid and hasattr(item, "callspec") and not item.get_closest_marker("slow"):
+            grids[item.nodeid.partition("[")[0], str(item.callspec.params.get("implementation"))].append(item)
+    for grid in grids.values():
+        for item in beyond_each_value(grid):
+            item.add_marker("slow")
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: not starts_ray(item.location[0]))
+
+
+def beyond_each_value(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Those of a test's cases that are not needed to run each value of each of its parameters once."""
+    values = {item: {(name, repr(value)) for name, value in item.callspec.params.items()} for item in items}  # type: ignore[attr-defined]
+    missing = set().union(*values.values())
+    left = list(items)
+    while missing:
+        best = max(left, key=lambda item: len(values[item] & missing))
+        missing -= values[best]
+        left.remove(best)
+    return left
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -19,7 +19,7 @@ from tests.support.hash_weights import random_hash_weights
 from tests.support.methods import METHODS
 from tests.support.prompts import random_tokens
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.each_value]  # on CPU, equal bits are promised at one thread
 
 PAGE, LAYERS, KV_HEADS, HEAD_DIM = 16, 4, 2, 16
 TOKEN_BYTES = 2 * HEAD_DIM * 4  # K and V of one KV head

@@ -21,6 +21,8 @@ from tests.support.prompts import random_tokens
 from tests.support.stepped_engine import SteppedEngine
 from tests.support.transformers_reference import assert_close_to, greedy_tokens, reference_logits
 
+pytestmark = pytest.mark.each_value
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-mha": ("llama", {"num_key_value_heads": 8, "attention_bias": True, "mlp_bias": True}),

@@ -47,7 +47,7 @@ def test_a_long_decode_holds_a_bounded_number_of_pages(path: Path) -> None:
     assert used[True][1] == used[False][1]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_tokens_and_log_probabilities_are_those_of_the_window_that_evicts_nothing(path: Path, ranks: int) -> None:
     prompts = [random_tokens(length, seed=length) for length in (150, 1, 64, 97, 33, 200)]
     params = [
@@ -112,6 +112,7 @@ def test_a_trace_is_refused_where_there_is_no_whole_cache_to_compare_with(path: 
         make_llm(path, sparse=EVICT, trace=True, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_ranks_report_what_they_keep(path: Path) -> None:
     with make_llm(path, 2, sparse=EVICT, **SETTINGS) as llm:
         assert [tuple(rank["evict_window"]) for rank in llm.stats()["ranks"]] == [(1, 3)] * 2

@@ -234,6 +234,7 @@ def test_children_that_end_as_processes_do_leave_a_rank_in_process_alone(path: P
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_children_that_end_as_processes_do_leave_actors_and_ray_alone(ray_environment: Path, path: Path) -> None:
     """Ray's own objects in a child, left to themselves, end the parent's actors and its Ray, or hang."""
     with own_ray(ray_environment) as environment:

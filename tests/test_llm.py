@@ -591,6 +591,7 @@ def test_an_engine_left_without_shutdown_ends_with_its_process(path: Path) -> No
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_error_in_the_users_program_still_ends_the_process(path: Path) -> None:
     done = run_python(
         """

@@ -65,6 +65,7 @@ CLUSTER = """
 """
 
 
+@pytest.mark.slow
 def test_one_rank_on_each_of_two_nodes_gives_the_tokens_of_one_process(ray_environment: Path, tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path / "model")
     with own_ray(ray_environment) as environment:

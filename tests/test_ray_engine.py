@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.driver.test_group import assert_gone, placement_groups
 
 from distributed_sparse import LLM, SamplingParams
 from distributed_sparse.driver.step_times import TIMEOUT_FLOOR_S
 from distributed_sparse.llm import EngineError
+from tests.ray_backend.test_group import assert_gone, placement_groups
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.patience import WAIT_S
 from tests.support.prompts import random_tokens
 from tests.support.ray_processes import assert_no_processes, own_ray, ray_processes
 from tests.support.text_checkpoint import text_checkpoint
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.each_value]
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -125,6 +125,7 @@ def test_two_engines_in_one_process_keep_to_their_own_actors(engines: Engines) -
     assert together[0] != together[1], "else nothing tells the two engines apart"
 
 
+@pytest.mark.slow
 def test_a_relative_path_counts_from_where_the_user_is(
     local_ray: None, engines: Engines, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +247,7 @@ def test_more_ranks_than_cores_run_twice_in_a_process_that_leaves_nothing_behind
         assert_no_processes(environment["RAY_TMPDIR"])
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_no_shard_and_no_ray(ray_environment: Path, path: Path) -> None:
     with own_ray(ray_environment) as environment:
         process, _ = leave(environment, path, 2, stay=True)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.driver.test_group import assert_gone, placement_groups
 
 from distributed_sparse import LLM, SamplingParams
+from tests.ray_backend.test_group import assert_gone, placement_groups
 from tests.support.checkpoints import decisive_checkpoint
 from tests.support.patience import WAIT_S
 from tests.support.prompts import random_tokens

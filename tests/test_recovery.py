@@ -190,11 +190,8 @@ AT_THE_EDGE: dict[str, dict[str, Any]] = {
 DEFAULT = {
     ("before", "kill", 0, True),
     ("collective", "raise", 1, True),
-    ("after", "memory", 0, True),
     ("before", "raise", 0, False),
-    ("collective", "kill", 0, False),
     ("collective", "kill", 1, False),
-    ("after", "exit", 1, False),
 }
 """Every moment in prefill and in decode, and every kind; the others are slow."""
 
@@ -227,6 +224,7 @@ def test_a_step_that_is_lost_at_an_edge_is_taken_again(single: Engine, undisturb
     assert_equal(undisturbed.outputs, found, undisturbed.params)
 
 
+@pytest.mark.slow
 def test_ranks_that_die_together_cost_no_token(engine: Engine, undisturbed: Undisturbed) -> None:
     with engine.disturbed_by(Fault(0, "kill", "before", **IN_DECODE), Fault(1, "kill", "before", **IN_DECODE)):
         found = engine.generate(PROMPTS, undisturbed.params)
@@ -234,6 +232,7 @@ def test_ranks_that_die_together_cost_no_token(engine: Engine, undisturbed: Undi
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_rank_that_dies_again_when_it_has_caught_up_costs_no_token(
     engine: Engine, undisturbed: Undisturbed, rank: int
 ) -> None:
@@ -247,7 +246,10 @@ def test_a_rank_that_dies_again_when_it_has_caught_up_costs_no_token(
 
 @pytest.mark.parametrize(
     ("rank", "where"),
-    [(0, {"part": "prefill", "position": 42}), (1, {"part": "decode", "position": 74})],
+    [
+        pytest.param(0, {"part": "prefill", "position": 42}, marks=pytest.mark.slow),
+        (1, {"part": "decode", "position": 74}),
+    ],
     ids=["rank 0 in a prompt", "rank 1 in decode"],
 )
 def test_a_rank_that_dies_during_a_replay_costs_no_token(
@@ -266,11 +268,11 @@ def test_a_rank_that_dies_during_a_replay_costs_no_token(
     ("rank", "moment"),
     [
         (0, "begin"),
-        (1, "allocate"),
+        pytest.param(1, "allocate", marks=pytest.mark.slow),
         pytest.param(0, "load", marks=pytest.mark.slow),
         pytest.param(0, "allocate", marks=pytest.mark.slow),
         pytest.param(0, "warm up", marks=pytest.mark.slow),
-        (1, "warm up"),
+        pytest.param(1, "warm up", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_dies_while_another_or_itself_is_replaced_costs_no_token(
@@ -283,6 +285,7 @@ def test_a_rank_that_dies_while_another_or_itself_is_replaced_costs_no_token(
     assert engine.stats["recovery_log"][-1]["attempts"] == 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_while_the_other_is_being_loaded_costs_no_token(engine: Engine, undisturbed: Undisturbed) -> None:
     recoveries, before = engine.stats["recoveries"], engine.pids
     engine.arm(Fault(0, "kill", "before", **IN_DECODE), Fault(0, "hold", "load"))
@@ -329,7 +332,14 @@ def impatient(new_engine: NewEngine) -> Engine:
     ("kind", "moment", "where", "replaced"),
     [
         ("stop", "collective", IN_DECODE, [False, True]),
-        ("sleep", "collective", IN_PREFILL, [True, True]),  # it is alive, and so is the one that waits for it: who is to blame?
+        pytest.param(
+            "sleep",
+            "collective",
+            IN_PREFILL,
+            [True, True],
+            marks=pytest.mark.slow,
+            # both ranks are alive, so neither can be told to be the cause
+        ),
         pytest.param("stop", "before", IN_PREFILL, [False, True], marks=pytest.mark.slow),
         pytest.param("stop", "after", IN_DECODE, [False, True], marks=pytest.mark.slow),
         pytest.param("sleep", "before", IN_DECODE, [True, True], marks=pytest.mark.slow),
@@ -383,6 +393,7 @@ def test_a_replacement_that_is_stopped_while_it_loads_is_replaced(engine: Engine
     assert_equal(undisturbed.outputs, found, undisturbed.params)
 
 
+@pytest.mark.slow
 def test_of_four_ranks_the_three_that_live_on_keep_their_weights(new_engine: NewEngine, undisturbed: Undisturbed) -> None:
     """Two of them hear of it only from ranks that have left their collective already."""
     engine = new_engine(ranks=4, sparse=QUEST)
@@ -411,10 +422,13 @@ REPLAYED: dict[str, dict[str, Any] | None] = {
     "window, evicted": sparse_settings("window", dense_layers=0, evict=True),
 }
 """What keeps something of the prompt or of its own draws; the rest has nothing that quest has not."""
+KEEP_MOST = ("vattention", "tova", "window, evicted")
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", REPLAYED)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in KEEP_MOST else pytest.mark.slow) for name in REPLAYED]
+)
 def test_a_replay_restores_what_a_method_has_kept(new_engine: NewEngine, method: str, rank: int) -> None:
     """The first prompt's end was decoded, and its first sample has ended: the other one leads the replay.
 
@@ -595,7 +609,7 @@ def synchronous(new_engine: NewEngine) -> Engine:
     return new_engine(sparse=QUEST, async_scheduling=False)
 
 
-@pytest.mark.parametrize("in_flight", [2, 1])
+@pytest.mark.parametrize("in_flight", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_tokens_that_were_computed_twice_are_counted(
     engine: Engine, in_flight: int, request: pytest.FixtureRequest
 ) -> None:
@@ -718,6 +732,7 @@ def test_replacements_that_never_come_up_end_the_engine(new_engine: NewEngine) -
 @pytest.mark.parametrize(
     "moment", ["load", pytest.param("begin", marks=pytest.mark.slow), pytest.param("warm up", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_rank_that_dies_at_the_first_start_is_replaced(new_engine: NewEngine, undisturbed: Undisturbed, moment: str) -> None:
     engine = new_engine(Fault(1, "kill", moment), sparse=QUEST)
     assert engine.faults.num_armed == 0 and "SIGKILL" in engine.stats["recovery_log"][0]["cause"]

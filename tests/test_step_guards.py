@@ -37,6 +37,8 @@ on_torch = pytest.mark.skipif(INTERPRETED, reason="the torch path")
 CAPTURED = ["dense", *(method for method, case in METHODS.items() if case.captured)]
 LONGEST = {"dense": 200, **{method: max(200, case.sparse_at) for method, case in METHODS.items()}}
 """Tokens of a context with sparse rows, where there are any."""
+DEAR = ("quest", "twilight", "vattention")
+"""The methods whose kernels the others have, too."""
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +279,7 @@ def keeping(logits: Callable[[Tensor], Tensor], kept: list[Tensor]) -> Callable[
 
 
 @interpreted
-@pytest.mark.parametrize("method", CAPTURED)
+@pytest.mark.parametrize("method", [pytest.param(name, marks=() if name in DEAR else pytest.mark.slow) for name in CAPTURED])
 def test_rows_that_pad_a_captured_shape_are_nobodys_to_every_kernel(
     path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

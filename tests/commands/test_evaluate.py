@@ -153,6 +153,7 @@ def test_profile_of_a_checkpoint_without_a_tokenizer_writes_overrides_that_an_en
         assert llm.score([1, 2, 3], decode_last_prompt_tokens=1)
 
 
+@pytest.mark.slow
 def test_needle_with_answers_of_text(configs: dict[str, str], tmp_path: Path) -> None:
     command = ["needle", "--config", configs["text"], "--tasks", "single,multivalue", "--lengths", "460", "--depths", "0.5"]
     command += ["--max-tokens", "4", "--methods", "{method: quest, token_budget: 64}", "--no-controls", "--no-plots"]
@@ -205,6 +206,7 @@ def test_every_suite_has_a_help(suite: str, capsys: pytest.CaptureFixture[str]) 
     assert "--methods" in printed and "--kl-tokens" in printed and "--output" in printed
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_a_directory_to_go_on_from(configs: dict[str, str], tmp_path: Path) -> None:
     command = ["recall", "--config", configs["recall"], "--output", str(tmp_path), "--methods", "quest", "--budgets", "64"]
     command += [*RECALL, "--no-plots", "--tasks", "one-hop"]

@@ -159,6 +159,7 @@ def test_a_submitted_job_gives_the_tokens_of_the_python_api(
     assert sum(file.stat().st_size for file in files) < UPLOAD_LIMIT
 
 
+@pytest.mark.slow
 def test_a_job_of_the_demos_configuration_answers_in_its_log(head: dict[str, str], tmp_path: Path) -> None:
     """The demo's checkpoint is not uploaded: the job is given its absolute path, as launch/cluster.md has it."""
     checkpoint = tmp_path / "checkpoints" / "demo"
@@ -184,6 +185,7 @@ def test_a_cluster_that_has_ray_alone_installs_the_package_from_the_upload(
         assert expected[0].text in done.stdout
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_leaves_no_shard_and_no_placement_group(
     head: dict[str, str], config: str, tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ def scale(output: Path, *overrides: str) -> int:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_cpu_grid_runs_over_one_and_two_ranks_and_all_its_checks_hold(tmp_path: Path, local_ray: None) -> None:
     pytest.importorskip("matplotlib")
     assert scale(tmp_path) == 0

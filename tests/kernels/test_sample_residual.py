@@ -96,7 +96,7 @@ def assert_uniform(cells: Tensor, num_cells: int) -> None:
     assert chi2.sf(float(((observed - expected) ** 2 / expected).sum()), num_cells - 1) > 1e-4
 
 
-@pytest.mark.parametrize("num_residual", [1, 2, 3, 5, 63, 64, 65, 129])
+@pytest.mark.parametrize("num_residual", [1, 2, 5, 64, 129])
 def test_all_of_a_residual_is_drawn_each_token_once(implementation, num_residual):
     torch.manual_seed(num_residual)
     case = rows([num_residual + 9], [[9, 9]], None, 1)

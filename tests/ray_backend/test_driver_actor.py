@@ -12,13 +12,13 @@ import uuid
 from pathlib import Path
 
 import pytest
-from tests.driver.test_group import assert_gone, is_alive, placement_groups
 
 from distributed_sparse.client.client import Client, EngineError
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.protocol.client import ModelInfo, NewRequest
 from distributed_sparse.ranks.base import ShardFailure
 from distributed_sparse.sampling_params import SamplingParams
+from tests.ray_backend.test_group import assert_gone, is_alive, placement_groups
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.patience import WAIT_S
 from tests.support.process_group import open_ports
@@ -205,6 +205,7 @@ def test_a_killed_driver_fails_its_clients_at_once_and_leaves_nothing(doomed):
         client.submit(new_requests(1))
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_in_the_middle_of_a_recovery_leaves_nothing(doomed):
     """Its replacement for a killed shard has been asked for, and must not come up without it."""
     _, client, pid, shards = doomed
@@ -227,7 +228,7 @@ CLIENT = """
     import ray
     from distributed_sparse.config import EngineConfig
     from distributed_sparse.ray_backend.driver_actor import connect_driver
-    from tests.driver.test_actor import INFO
+    from tests.ray_backend.test_driver_actor import INFO
 
     if __name__ == "__main__":
         ADDRESS

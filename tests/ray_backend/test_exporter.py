@@ -37,6 +37,7 @@ def scrape(model: str) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 def test_a_running_engine_can_be_scraped(local_ray: None, tmp_path: Path) -> None:
     model = str(tiny_checkpoint(tmp_path / "model"))
     settings = {"device": "cpu", "max_model_len": 256, "max_num_seqs": 8, "tensor_parallel_size": 2}

@@ -136,6 +136,7 @@ def test_a_killed_actor_is_found_in_less_than_a_second(new_group, config):
     assert caught.value.ranks == (1,)
 
 
+@pytest.mark.slow
 def test_a_stopped_actor_meets_the_step_deadline_and_leaves_no_process(new_group, config):
     group = new_group(config)
     pids = [info.pid for info in group.start()]
@@ -192,6 +193,7 @@ def test_a_rank_that_is_killed_twice_is_replaced_in_its_own_bundle_and_the_other
     group.check()
 
 
+@pytest.mark.slow
 def test_ranks_that_are_killed_together_are_both_replaced(new_group, config):
     group = new_group(config, name="kept")
     before, placement = group.start(), placement_id("kept")
@@ -202,6 +204,7 @@ def test_ranks_that_are_killed_together_are_both_replaced(new_group, config):
     assert_steps(group, 5)
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_out_of_the_way_at_once(new_group, config):
     """Ray itself would take 5 s to end it, in which its GPU would not be free."""
     group = new_group(config)
@@ -216,6 +219,7 @@ def test_a_stopped_rank_is_out_of_the_way_at_once(new_group, config):
     assert_steps(group, 2)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_on_its_way_up_is_replaced_by_the_next_rebuild(new_group, config):
     group = new_group(config)
     survivor, first = (info.pid for info in group.start())
@@ -232,6 +236,7 @@ def test_a_rank_that_dies_on_its_way_up_is_replaced_by_the_next_rebuild(new_grou
     assert_steps(group, 5)
 
 
+@pytest.mark.slow
 def test_a_cancelled_rebuild_ends_at_once_and_leaves_no_process(new_group, config):
     others = shard_actors()
     group = new_group(config)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tests.driver.test_group import assert_gone, placement_groups
 
+from tests.ray_backend.test_group import assert_gone, placement_groups
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.patience import WAIT_S
 
@@ -79,6 +79,7 @@ def group_of() -> Iterator[Scheduling]:
     assert placement_groups() == before
 
 
+@pytest.mark.slow
 def test_ranks_live_in_the_bundles_that_the_client_leaves_and_the_group_stays(group_of: Scheduling, model: str) -> None:
     import ray
 

@@ -21,7 +21,7 @@ from tests.support.engine import make_llm
 from tests.support.hash_weights import random_hash_weights
 from tests.support.promise_a import assert_rows_depend_on_themselves
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.each_value]  # on CPU, equal bits are promised at one thread
 
 CONTEXTS = [333, 5, 64, 65, 17, 200, 1, 700]
 

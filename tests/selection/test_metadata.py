@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from distributed_sparse import cache as metadata
 from distributed_sparse.cache import AppendRuns, Geometry, LayerCache, Metadata, PageMinMax, QuantizedKeys
 from distributed_sparse.kernels.cache import append
 from distributed_sparse.kernels.cache.append_torch import rotate
-from distributed_sparse import cache as metadata
 from distributed_sparse.selection.hash import KeySignatures
 from distributed_sparse.selection.tova import Visible
 from tests.support.hash_weights import random_hash_weights

@@ -24,7 +24,7 @@ from tests.support.transformers_reference import (
     reference_logits,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.each_value]  # on CPU, equal bits are promised at one thread
 
 CONTEXTS = [333, 5, 64, 65, 17, 200, 1, 1100]
 

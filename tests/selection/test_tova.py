@@ -24,7 +24,7 @@ from tests.support.engine import make_llm
 from tests.support.prompts import random_tokens
 from tests.support.transformers_reference import assert_close_to, greedy_tokens_of_method, reference_logits
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.each_value]  # on CPU, equal bits are promised at one thread
 
 CONTEXTS = [133, 20, 64, 65, 17, 100]
 STEPS = 8

@@ -20,7 +20,7 @@ from tests.support.eager_methods import EagerTwilight
 from tests.support.hash_weights import random_hash_weights
 from tests.support.promise_a import all_rows, assert_rows_depend_on_themselves
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.each_value]  # on CPU, equal bits are promised at one thread
 
 CONTEXTS = [333, 5, 64, 65, 17, 200, 1, 700]
 SETTINGS: dict[str, Any] = {"p": 0.8, "candidate_fraction": 0.5, "min_candidates": 64}

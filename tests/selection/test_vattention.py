@@ -21,7 +21,7 @@ from tests.support.eager_methods import EagerVAttention
 from tests.support.hash_weights import random_hash_weights
 from tests.support.promise_a import assert_rows_depend_on_themselves, row_bits
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # on CPU, equal bits are promised at one thread
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.each_value]  # on CPU, equal bits are promised at one thread
 
 CONTEXTS = [1500, 5, 1100, 64, 2003, 512]
 SPARSE = [0, 2, 4]

@@ -249,6 +249,7 @@ def test_coverage_of_the_denominator() -> None:
     assert 0 < found <= binom.ppf(0.999, DRAWS, 1.5 * 0.1)
 
 
+@pytest.mark.slow
 def test_the_lemma_bounds_the_output_at_a_larger_sample() -> None:
     """numerator_denominator holds for the output, too, and asks for far more than the first-order bound does."""
     given, own = context("narrow"), policy(0.2, 0.1, "numerator_denominator")
@@ -279,6 +280,7 @@ def collapsed(given: Context, size: int) -> Drawn:
 
 
 @pytest.mark.parametrize("distribution", corners(["narrow", "heavy_tailed"], kept=("narrow",)))
+@pytest.mark.slow
 def test_drawing_with_replacement_and_collapsing_fails_both_tests(distribution: str) -> None:
     """The negative control: the same checks, of the denominator's coverage and of bias, refuse the published code's draw.
 

@@ -25,6 +25,8 @@ from tests.support.hash_weights import random_hash_weights
 from tests.support.prompts import random_tokens
 from tests.support.stepped_engine import SteppedEngine
 
+pytestmark = pytest.mark.each_value
+
 PAGE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 16, 3, 8, 4, 16
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 QUEST = {"method": "quest", "token_budget": 48, "recent_pages": 1, "dense_layers": 0}

@@ -19,7 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distributed_sparse.shard.collectives.collectives import CollectiveError, Collectives, shared_memory
+from distributed_sparse.shard.collectives import shared_memory
+from distributed_sparse.shard.collectives.collectives import CollectiveError, Collectives
 from distributed_sparse.shard.collectives.shared_memory import CAPACITY
 from tests.support.patience import WAIT_S
 from tests.support.process_group import PRELOAD

@@ -33,7 +33,7 @@ CAPTURED: dict[str, tuple[str, dict[str, Any]]] = {
 TWO_SETS = ("quest below min_context", "vattention")
 """The last steps' contexts are known to be dense to these."""
 
-OF_A_KIND = ("dense", "quest", "hash", "window", "random")
+OF_A_KIND = ("dense", "quest", "vattention", "hash", "window", "random")
 """They launch little that the others do not, and the interpreter takes its time."""
 
 
@@ -112,6 +112,7 @@ def test_replayed_steps_give_the_tokens_and_counts_of_steps_that_were_never_capt
     assert counts[1] > 0 or method == "dense"
 
 
+@pytest.mark.slow
 def test_candidates_that_a_captured_step_scores_are_counted_though_they_are_all_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,8 @@ from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import make_llm
 from tests.support.prompts import random_tokens
 
+pytestmark = pytest.mark.each_value
+
 VOCAB_SIZE = 331
 
 

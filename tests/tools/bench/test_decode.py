@@ -501,6 +501,7 @@ def test_models_go_by_name_by_folder_and_by_the_weights_that_they_have(tmp_path:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ranks_of_a_cluster_fill_their_own_heads_and_decode_what_one_rank_does(
     settings: DecodeSettings, local_ray: None
 ) -> None:

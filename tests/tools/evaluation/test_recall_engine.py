@@ -28,10 +28,10 @@ def ask(llm, quiz):
 @pytest.mark.parametrize(
     ("sparse", "least", "most"),
     [
-        ({"method": "dense"}, 1.0, 1.0),
+        pytest.param({"method": "dense"}, 1.0, 1.0, marks=pytest.mark.slow),
         ({"method": "quest", "token_budget": 128}, 0.95, 1.0),
         pytest.param({"method": "quest", "token_budget": 48, "recent_pages": 1}, 0.0, 0.8, marks=pytest.mark.slow),
-        ({"method": "twilight", "p": 0.95}, 0.95, 1.0),
+        pytest.param({"method": "twilight", "p": 0.95}, 0.95, 1.0, marks=pytest.mark.slow),
         pytest.param({"method": "vattention", "epsilon": 0.1, "delta": 0.1}, 0.95, 1.0, marks=pytest.mark.slow),
         ({"method": "window", "token_budget": 256}, 0.0, 0.2),
     ],
@@ -56,6 +56,7 @@ def majority(checkpoint, sparse):
 
 
 @pytest.mark.parametrize("method", corners(["twilight", "vattention"], kept=("vattention",)))
+@pytest.mark.slow
 def test_the_adaptive_methods_count_mentions_and_say_what_they_gain_over_quest(checkpoint, method):
     """96 mentions lie all over the text: here a budget must fit the question. A loss at equal density is printed as one."""
     found, attended = majority(checkpoint, {"method": method})
@@ -67,6 +68,7 @@ def test_the_adaptive_methods_count_mentions_and_say_what_they_gain_over_quest(c
 
 
 @pytest.mark.parametrize("tensor_parallel_size", corners([2, 4], kept=(4,)))
+@pytest.mark.slow
 def test_quest_answers_over_ranks_too(checkpoint, tensor_parallel_size):
     one_hop = make_prompts(num_facts=96, context_length=1200, num_queries=4, seed=1, answer_length=4)
     two_hops = make_prompts(num_facts=96, context_length=1200, num_queries=4, hops=2, seed=2)

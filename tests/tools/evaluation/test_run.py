@@ -178,6 +178,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_an_uninterrupted_one(
     assert {json.loads(line)["key"] for line in path.read_text().splitlines()} == set(recall_records)
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(recall: str, tmp_path: Path) -> None:
     suite = RecallSuite(lengths=(400,), facts=24, questions=4, tasks=("two-hop",))
     methods = parse_methods(["quest"], [64])

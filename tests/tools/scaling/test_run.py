@@ -107,6 +107,7 @@ def test_counters_are_of_the_measured_requests_alone(measured: Any) -> None:
     assert one["tpot_ms"]["p99"] >= one["tpot_ms"]["median"] > 0
 
 
+@pytest.mark.slow
 def test_cache_bytes_are_those_that_each_rank_itself_has_read(model: str, tmp_path: Path) -> None:
     """Twilight's counts follow the data, so ranks read unequal shares: each shows its own, and none the mean."""
     twilight = {"method": "twilight", "p": 0.3, "selector": "full", "recent_pages": 1, "dense_layers": 1}
@@ -185,6 +186,7 @@ def test_a_point_that_fails_is_kept_with_its_error_the_others_go_on_and_it_is_tr
 @pytest.mark.parametrize(
     "error", [KeyError("rank"), *(pytest.param(e, marks=pytest.mark.slow) for e in (TypeError(), MemoryError()))]
 )
+@pytest.mark.slow
 def test_no_error_of_a_point_ends_the_run_and_its_traceback_is_logged(
     error: Exception, model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -195,6 +197,7 @@ def test_no_error_of_a_point_ends_the_run_and_its_traceback_is_logged(
     assert "in __call__" in caplog.text and "tensor_parallel_size=1 failed" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_a_failed_point_leaves_behind_is_reported_with_it_and_not_taken_for_granted_afterwards(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +239,7 @@ def test_a_leak_check_that_fails_itself_fails_the_check_and_not_the_run(
 
 
 @pytest.mark.parametrize("dtype", corners(["float32", "bfloat16"], kept=("bfloat16",)))
+@pytest.mark.slow
 def test_fewer_compared_prompts_go_on_in_a_directory_of_more(dtype: str, model: str, tmp_path: Path) -> None:
     given = {"agreement": 0.8, "compared_prompts": 3}
     engines = Engines()
@@ -248,6 +252,7 @@ def test_fewer_compared_prompts_go_on_in_a_directory_of_more(dtype: str, model: 
         assert len(same["token_ids"]) == 3 and len(four["token_ids"]) == 2
 
 
+@pytest.mark.slow
 def test_low_precision_is_held_against_the_tokens_of_the_fewest_ranks(model: str, tmp_path: Path) -> None:
     config = configured(model, {"tensor_parallel_size": [1, 2]}, {"compared_prompts": 2, "agreement": 0.8}, dtype="bfloat16")
     (one, two), failures = run(tmp_path, config, Engines())
