@@ -37,7 +37,7 @@ on_torch = pytest.mark.skipif(INTERPRETED, reason="the torch path")
 CAPTURED = ["dense", *(method for method, case in METHODS.items() if case.captured)]
 LONGEST = {"dense": 200, **{method: max(200, case.sparse_at) for method, case in METHODS.items()}}
 """Tokens of a context with sparse rows, where there are any."""
-DEAR = ("quest", "twilight", "vattention")
+DEAR = ("quest", "vattention")
 """The methods whose kernels the others have, too."""
 
 

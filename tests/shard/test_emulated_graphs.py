@@ -33,7 +33,7 @@ CAPTURED: dict[str, tuple[str, dict[str, Any]]] = {
 TWO_SETS = ("quest below min_context", "vattention")
 """The last steps' contexts are known to be dense to these."""
 
-OF_A_KIND = ("dense", "quest", "vattention", "hash", "window", "random")
+OF_A_KIND = ("dense", "quest", "quest below min_context", "vattention", "hash", "window", "random")
 """They launch little that the others do not, and the interpreter takes its time."""
 
 
