@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
+from distributed_sparse.cache import Geometry
 from distributed_sparse.model.config import ModelConfig
 
 
@@ -82,6 +85,19 @@ class LocalSizes:
     def vocab_size(self) -> int:
         """Rows of the embedding and of lm_head, padding included."""
         return _part(self.config.vocab_size, self.shard.world_size)
+
+    def geometry(self, page_size: int, dtype: torch.dtype, device: torch.device) -> Geometry:
+        """The shape of this rank's attention and cache."""
+        return Geometry(
+            num_kv_heads=self.num_key_value_heads,
+            group_size=self.config.num_attention_heads // self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            page_size=page_size,
+            dtype=dtype,
+            device=device,
+            first_kv_head=self.first_key_value_head,
+            model_kv_heads=self.config.num_key_value_heads,
+        )
 
     @property
     def first_token_id(self) -> int:

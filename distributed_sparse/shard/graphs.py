@@ -16,8 +16,8 @@ from distributed_sparse.shard.attention import SparseAttention
 from distributed_sparse.shard.batch import StepLayout, build_layout, make_batch
 from distributed_sparse.shard.collectives.collectives import Collectives
 from distributed_sparse.shard.inputs import StepInputs
+from distributed_sparse.shard.memory import warm_up_plan
 from distributed_sparse.shard.slots import SlotTable
-from distributed_sparse.shard.warm_up import warm_up_plan
 
 
 class DecodeShape(NamedTuple):
