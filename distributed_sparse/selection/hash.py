@@ -95,10 +95,10 @@ def signature_bits(weights: str) -> int:
         with safe_open(weights, framework="pt") as file:
             last = next((name for name in file.keys() if name.endswith(f".hash.k.{LINEARS - 1}.weight")), None)  # noqa: SIM118
             if last is None:
-                raise ValueError(f"sparse.hash_weights={weights!r} holds no hash; docs/methods/hash.md says what it must hold")
+                raise ValueError(f"sparse.hash_weights={weights!r} holds no hash; docs/methods/hash.md describes its layout")
             bits = int((*file.get_slice(last).get_shape(), 0)[1])
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"sparse.hash_weights={weights!r} is no readable safetensors file: {error}") from error
+        raise ValueError(f"sparse.hash_weights={weights!r} is not a readable safetensors file: {error}") from error
     if bits % 32 or bits == 0:
         raise ValueError(f"sparse.hash_weights={weights!r} has signatures of {bits} bits; use a multiple of 32")
     return bits

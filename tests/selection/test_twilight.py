@@ -262,8 +262,8 @@ def test_codes_are_those_of_the_keys_less_their_offset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is no readable safetensors file"),
-        ({}, r"has no tensor 'model.layers.0.key_offset'; docs/methods says"),
+        (None, "is not a readable safetensors file"),
+        ({}, r"has no tensor 'model.layers.0.key_offset'; docs/methods describes"),
         ({"model.layers.0.key_offset": torch.zeros(4, 32)}, r"has shape \[4, 32\], but this model needs \[4, 64\]"),
         ({"model.layers.0.key_offset": torch.zeros(2, 64)}, r"has shape \[2, 64\], but this model needs \[4, 64\]"),
         ({"model.layers.0.key_offset": torch.zeros(8, 64)}, r"has shape \[8, 64\], but .* \[4, 64\]; is it another model's"),
@@ -285,7 +285,10 @@ def test_a_wrong_offset_file_is_refused(tmp_path: Path, content: dict[str, torch
         ({"p": 1.01}, "sparse.p=1.01 must be finite, > 0 and <= 1"),
         ({"p": float("nan")}, "sparse.p=nan must be finite"),
         ({"p": "high"}, "sparse: .*float.*p"),
-        ({"selector": "window"}, "sparse.selector='window' is not known; use one of 'hash', 'oracle', 'quest', 'sketch', 'full'"),
+        (
+            {"selector": "window"},
+            "sparse.selector='window' is not known; use one of 'hash', 'oracle', 'quest', 'sketch', 'full'",
+        ),
         ({"candidate_fraction": 0.0}, "sparse.candidate_fraction=0.0 must be finite, > 0 and <= 1; give the share"),
         ({"candidate_fraction": 2.0}, "sparse.candidate_fraction=2.0"),
         ({"min_candidates": 0}, "sparse.min_candidates=0 must be >= 1"),
