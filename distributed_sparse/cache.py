@@ -171,7 +171,7 @@ class LayerCache:
 
     def append(self, k: Tensor, v: Tensor, runs: AppendRuns) -> None:
         """Write a batch's post-RoPE k and v [N, H_kv, d] into their pages, and update the metadata."""
-        append(k, v, *runs.columns, self.k_pages, self.v_pages, *self._written_by_the_kernel)
+        append(k, v, *runs.columns, self.k_pages, self.v_pages, *self._kernel_metadata)
         for kind in self.kinds:
             kind.append(self, k, runs)
 
@@ -191,7 +191,7 @@ class LayerCache:
             *runs.columns,
             self.k_pages,
             self.v_pages,
-            *self._written_by_the_kernel,
+            *self._kernel_metadata,
             return_keys=bool(keepers),
         )
         for kind in keepers:
@@ -212,7 +212,7 @@ class LayerCache:
         return k, v
 
     @property
-    def _written_by_the_kernel(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def _kernel_metadata(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """The metadata arguments of the append kernels."""
         kept = self.metadata.get
         return kept("page_min_max"), kept("key_codes"), kept("key_scales"), self.constants.get("key_offset")

@@ -1,9 +1,9 @@
-"""The contract of a sparse method. An author implements a `Policy`, whose `select` returns a `Selection` for each layer.
+"""base: the contract of a sparse method. `sparse.method` takes a method of this package or "package.module:Policy".
 
-Methods that rank pages or tokens by score implement only a `Scorer` (`selection/top_k.py`). What a method stores per page
-beside K and V is a `Metadata` (`cache.py`).
+A method is a `Policy`, whose `select` returns a `Selection` for each layer. A method that ranks pages or tokens by score only
+implements a `Scorer` (`selection/top_k.py`). A `Metadata` (`cache.py`) is what a method stores per page beside K and V.
 
-Rules that hold for every method:
+Rules for every method:
 
 - Padding: CUDA graphs pad a batch. A padded decode row has `context_lens` and `num_pages` 0; its q is any bits, NaN included.
 - Counts: entries of `page_table` past a sequence's `num_pages` are any bits, as are entries of a `Selection`'s lists past their
@@ -13,10 +13,11 @@ Rules that hold for every method:
 - Order: `pages` ascend in logical order and end with the newest page, which may be partial. `tokens` may be in any order that
   depends on the row alone; attention adds them up in this order.
 - Random numbers: Philox (`kernels/philox.py`) with key `random_key[0:2]` and counter (i, `random_key[2]`, `random_key[3]`,
-  use | ... | layer << 8 | global KV head << 20), where the global KV head is `geometry.first_kv_head` + the local one. The
-  lowest 4 bits of the last word are a use of your own: 0, 1 and 2 are taken. No torch generator: draws must repeat on any
-  rank, in any batch, and after preemption.
-- Metadata: a pure function of the page's tokens, reset where a run has `offset == 0`; see `cache.Metadata`.
+  use | `cache.layer` << 8 | global KV head << 20), where the global KV head is `geometry.first_kv_head` + the local one. The
+  lowest 4 bits of the last word are the use: choose one that `philox.py` does not list. No torch generator: a draw must repeat
+  on any rank, in any batch, and after preemption.
+- Metadata: a pure function of the page's content. `Metadata.append` resets a page's metadata at a run with `offset == 0`, as
+  pages are reused without clearing. In `AppendRuns`, `starts` ascend and no page is in two runs, except the null page 0.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class DecodeBatch:
     num_pages:       int32 [B]    pages in use, the newest included; 0 for a padded row
     context_lens:    int32 [B]    tokens in the cache, the query's own included; 0 for a padded row
     last_page_len:   int32 [B]    tokens in the newest page, 1..page_size
-    random_key:      int64 [4, B] key of a sequence's random numbers: low and high 32 bits of the request's seed, sample index,
-                     position of the query; add the layer and the global KV head (see the module's docstring)
+    random_key:      int64 [4, B] key of a sequence's random numbers: low and high 32 bits of the request's seed, sample index
+                     (0 at prompt positions), position of the query; add layer and global KV head as in the module's docstring
     max_context_len: the longest context, known on the host; in a captured step, the longest context of any replay
     trace:           whether `Selection.details` is used
     """
@@ -128,8 +129,8 @@ class DecodeBatch:
 class SparseConfig:
     """Settings common to every method. `layers` overrides any of a method's settings for a range of layers.
 
-    A subclass adds the method's settings. The methods below describe what a method reads, without data, to the memory manager,
-    the CUDA graphs and the cost planner.
+    A subclass adds the method's settings. The methods below predict what a method reads from the context length alone; page
+    eviction, the shapes of CUDA graphs and the cost planner use them.
     """
 
     method: ClassVar[str]

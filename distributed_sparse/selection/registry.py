@@ -61,7 +61,7 @@ def resolve_sparse_config(sparse: dict[str, Any] | None) -> SparseConfig:
     settings = {key: value for key, value in sparse.items() if key != "method"}
     if sparse["method"] == "quest" and settings.get("bound") == "minmax":
         del settings["bound"]
-        warnings.warn("sparse.bound is gone, as it had one value; leave it out", FutureWarning, stacklevel=2)
+        warnings.warn("sparse.bound was removed, as it had only one value; leave it out", FutureWarning, stacklevel=2)
     config = _typed(policy_class(sparse["method"]).config_class, settings, "sparse")
     for override in config.layers:
         _override(config, override)

@@ -132,13 +132,9 @@ class TwilightPolicy(Policy):
             }
         return selection
 
-    def candidates(self, context_len: int) -> int | None:
-        """See `TwilightConfig.candidates`."""
-        return self.config.candidates(context_len, self.geometry.page_size)
-
     def _candidate_pages(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
         config, size = self.config, batch.page_size
-        capacity = self.candidates(batch.max_context_len)
+        capacity = config.candidates(batch.max_context_len, size)
         if self.selector is None or capacity is None:
             dense = dense_selection(batch, self.geometry.num_kv_heads)
             return dense.pages, dense.num_pages
@@ -162,14 +158,15 @@ class TwilightPolicy(Policy):
         return (lse(selection) - lse(dense_selection(batch, self.geometry.num_kv_heads))).exp()
 
     def bytes_scored(self, context_lens: list[int], max_context_len: int | None = None) -> int:
-        geometry = self.geometry
-        of_key = geometry.head_dim * self.config.key_bits // 8 + 4  # codes; scale and minimum in fp16
+        config, geometry = self.config, self.geometry
+        key_bytes = geometry.head_dim * config.key_bits // 8 + 4  # codes; scale and minimum in fp16
         estimated = 0
         for n in context_lens:
-            pages = self.candidates(n)
+            pages = config.candidates(n, geometry.page_size)
             estimated += n if pages is None else pages * geometry.page_size
         scored = 0
         longest = max(context_lens) if max_context_len is None else max_context_len
-        if self.selector is not None and self.candidates(longest) is not None:  # as `_candidate_pages` decides
+        # The same condition as in `_candidate_pages`.
+        if self.selector is not None and config.candidates(longest, geometry.page_size) is not None:
             scored = self.selector.bytes_scored(context_lens)
-        return scored + estimated * of_key * geometry.num_kv_heads
+        return scored + estimated * key_bytes * geometry.num_kv_heads

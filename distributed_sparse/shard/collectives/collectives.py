@@ -95,7 +95,7 @@ class Collectives:
             self.all_reduce_calls += 1
             self.all_reduce_bytes += x.nbytes
             with self.timer("all_reduce") if self.timer is not None else nullcontext():
-                self._pass("all_reduce", x, lambda way: way.all_reduce(x))
+                self._call("all_reduce", x, lambda transport: transport.all_reduce(x))
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,12 +103,12 @@ class Collectives:
         if self._group is None:
             return x
         x = x.contiguous()
-        return self._pass("all_gather", x, lambda way: torch.cat(way.all_gather(x), dim=-1))
+        return self._call("all_gather", x, lambda transport: torch.cat(transport.all_gather(x), dim=-1))
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's `x` on every rank, in place (any shape and dtype, contiguous)."""
         if self._group is not None:
-            self._pass("broadcast", x, lambda way: way.broadcast(x))
+            self._call("broadcast", x, lambda transport: transport.broadcast(x))
         return x
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
@@ -116,7 +116,7 @@ class Collectives:
         if self._group is None:
             return list(flags)
         held = torch.tensor(flags, dtype=torch.float32, device=self._device)
-        self._pass("agree", held, lambda way: way.all_reduce(held))
+        self._call("agree", held, lambda transport: transport.all_reduce(held))
         return (held == self.world_size).tolist()
 
     def barrier(self) -> None:
@@ -124,22 +124,22 @@ class Collectives:
         if self._group is not None:
             # an all-reduce of one element, read back: NCCL's own barrier would have to guess the device
             flag = torch.zeros(1, device=self._device)
-            self._pass("barrier", flag, lambda way: way.all_reduce(flag))
+            self._call("barrier", flag, lambda transport: transport.all_reduce(flag))
             flag.item()
 
     def close(self) -> None:
         """Leave the group; only `meet` may be called afterwards. May be called more than once."""
-        for way in (self._group, self._shared):
-            if way is not None:
-                way.close()
+        for transport in (self._group, self._shared):
+            if transport is not None:
+                transport.close()
         self._group = self._shared = None
 
-    def _pass(self, what: str, x: torch.Tensor, call: Callable[[Transport], Result]) -> Result:
+    def _call(self, what: str, x: torch.Tensor, call: Callable[[Transport], Result]) -> Result:
         """Run `call` with the transport for `x`: shared memory if there is one and `x` fits, else the process group."""
         assert self._group is not None
-        way: Transport = self._shared if self._shared is not None and x.nbytes <= CAPACITY else self._group
+        transport: Transport = self._shared if self._shared is not None and x.nbytes <= CAPACITY else self._group
         try:
-            return call(way)
+            return call(transport)
         except RuntimeError as error:
             raise self._incomplete(what, error) from error
 

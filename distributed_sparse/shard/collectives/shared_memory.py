@@ -27,7 +27,7 @@ _TOKEN_BYTES = 32
 _TICKET_BYTES = 128
 _LINE = 64  # bytes of a cache line: the first holds the token, then one per rank holds its exchange number
 _HEADER = 4096
-_NAP_S = 5e-3  # between two checks whether the missing rank is alive
+_POLL_S = 5e-3  # between two checks whether the missing rank is alive
 _LOCK = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, length, pid
 
 
@@ -63,7 +63,7 @@ class SharedMemory:
         library = native.library()
         assert library is not None
         numbers = ctypes.c_void_p(self._bytes.data_ptr() + _LINE)
-        self._meet_them = functools.partial(library.meet, numbers, ctypes.c_int(rank), ctypes.c_int(world_size))
+        self._native_meet = functools.partial(library.meet, numbers, ctypes.c_int(rank), ctypes.c_int(world_size))
 
     def all_reduce(self, x: Tensor) -> None:
         """See `transports.Transport`. Adds in rank order, so all ranks get the same bits."""
@@ -96,7 +96,7 @@ class SharedMemory:
         views = [self._view(rank, x) for rank in range(self.world_size)]
         views[self.rank].copy_(x)
         deadline = time.monotonic() + self.timeout.total_seconds()
-        while (missing := self._meet(_NAP_S)) >= 0:
+        while (missing := self._meet(_POLL_S)) >= 0:
             if self._has_left(missing) and self._meet(0.0) >= 0:
                 raise RuntimeError(f"rank {missing} has left")
             if time.monotonic() > deadline:
@@ -117,7 +117,7 @@ class SharedMemory:
 
     def _meet(self, seconds: float) -> int:
         """Announce this rank's arrival and wait for the others. Returns -1, or the first rank that has not arrived."""
-        return self._meet_them(ctypes.c_int64(self._number), ctypes.c_int64(int(seconds * 1e9)))
+        return self._native_meet(ctypes.c_int64(self._number), ctypes.c_int64(int(seconds * 1e9)))
 
     def _has_left(self, rank: int) -> bool:
         found = fcntl.fcntl(self._file, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, rank))
