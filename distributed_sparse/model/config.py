@@ -57,7 +57,6 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    hidden_act: str
     rope: RopeConfig
     max_position_embeddings: int
     tie_word_embeddings: bool
@@ -116,7 +115,6 @@ class ModelConfig:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=hf.rms_norm_eps,
-            hidden_act=hf.hidden_act,
             rope=rope,
             max_position_embeddings=hf.max_position_embeddings,
             tie_word_embeddings=hf.tie_word_embeddings,

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -129,18 +128,6 @@ def load_weights(
             return _Assembler(config, parts, _Checkpoint(path, files, config, parts), dtype, device, bar).weights(shard)
 
 
-class _Source(Protocol):
-    """Source of a rank's slices."""
-
-    bytes_read: int
-
-    def fill(self, out: Tensor, part: TensorSlice) -> None:
-        """Write the rows (or columns) of a tensor that the rank reads into ``out``, which has their shape."""
-
-    def has(self, name: str) -> bool:
-        """Whether the files hold a tensor of that name."""
-
-
 class _Checkpoint:
     """Slices from safetensors files. Names, shapes and dtypes are checked before the first byte is read."""
 
@@ -177,16 +164,18 @@ class _Checkpoint:
             )
 
     def fill(self, out: Tensor, part: TensorSlice) -> None:
+        """Write the rows (or columns) of a tensor that the rank reads into ``out``, which has their shape."""
         read = self.files.tensor(self.stored_as.get(part.name, part.name))[part.index]
         self.bytes_read += read.nbytes
         out.copy_(read)
 
     def has(self, name: str) -> bool:
+        """Whether the files hold a tensor of that name."""
         return name in self.files.file_of
 
 
 class _Dummy:
-    """Random slices: matrices and biases normal around 0, norms all 1, each tensor seeded by its name."""
+    """Random slices, with the interface of `_Checkpoint`: matrices and biases normal around 0, norms 1, seeded by name."""
 
     bytes_read = 0
 
@@ -211,7 +200,7 @@ class _Assembler:
         self,
         config: ModelConfig,
         parts: dict[str, TensorSlice],
-        source: _Source,
+        source: _Checkpoint | _Dummy,
         dtype: torch.dtype,
         device: torch.device | str,
         bar: Progress,
