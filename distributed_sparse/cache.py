@@ -1,4 +1,4 @@
-"""The paged KV cache of one rank: K and V of each layer, and the metadata that each layer's method asks for."""
+"""cache: one rank's paged KV cache: K and V of each layer, and the `Metadata` that each layer's method stores per page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distributed_sparse.kernels.huge_pages import zeros
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of one rank's attention."""
+    """The shape of one rank's attention and cache."""
 
     num_kv_heads: int
     group_size: int
@@ -26,9 +26,9 @@ class Geometry:
     dtype: torch.dtype
     device: torch.device
     first_kv_head: int
-    """Global index of this rank's first KV head: random numbers are keyed by the global head."""
+    """Global index of this rank's first KV head. Random numbers are keyed by the global head."""
     model_kv_heads: int | None = None
-    """KV heads of the whole model, where a file that a method reads is to be held against them."""
+    """KV heads of the whole model, to check the shape of a method's weight file; None: not checked."""
 
     @property
     def scale(self) -> float:
@@ -36,58 +36,70 @@ class Geometry:
 
 
 class Metadata(ABC):
-    """Something that the cache keeps per page beside K and V, for the methods that ask for it. It describes; the cache owns."""
+    """What a method stores per page beside K and V. Describes the tensors and how they are written; the `LayerCache` owns them.
+
+    A page's metadata must be a pure function of the page's content: samples of one request share pages, pages are copied with
+    their metadata, and a preempted sequence is computed again. Metadata that also depends on queries sets `changes_when_read`.
+    """
 
     changes_when_read: ClassVar[bool] = False
-    """Whether a policy's `select` writes to it: then no two sequences may share a page."""
+    """True if a policy's `select` writes to it. Then samples of one request copy their pages instead of sharing them."""
 
     @abstractmethod
     def allocate(self, num_pages: int, geometry: Geometry) -> dict[str, Tensor]:
-        """The tensors of one layer by name, each [num_pages, ...]. On the meta device they are only counted."""
+        """The tensors of one layer by name, each [num_pages, ...]. Also called on the meta device, to count their bytes."""
 
     def constants(self, layer: int, geometry: Geometry) -> dict[str, Tensor]:
-        """What the layer needs once, and not per page, by name.
+        """Tensors that belong to the layer and not to a page, by name: learned weights, offsets.
 
         Raises:
-            ValueError: a file that the settings name lacks it.
+            ValueError: a file named in the settings lacks them.
         """
         return {}
 
     def bytes_per_token(self, geometry: Geometry) -> int:
-        """Bytes that appending one token writes in one layer: its share of a page, unless a page's are written whole."""
+        """Bytes written per appended token and layer: a token's share of a page, unless an append rewrites more."""
         on_paper = self.allocate(1, replace(geometry, device=torch.device("meta")))
         return sum(tensor.nbytes for tensor in on_paper.values()) // geometry.page_size
 
     def append(self, cache: LayerCache, k: Tensor, runs: AppendRuns) -> None:  # noqa: B027
-        """Write what new keys add, after K and V are in the pages.
+        """Update the metadata for new tokens; K and V are already in the pages.
 
-        Nothing to do for what the append kernel writes itself (`PageMinMax`, `QuantizedKeys`).
+        Pages are reused without clearing: a run with `offset == 0` starts its page anew and resets the page's metadata. A run
+        of count 0 changes nothing. `PageMinMax` and `QuantizedKeys` do not override this: the append kernel writes them.
 
         Args:
             cache: the layer's cache; this metadata's tensors are in `cache.metadata`.
             k: [N, H_kv, d] post-RoPE keys of the batch.
-            runs: where they went.
+            runs: the pages and offsets that the keys were written to.
         """
 
 
 @dataclass(frozen=True)
 class AppendRuns:
-    """Where a batch's tokens go: see `kernels/cache/append.py`. Each int32 [T]."""
+    """Where a batch's N tokens are written, as T runs of consecutive tokens: see `kernels/cache/append.py`. Each int32 [T].
+
+    A run never crosses a page. No page occurs in two runs, except the null page 0, whose content is never used.
+    """
 
     pages: Tensor
+    """Physical page of each run."""
     starts: Tensor
+    """Index of the run's first token in the batch; ascending."""
     offsets: Tensor
+    """First offset written in the page; 0 resets the page's metadata."""
     counts: Tensor
+    """Tokens of the run; 0 for a padded row."""
 
     @property
     def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As the kernels take them."""
+        """In the order of the kernels' arguments."""
         return self.pages, self.starts, self.offsets, self.counts
 
 
 @dataclass(frozen=True)
 class PageMinMax(Metadata):
-    """Channel-wise min and max of the page's keys: [num_pages, H_kv, 2, d] in the cache's dtype, so exact (Quest)."""
+    """Channel-wise min and max of a page's keys: [num_pages, H_kv, 2, d] in the cache's dtype, so exact (Quest)."""
 
     def allocate(self, num_pages: int, geometry: Geometry) -> dict[str, Tensor]:
         shape = (num_pages, geometry.num_kv_heads, 2, geometry.head_dim)
@@ -99,11 +111,11 @@ class PageMinMax(Metadata):
 
 @dataclass(frozen=True)
 class QuantizedKeys(Metadata):
-    """A low-bit copy of every key: codes, and a scale and a minimum per (token, KV head) in fp16 (Twilight, section 4.2).
+    """A low-bit copy of every key: codes, and an fp16 scale and minimum per (token, KV head) (Twilight, section 4.2).
 
     bits: 2, 4 or 8 per channel.
     offsets: safetensors file with `model.layers.{i}.key_offset` [H_kv of the model, d], subtracted from the keys before they
-        are quantised: the same for every key of a row, so that no softmax changes. None: nothing is subtracted.
+        are quantised. It is the same for all keys of a row, so the softmax does not change. None: nothing is subtracted.
     """
 
     bits: int = 4
@@ -128,11 +140,11 @@ class QuantizedKeys(Metadata):
 
 @dataclass
 class LayerCache:
-    """One layer's cache on one rank: K and V [num_pages, H_kv, page_size, d] and the metadata that its method asked for.
+    """One layer's cache on one rank: K and V [num_pages, H_kv, page_size, d] and the metadata of the layer's method.
 
-    kinds:     what keeps the metadata.
-    metadata:  name -> [num_pages, ...]: copied with its page.
-    constants: name -> what belongs to the layer and to no page.
+    kinds:     the method's `Metadata` objects.
+    metadata:  name -> [num_pages, ...]; copied with its page.
+    constants: name -> tensor of the layer, see `Metadata.constants`.
     """
 
     layer: int
@@ -144,7 +156,7 @@ class LayerCache:
 
     @staticmethod
     def allocate(layer: int, num_pages: int, geometry: Geometry, kinds: tuple[Metadata, ...]) -> LayerCache:
-        """An empty cache of one layer. Raises ValueError as `Metadata.constants` does."""
+        """An empty cache of one layer. Raises ValueError like `Metadata.constants`."""
         shape = (num_pages, geometry.num_kv_heads, geometry.page_size, geometry.head_dim)
         cache = LayerCache(
             layer,
@@ -158,13 +170,13 @@ class LayerCache:
         return cache
 
     def append(self, k: Tensor, v: Tensor, runs: AppendRuns) -> None:
-        """Write a batch's post-RoPE k and v [N, H_kv, d] into their pages, and what the metadata keeps of them."""
-        append(k, v, *runs.columns, self.k_pages, self.v_pages, *self._written_by_the_kernel)
+        """Write a batch's post-RoPE k and v [N, H_kv, d] into their pages, and update the metadata."""
+        append(k, v, *runs.columns, self.k_pages, self.v_pages, *self._kernel_metadata)
         for kind in self.kinds:
             kind.append(self, k, runs)
 
     def rotary_append(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, runs: AppendRuns) -> Tensor:
-        """Rotate a batch's q [N, H_q, d] and k [N, H_kv, d] by cos and sin (float32 [N, d/2]), and append: see `append`.
+        """Rotate a batch's q [N, H_q, d] and k [N, H_kv, d] by cos and sin (float32 [N, d/2]), then append as in `append`.
 
         Returns:
             Rotated q.
@@ -179,7 +191,7 @@ class LayerCache:
             *runs.columns,
             self.k_pages,
             self.v_pages,
-            *self._written_by_the_kernel,
+            *self._kernel_metadata,
             return_keys=bool(keepers),
         )
         for kind in keepers:
@@ -192,7 +204,7 @@ class LayerCache:
 
         Args:
             pages: int64 [P], physical page ids in logical order.
-            start, end: the tokens, counted from the first one of pages[0].
+            start, end: range of tokens, counted from the first one of pages[0].
         """
         k, v = (
             cached.index_select(0, pages).transpose(1, 2).flatten(0, 1)[start:end] for cached in (self.k_pages, self.v_pages)
@@ -200,27 +212,27 @@ class LayerCache:
         return k, v
 
     @property
-    def _written_by_the_kernel(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Metadata as `append` takes it."""
+    def _kernel_metadata(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The metadata arguments of the append kernels."""
         kept = self.metadata.get
         return kept("page_min_max"), kept("key_codes"), kept("key_scales"), self.constants.get("key_offset")
 
     @property
     def pages(self) -> list[Tensor]:
-        """Everything that is kept per page, each [num_pages, ...]."""
+        """All tensors that are stored per page, each [num_pages, ...]."""
         return [self.k_pages, self.v_pages, *self.metadata.values()]
 
 
 def read_tensor(path: str, name: str, heads: slice, *shape: int | None, num_heads: int | None) -> Tensor:
-    """Some heads of a tensor [num_heads, *shape] in a safetensors file, as float32; None is any size.
+    """Some heads of a tensor [num_heads, *shape] in a safetensors file, as float32. None in the shape allows any size.
 
     Raises:
-        ValueError: the file or the tensor is missing, or it has another shape; names what and which.
+        ValueError: the file or the tensor is missing, or has another shape; names the file, the tensor and the shape.
     """
     try:
         with safe_open(path, framework="pt") as file:
             if name not in file.keys():  # noqa: SIM118
-                raise ValueError(f"{path} has no tensor {name!r}; docs/methods says what the file holds")
+                raise ValueError(f"{path} has no tensor {name!r}; docs/methods describes the file")
             part = file.get_slice(name)
             found, wanted = part.get_shape(), (num_heads, *shape)
             fits = len(found) == len(wanted) and all(size in (None, own) for own, size in zip(found, wanted))
@@ -229,14 +241,14 @@ def read_tensor(path: str, name: str, heads: slice, *shape: int | None, num_head
                 raise ValueError(f"{name!r} in {path} has shape {found}, but this model needs {sizes}; is it another model's?")
             return part[heads.start : heads.stop].float()
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 class PagedCache:
     """Pages of all layers of one rank. The Driver decides which sequence holds which page; page 0 is the null page.
 
     Args:
-        kinds: the metadata that each layer's method asks for.
+        kinds: the metadata of each layer's method.
     """
 
     def __init__(self, num_pages: int, geometry: Geometry, kinds: Sequence[tuple[Metadata, ...]]) -> None:

@@ -1,4 +1,4 @@
-"""checkpoint: where a model's files are, which of them hold weights, and a fingerprint by which unequal copies are told."""
+"""checkpoint: finds or downloads a model's files, reads tensors from them, and fingerprints them to compare copies."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from distributed_sparse.utils.validation import shown
 
 LOAD_FORMATS = ("auto", "dummy")
 
-# What a hub id may look like: `name` or `organisation/name`. Anything else is meant as a path.
+# A hub id: `name` or `organisation/name`. Anything else is a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _DESCRIPTION_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# The same weights under other names (Mistral's format), and changes to them (LoRA): never read.
+# Never read: the same weights under other names (Mistral's format), and adapters (LoRA).
 _OTHER_WEIGHTS = ("consolidated*", "adapter_model*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def absolute_path(name: str) -> str:
-    """The absolute path of what lies on this node under `name`, with `~` expanded; `name` itself if nothing does (a hub id).
+    """The absolute path of `name` on this node, with `~` expanded; `name` itself if there is no such path (a hub id).
 
-    Other processes have another working directory, and this one may change its own.
+    Absolute, as other processes have other working directories, and this one may change its own.
     """
     path = Path(os.path.expanduser(name))
     return str(path.absolute()) if path.exists() else name
 
 
 def resolve_checkpoint(model: str, load_format: str = "auto") -> Path:
-    """The local directory of a checkpoint, downloaded first where ``model`` is a Hugging Face hub id.
+    """The local directory of a checkpoint; downloads it first if ``model`` is a Hugging Face hub id.
 
     Args:
-        model: a directory, or a hub id such as ``Qwen/Qwen3-0.6B``. Of a hub repository only JSON and tokenizer files are
-            fetched, and the safetensors files that `TensorFiles` reads.
+        model: a directory, or a hub id such as ``Qwen/Qwen3-0.6B``. From a hub repository, only JSON and tokenizer files and
+            the safetensors files that `TensorFiles` reads are downloaded.
         load_format: ``auto``, or ``dummy``, which needs config.json but no weights.
 
     Raises:
-        ValueError: no such directory or hub repository (names this node, since each node needs the files); no config.json;
+        ValueError: no such directory or hub repository (names this node, as every node needs the files); no config.json;
             weights only as pickles.
     """
     if load_format not in LOAD_FORMATS:
@@ -58,7 +58,7 @@ def resolve_checkpoint(model: str, load_format: str = "auto") -> Path:
         raise ValueError(f"no config.json in {path} on node {platform.node()}; give the folder of a Hugging Face checkpoint")
     if load_format == "auto" and not _has_any(path, "*.safetensors") and _has_any(path, *_PICKLES):
         raise ValueError(
-            f"only safetensors are read, and {path} holds pickled weights alone; convert it with "
+            f"{path} holds only pickled weights, but only safetensors are supported; convert it with "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
     return path
@@ -73,7 +73,7 @@ def _download(model: str, path: Path, load_format: str) -> Path:
     folder = _snapshot(model, _DESCRIPTION_FILES)
     if load_format == "dummy":
         return folder
-    revision = folder.name  # a snapshot is named by its commit; the weights come from the same one
+    revision = folder.name  # a snapshot's folder is named by its commit; take the weights from the same commit
     if weight_map := _weight_map(folder):
         return _snapshot(model, sorted(set(weight_map.values())), revision, ignored=[])
     folder = _snapshot(model, [_WHOLE], revision)
@@ -83,13 +83,13 @@ def _download(model: str, path: Path, load_format: str) -> Path:
 def _snapshot(
     model: str, patterns: list[str], revision: str | None = None, ignored: Sequence[str] = ("*/*", *_OTHER_WEIGHTS)
 ) -> Path:
-    """Fetch files of a hub repository, by default those at its top: folders in it repeat the weights in other formats."""
+    """Download files of a hub repository; by default only top-level ones, as folders repeat the weights in other formats."""
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=list(ignored)))
     except Exception as error:
-        # The hub client has a dozen unrelated exception classes; the user's question is the same for each.
+        # The hub client raises a dozen unrelated exception classes.
         raise ValueError(
-            f"{model!r} is no folder on node {platform.node()}, and the Hugging Face hub did not give it: "
+            f"{model!r} is not a folder on node {platform.node()}, and downloading it from the Hugging Face hub failed: "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -99,10 +99,10 @@ def _has_any(path: Path, *patterns: str) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read a JSON file that holds an object.
 
     Raises:
-        ValueError: it is not valid JSON, or no object; names the file.
+        ValueError: it is not valid JSON, or not an object; names the file.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, relative to `path`, as the index says; empty without an index."""
+    """Tensor name -> file name relative to `path`, from the index file; empty without one."""
     file = path / _INDEX
     if not file.is_file():
         return {}
@@ -128,10 +128,10 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files that hold the model: those of the index; without one, all but consolidated and adapter files.
+    """The safetensors files of the model: those in the index; without one, all but consolidated and adapter files.
 
     Raises:
-        ValueError: there is none, or the index names one that is absent (node and path are named).
+        ValueError: there is none, or one in the index is absent (names node and path).
     """
     files = sorted({path / name for name in _weight_map(path).values()})
     for file in files:
@@ -153,13 +153,13 @@ def weight_files(path: Path) -> list[Path]:
 
 
 class TensorFiles:
-    """The tensors of a checkpoint, by name, across its safetensors files. A context manager: it holds the files open.
+    """The tensors of a checkpoint, by name, across its safetensors files. A context manager that keeps the files open.
 
-    Which file a tensor is read from: the one that the index names; without an index model.safetensors alone, as in
-    transformers; with neither, the one file that holds it.
+    A tensor is read from the file that the index names; without an index, only from model.safetensors, as in transformers; with
+    neither, from the one file that holds it.
 
     Raises:
-        ValueError: two files hold a tensor that no index assigns; an index names a file that is absent, or one that lacks the
+        ValueError: two files hold a tensor and there is no index; the index names a file that is absent, or one that lacks the
             tensor; a file cannot be read.
     """
 
@@ -180,7 +180,7 @@ class TensorFiles:
                     if name in self.file_of:
                         raise ValueError(
                             f"tensor {name} is both in {self.file_of[name]} and in {file.name}; keep one of the two files, "
-                            f"or add {_INDEX}, which says where to read each tensor"
+                            f"or add {_INDEX}, which names the file of each tensor"
                         )
                     self.file_of[name] = file
             self._stack = stack.pop_all()
@@ -194,7 +194,7 @@ class TensorFiles:
         if not weight_map and whole in self._open:
             self.file_of = {name: file for name, file in self.file_of.items() if file == whole}
         self.unread = whole if whole not in self._open and whole.is_file() else None
-        """model.safetensors, where the index does not name it. transformers would read it, and not the index."""
+        """model.safetensors if it exists and is not in the index. transformers would read it instead of the index."""
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -203,11 +203,11 @@ class TensorFiles:
         self._stack.close()
 
     def tensor(self, name: str) -> Any:
-        """The lazy slice of a tensor: get_shape(), get_dtype(), and indexing, which reads only what is asked for."""
+        """A lazy slice of a tensor: get_shape(), get_dtype(), and indexing, which reads only the indexed part."""
         return self._open[self.file_of[name]].get_slice(name)
 
     def headers(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
-        """(name, safetensors dtype, shape, file name) of every tensor, sorted by name; no weights are read."""
+        """(name, safetensors dtype, shape, file name) of every tensor, sorted by name; reads no weights."""
         for name in sorted(self.file_of):
             tensor = self.tensor(name)
             yield name, tensor.get_dtype(), tuple(tensor.get_shape()), self.file_of[name].name
@@ -216,7 +216,7 @@ class TensorFiles:
 def weights_fingerprint(path: Path, load_format: str = "auto") -> str:
     """A hash of config.json, of the weights' names, dtypes and shapes, and of the files' sizes.
 
-    Cheap: headers only. Ranks whose fingerprints differ read different checkpoints and must not be joined.
+    Cheap, as it reads headers only. Ranks with different fingerprints have different checkpoints and must not form a group.
 
     Returns:
         64 hexadecimal digits. With ``load_format="dummy"`` only config.json counts.

@@ -1,4 +1,4 @@
-"""config: what a checkpoint's config.json says about the model, typed, and refused early where it cannot be run."""
+"""config: a checkpoint's config.json as a typed ModelConfig; rejects unsupported models early."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-"""model_type -> the one architecture of that family that is decoded here."""
+"""model_type -> the supported architecture of that family."""
 
 CHECKPOINT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes that weights may have in a file, by their safetensors names."""
+"""Supported dtypes of weights in a file, by their safetensors names."""
 
 _LARGEST = 2**31 - 1
 _SIZES = {  # key of config.json -> (smallest, largest, whether null is read as absent)
@@ -39,14 +39,14 @@ _SIZES = {  # key of config.json -> (smallest, largest, whether null is read as 
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 _OTHERS = ("rms_norm_eps", "hidden_act", "sliding_window", "layer_types")
 _NEUTRAL: dict[str, Any] = {"is_causal": True, "per_layer_config": None, "transformers_weights": None}
-"""Keys with which transformers computes another function, or reads other weights, unless they have these values."""
+"""Keys that change the computed function or the weight files in transformers, with their supported values."""
 
 _SUPPORTED = "supported are Llama 2/3/3.1+ (llama), Mistral (mistral), Qwen2/2.5 (qwen2) and Qwen3 (qwen3)"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's shape and conventions, the same for all families. Sizes are those of the whole model, never of a rank."""
+    """A decoder's shape and conventions, for all families. Sizes are of the whole model, never of a rank."""
 
     model_type: str
     vocab_size: int
@@ -57,7 +57,6 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    hidden_act: str
     rope: RopeConfig
     max_position_embeddings: int
     tie_word_embeddings: bool
@@ -65,24 +64,23 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    """Whether q and k pass an RMSNorm over head_dim before the rotary embedding (Qwen3)."""
+    """Whether q and k pass through an RMSNorm over head_dim before the rotary embedding (Qwen3)."""
     sliding_window: int | None
-    """Tokens that the narrowest layer sees, its own included; None if no layer would use a window."""
+    """Tokens in the window of the layers that have one, the query's own included; None if no layer has one."""
     dtype: torch.dtype
-    """Of the checkpoint."""
+    """Dtype of the checkpoint."""
     eos_token_ids: tuple[int, ...]
-    """Each of them ends a sequence; empty if the checkpoint names none."""
+    """Tokens that end a sequence; empty if the checkpoint names none."""
     bos_token_id: int | None
 
     @classmethod
     def from_pretrained(cls, path: Path) -> ModelConfig:
         """Read config.json and generation_config.json of a local checkpoint, as transformers reads them.
 
-        Both ways of writing rotary parameters are read: ``rope_parameters``, and the older ``rope_theta`` and
-        ``rope_scaling``.
+        Accepts rotary parameters in both formats: ``rope_parameters``, and the older ``rope_theta`` and ``rope_scaling``.
 
         Raises:
-            ValueError: config.json is malformed, or describes a model that is not supported (named, with the list of what is).
+            ValueError: config.json is malformed, or the model is not supported (names it and the supported ones).
         """
         file = path / "config.json"
         raw = read_json(file)
@@ -90,7 +88,7 @@ class ModelConfig:
         hf = _transformers_config(raw, family, file)
         heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads
         if heads % kv_heads:
-            raise ValueError(f"{file}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
+            raise ValueError(f"{file}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
         if hf.hidden_act != "silu":
             raise ValueError(f"{file}: hidden_act={hf.hidden_act!r} is not supported; only 'silu' is")
         head_dim = check_int(
@@ -104,7 +102,7 @@ class ModelConfig:
         except ValueError as error:
             place = next((key for key in ("rope_scaling", "rope_parameters") if raw.get(key)), None)
             raise ValueError(f"{file}: {error}" + (f" ({place}={shown(raw[place], 400)})" if place else "")) from error
-        # As in transformers' modules: Qwen2 always has the bias on q, k, v alone, Mistral never, the others by a flag.
+        # As in transformers: Qwen2 always has a bias on q, k, v only; Mistral never; the others have a flag.
         attention_bias = family in ("llama", "qwen3") and hf.attention_bias
         special = _special_tokens(path, {"eos_token_id": hf.eos_token_id, "bos_token_id": hf.bos_token_id} | raw, hf.vocab_size)
         return cls(
@@ -117,7 +115,6 @@ class ModelConfig:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=hf.rms_norm_eps,
-            hidden_act=hf.hidden_act,
             rope=rope,
             max_position_embeddings=hf.max_position_embeddings,
             tie_word_embeddings=hf.tie_word_embeddings,
@@ -132,7 +129,7 @@ class ModelConfig:
         )
 
     def check_context(self, max_model_len: int) -> None:
-        """Refuse a context in which a layer's sliding window would hide tokens: attention here sees the whole context.
+        """Check that no layer's sliding window would hide tokens, as sliding windows are not implemented.
 
         Raises:
             ValueError: the window is shorter than ``max_model_len``; names both.
@@ -146,7 +143,7 @@ class ModelConfig:
 
 
 def _supported_family(raw: dict[str, Any], file: Path) -> str:
-    """The model_type, once it is one that runs here. Decided before transformers sees the file, so that the error is ours."""
+    """Check that the model is supported; return its model_type. Runs before transformers reads the file, for clear errors."""
     family, architectures = raw.get("model_type"), raw.get("architectures")
     if not isinstance(family, str) or family not in ARCHITECTURES:
         raise ValueError(f"{file}: model_type={shown(family)} is not supported; {_SUPPORTED}")
@@ -156,7 +153,7 @@ def _supported_family(raw: dict[str, Any], file: Path) -> str:
         )
     for key in ("quantization_config", "compression_config"):
         method = raw[key].get("quant_method") if isinstance(raw.get(key), dict) else raw.get(key)
-        # A GGUF that was converted to float weights keeps its entry; weights that are not float are refused by their dtype.
+        # A GGUF converted to float weights keeps this entry. Weights that are not float are rejected later by their dtype.
         if raw.get(key) not in (None, {}) and method != "gguf":
             raise ValueError(
                 f"{file}: {key}: quantised checkpoints ({shown(method)}) are not supported; "
@@ -169,8 +166,8 @@ def _supported_family(raw: dict[str, Any], file: Path) -> str:
 
 
 def _transformers_config(raw: Mapping[str, Any], family: str, file: Path) -> Any:
-    """transformers' config of the family, which knows its defaults, from the keys that say the model's shape."""
-    from transformers import CONFIG_MAPPING  # here: what it imports takes seconds
+    """transformers' config object of the family, from the keys that describe the model's shape; it fills in defaults."""
+    from transformers import CONFIG_MAPPING  # imported here, as it takes seconds
 
     shape = {key: raw[key] for key in (*_SIZES, *_FLAGS, *_OTHERS) if key in raw}
     for key, value in shape.items():
@@ -187,17 +184,17 @@ def _transformers_config(raw: Mapping[str, Any], family: str, file: Path) -> Any
             if value is not None or not may_be_null:
                 check_int(name, value, low, high, remedy="give the value that the model was trained with")
     hidden, heads = shape.get("hidden_size"), shape.get("num_attention_heads")
-    if family == "llama" and hidden and heads and hidden % heads:  # transformers refuses it, whatever head_dim is
-        raise ValueError(f"{file}: hidden_size={hidden} is no multiple of num_attention_heads={heads}")
+    if family == "llama" and hidden and heads and hidden % heads:  # transformers rejects it for any head_dim
+        raise ValueError(f"{file}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
     try:
         return CONFIG_MAPPING[family](**shape)
-    except Exception as error:  # of a dozen classes
-        raise ValueError(f"{file} is refused by transformers: {' '.join(str(error).split())}") from error
+    except Exception as error:  # one of a dozen classes
+        raise ValueError(f"transformers rejects {file}: {' '.join(str(error).split())}") from error
 
 
 def _effective_sliding_window(hf: Any, family: str, file: Path) -> int | None:
-    """The window if any layer would use it: Mistral's is on all layers, the others' on those whose layer type says so."""
-    # transformers derives Qwen's layer_types from use_sliding_window and max_window_layers where the file has none.
+    """The sliding window if any layer uses it: all layers in Mistral, layers of type sliding_attention in other families."""
+    # Without layer_types, transformers derives Qwen's from use_sliding_window and max_window_layers.
     used = set(getattr(hf, "layer_types", None) or ())
     if unknown := used - {"full_attention", "sliding_attention"}:
         raise ValueError(f"{file}: layer_types {sorted(unknown)} are not supported; only full_attention is")
@@ -208,8 +205,8 @@ def _effective_sliding_window(hf: Any, family: str, file: Path) -> int | None:
 
 
 def _checkpoint_dtype(raw: Mapping[str, Any], path: Path) -> torch.dtype:
-    """As config.json says, else as the first weight in the files has it, else (no files: dummy weights) float32."""
-    for key in ("dtype", "torch_dtype"):  # of two transformers takes the first
+    """The dtype from config.json, else of the first weight in the files, else (no files: dummy weights) float32."""
+    for key in ("dtype", "torch_dtype"):  # transformers prefers the first
         if raw.get(key) is not None:
             name = check_dtype(f"{path / 'config.json'}: {key}", raw[key])
             if name != "auto":
@@ -223,7 +220,7 @@ def _checkpoint_dtype(raw: Mapping[str, Any], path: Path) -> torch.dtype:
 
 
 def _special_tokens(path: Path, config: Mapping[str, Any], vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """eos_token_id and bos_token_id: what generation_config.json says of each, else what config.json does."""
+    """eos_token_id and bos_token_id, each from generation_config.json if it is there, else from config.json."""
     generation_file = path / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {}
     tokens: dict[str, tuple[int, ...]] = {}

@@ -1,4 +1,4 @@
-"""limits: what the user left open about a model, settled the same way by the client and by every rank."""
+"""limits: resolves settings left at "auto" or None (max_model_len, device, dtype, EOS), equally on client and ranks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 def longest_context(model: ModelConfig) -> int:
-    """Tokens that the checkpoint's positions reach.
+    """Tokens of the longest context that the checkpoint's positions support.
 
-    Under linear, yarn and llama3 scaling a config may still give the length before it was stretched: Qwen2.5's
-    `rope_scaling` says so beside an unchanged max_position_embeddings, and linear has no other place for it.
+    With linear, yarn and llama3 scaling, max_position_embeddings may be the length before scaling: Qwen2.5's `rope_scaling`
+    comes with an unchanged max_position_embeddings, and linear scaling has no other field for it.
     """
     stated, rope = model.max_position_embeddings, model.rope
     if rope.rope_type not in ("linear", "yarn", "llama3") or rope.factor is None:
@@ -25,10 +25,10 @@ def longest_context(model: ModelConfig) -> int:
 
 
 def resolve_max_model_len(max_model_len: int | None, model: ModelConfig) -> int:
-    """Tokens of prompt and output together; None takes the checkpoint's limit.
+    """Maximum tokens of prompt and output together; None takes the checkpoint's limit.
 
     Raises:
-        ValueError: it exceeds what the checkpoint's positions allow, or a sliding window would hide tokens.
+        ValueError: it exceeds the checkpoint's positions, or a sliding window would hide tokens.
     """
     limit = longest_context(model)
     if max_model_len is None:
@@ -43,7 +43,7 @@ def resolve_max_model_len(max_model_len: int | None, model: ModelConfig) -> int:
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is the GPU where there is one.
+    """The torch device; "auto" is the current GPU if there is one.
 
     Raises:
         ValueError: "cuda" without a GPU.
@@ -58,12 +58,12 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, checkpoint: torch.dtype) -> torch.dtype:
-    """ "auto" is the checkpoint's dtype."""
+    """The torch dtype; "auto" is the checkpoint's dtype."""
     return checkpoint if dtype == "auto" else getattr(torch, dtype)
 
 
 def resolve_eos_token_ids(model: ModelConfig, tokenizer: Any | None) -> tuple[int, ...]:
-    """The tokens that end a sequence, as in vLLM: those of the checkpoint and the tokenizer's own, if there is a tokenizer."""
+    """The tokens that end a sequence, as in vLLM: those of the checkpoint and the tokenizer's, if there is a tokenizer."""
     eos, own = model.eos_token_ids, getattr(tokenizer, "eos_token_id", None)
     if own is not None and own >= model.vocab_size:
         logger.warning(

@@ -1,4 +1,4 @@
-"""rope: cosines and sines of the rotary position embedding, for every rope type that transformers gives these families."""
+"""rope: cosines and sines of the rotary position embedding, for every rope type of these families in transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "longrope": (_ORIGINAL, "short_factor", "long_factor"),
     "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
 }
-"""Rope type -> the parameters that it cannot do without, beside rope_theta."""
+"""Rope type -> required parameters, in addition to rope_theta."""
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "longrope": ("factor", "attention_factor"),
@@ -37,19 +37,21 @@ class RopeConfig:
     head_dim: int
     max_position_embeddings: int
     parameters: dict[str, Any]
-    """transformers' ``rope_parameters``: rope_type, rope_theta, and what that type uses. Standardised and checked."""
+    """transformers' ``rope_parameters``: rope_type, rope_theta, and the parameters of that type. Standardised and checked."""
 
     @classmethod
     def from_config(cls, raw: Mapping[str, Any], head_dim: int, max_position_embeddings: int) -> RopeConfig:
-        """From the keys of a config.json: rope_parameters, or the older rope_scaling, rope_theta, partial_rotary_factor and
-        original_max_position_embeddings. Which of them counts is decided by transformers' own functions.
+        """Read the rotary parameters of a config.json.
+
+        Keys: rope_parameters, or the older rope_scaling, rope_theta, partial_rotary_factor and
+        original_max_position_embeddings. transformers' own functions decide which of them takes precedence.
 
         Raises:
-            ValueError: names the key and the value: a rope type that is unknown, parameters per layer type, a partial rotary
-                embedding, an odd head_dim, a number that is none, factors of the wrong length.
+            ValueError: unknown rope type, parameters per layer type, partial rotary embedding, odd head_dim, a value that is
+                not a number, factors of the wrong length; names the key and the value.
         """
         if head_dim % 2:
-            raise ValueError(f"head_dim={head_dim} is odd; the rotary embedding turns channels in pairs")
+            raise ValueError(f"head_dim={head_dim} is odd; the rotary embedding rotates pairs of channels")
         for key in ("rope_scaling", "rope_parameters"):
             if not isinstance(raw.get(key), dict | None):
                 raise ValueError(
@@ -69,7 +71,7 @@ class RopeConfig:
         for name in ("rope_theta", *_REQUIRED[rope_type]):
             parameters[name] = _checked(name, given.get(name), head_dim)
         for name in _OPTIONAL.get(rope_type, ()):
-            if name in given:  # null is not the same as absent: truncate=null does not truncate
+            if name in given:  # null differs from absent: truncate=null does not truncate
                 parameters[name] = None if given[name] is None else _checked(name, given[name], head_dim)
         config = cls(head_dim, max_position_embeddings, parameters)
         try:
@@ -94,7 +96,7 @@ class RopeConfig:
 
     @property
     def original_max_position_embeddings(self) -> float | None:
-        """Tokens; None for a rope type that has no use for it."""
+        """Tokens; None for a rope type that does not use it."""
         return self.parameters.get(_ORIGINAL)
 
 
@@ -112,9 +114,9 @@ def _checked(name: str, value: Any, head_dim: int) -> Any:
 
 
 def _transformers_config(raw: Mapping[str, Any], head_dim: int, max_position_embeddings: int) -> Any:
-    """What transformers' rope functions see of a model config, filled in the order of its ``PreTrainedConfig.__post_init__``.
+    """A config object for transformers' rope functions, filled in the order of ``PreTrainedConfig.__post_init__``.
 
-    Its mixin does without the config class of a family, whose import takes seconds, and its checks, which name no key.
+    Uses only transformers' mixin: a family's config class takes seconds to import, and its error messages name no key.
     """
     from transformers.modeling_rope_utils import RotaryEmbeddingConfigMixin
 
@@ -122,7 +124,7 @@ def _transformers_config(raw: Mapping[str, Any], head_dim: int, max_position_emb
     config.head_dim = config.hidden_size = head_dim
     config.num_attention_heads = 1
     config.max_position_embeddings = max_position_embeddings
-    raw = deepcopy(dict(raw))  # the defaults are written into the objects that are given
+    raw = deepcopy(dict(raw))  # transformers writes defaults into the given objects
     config.rope_parameters = raw.get("rope_parameters")
     older = ("rope_scaling", "rope_theta", "partial_rotary_factor")
     config.convert_rope_params_to_dict(**{key: raw[key] for key in older if key in raw})
@@ -133,14 +135,14 @@ def _transformers_config(raw: Mapping[str, Any], head_dim: int, max_position_emb
 
 
 class Rope:
-    """The rotary angles of one model. Owns the inverse frequencies, float32 [d/2], on its device."""
+    """The rotary angles of one model. Owns the inverse frequencies, float32 [d/2], on the device."""
 
     def __init__(self, config: RopeConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
         self._exponents = half.to(device)
         self.attention_factor = 1.0
-        """Scale of cos and sin (yarn, longrope), so that logits scale by its square."""
+        """Scale of cos and sin (yarn, longrope); logits scale by its square."""
         if config.rope_type == "default":
             inv_freq = 1.0 / config.rope_theta**half
         else:
@@ -152,7 +154,7 @@ class Rope:
             init: Any = ROPE_INIT_FUNCTIONS[config.rope_type]
             inv_freq, self.attention_factor = init(source, None)
         self.inv_freq = inv_freq.to(device)
-        """float32 [d/2], radians per position, at lengths that need no change of it."""
+        """float32 [d/2], radians per position, for lengths up to the original context."""
         self._long_inv_freq: Tensor | None = None
         if config.rope_type == "longrope":
             past = config.parameters[_ORIGINAL] + 1
@@ -164,13 +166,13 @@ class Rope:
         return self.config.rope_type in ("dynamic", "longrope")
 
     def cos_sin(self, positions: Tensor, rope_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of each token's angles, the attention factor folded in. No host synchronisation.
+        """Cosines and sines of each token's angles, multiplied by the attention factor. Does not synchronise.
 
         Args:
             positions: int64 [N], 0 for a sequence's first token.
-            rope_lengths: int64 [N], the length that ``dynamic`` and ``longrope`` take their frequencies from: for a token of a
-                sequence, max(length of its prefill, its position + 1). Then the cut into chunks changes nothing, and a prompt
-                prefilled at once and then decoded equals transformers. Other types do not look at it.
+            rope_lengths: int64 [N], the length that determines the frequencies of ``dynamic`` and ``longrope``: for each token,
+                max(length of its sequence's prefill, its position + 1). The result is then independent of the chunks, and a
+                prompt prefilled at once and then decoded equals transformers. Other types ignore it.
 
         Returns:
             (cos, sin), float32 [N, d/2].
@@ -179,7 +181,7 @@ class Rope:
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
     def _inv_freq_at(self, rope_lengths: Tensor) -> Tensor:
-        """float32 [d/2], or [N, d/2] where the frequencies depend on the length."""
+        """float32 [d/2], or [N, d/2] if the frequencies depend on the length."""
         config = self.config
         if config.rope_type == "longrope":
             assert self._long_inv_freq is not None and config.original_max_position_embeddings is not None

@@ -1,16 +1,19 @@
-"""sharding: which tensor of a checkpoint is split along which axis, and what one rank holds of it."""
+"""sharding: the axis along which each tensor of a checkpoint is split, and the part of it that a rank holds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
+from distributed_sparse.cache import Geometry
 from distributed_sparse.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Which of how many tensor-parallel ranks this is."""
+    """A tensor-parallel rank and the number of ranks."""
 
     rank: int
     world_size: int
@@ -23,10 +26,10 @@ class ShardSpec:
 
 
 def check_divisibility(config: ModelConfig, tensor_parallel_size: int) -> None:
-    """Refuse a number of ranks that would cut through a head. Vocabulary and intermediate size are padded instead.
+    """Check that the number of ranks divides the heads. Vocabulary and intermediate size are padded instead.
 
     Raises:
-        ValueError: names both numbers and the sizes that work.
+        ValueError: it does not; names both numbers and the sizes that work.
     """
     for name in ("num_key_value_heads", "num_attention_heads"):
         heads = getattr(config, name)
@@ -38,7 +41,7 @@ def check_divisibility(config: ModelConfig, tensor_parallel_size: int) -> None:
 
 @dataclass(frozen=True)
 class LocalSizes:
-    """The sizes of one rank's part of the model. Heads divide evenly; the rest is padded to equal parts on all ranks.
+    """Sizes of one rank's part of the model. Heads divide evenly; other sizes are padded to equal parts on all ranks.
 
     Raises:
         ValueError: the world size does not divide the heads.
@@ -60,7 +63,7 @@ class LocalSizes:
 
     @property
     def first_key_value_head(self) -> int:
-        """The global index of this rank's first KV head."""
+        """Global index of this rank's first KV head."""
         return self.num_key_value_heads * self.shard.rank
 
     @property
@@ -70,7 +73,7 @@ class LocalSizes:
 
     @property
     def kv_size(self) -> int:
-        """Rows of the key projection, and of the value projection: KV heads x head_dim."""
+        """Rows of the key projection and of the value projection: KV heads x head_dim."""
         return self.num_key_value_heads * self.config.head_dim
 
     @property
@@ -83,9 +86,22 @@ class LocalSizes:
         """Rows of the embedding and of lm_head, padding included."""
         return _part(self.config.vocab_size, self.shard.world_size)
 
+    def geometry(self, page_size: int, dtype: torch.dtype, device: torch.device) -> Geometry:
+        """The shape of this rank's attention and cache."""
+        return Geometry(
+            num_kv_heads=self.num_key_value_heads,
+            group_size=self.config.num_attention_heads // self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            page_size=page_size,
+            dtype=dtype,
+            device=device,
+            first_kv_head=self.first_key_value_head,
+            model_kv_heads=self.config.num_key_value_heads,
+        )
+
     @property
     def first_token_id(self) -> int:
-        """The token id of this rank's first vocabulary row."""
+        """Token id of this rank's first vocabulary row."""
         return self.vocab_size * self.shard.rank
 
 
@@ -95,18 +111,18 @@ class TensorSlice:
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor, as it must be in the file."""
+    """Shape of the whole tensor in the file."""
     axis: int | None
-    """The axis along which ranks share it; None if every rank holds the whole."""
+    """Axis along which it is split; None if it is replicated."""
     start: int
     stop: int
-    """The rank reads [start, stop) along the axis (the whole of axis 0 if replicated); empty if all its rows are padding."""
+    """The rank reads [start, stop) along the axis (all of axis 0 if replicated); empty if its part is all padding."""
     local_shape: tuple[int, ...]
-    """In memory: as read, and zeros behind it where the world size does not divide the whole."""
+    """Shape in memory: the part read, padded with zeros if the world size does not divide the axis."""
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """What the rank reads of the whole."""
+        """Index of the rank's part in the whole tensor."""
         return (slice(None),) * (self.axis or 0) + (slice(self.start, self.stop),)
 
     @property
@@ -120,7 +136,7 @@ def tensor_slices(config: ModelConfig, shard: ShardSpec) -> dict[str, TensorSlic
     """Every tensor that the model needs, by its name in the checkpoint, with this rank's part.
 
     q, k, v are split by heads and o along its input; gate and up by output and down along its input; embedding and
-    lm_head by vocabulary. Norms are replicated, and so are the biases of o and down, which are added after the sum over ranks.
+    lm_head by vocabulary. Norms are replicated, as are the biases of o and down, which are added after the sum over ranks.
 
     Raises:
         ValueError: the world size does not divide the heads.
@@ -161,7 +177,7 @@ def tensor_slices(config: ModelConfig, shard: ShardSpec) -> dict[str, TensorSlic
 
 
 def slice_tensor(name: str, shape: tuple[int, ...], axis: int | None, shard: ShardSpec) -> TensorSlice:
-    """This rank's part of a tensor that is cut into equal parts along ``axis``, the last ones padded."""
+    """This rank's part of a tensor that is split into equal parts along ``axis``; the last parts are padded."""
     if axis is None:
         return TensorSlice(name, shape, None, 0, shape[0], shape)
     part = _part(shape[axis], shard.world_size)

@@ -1,7 +1,7 @@
-"""transformer: one decoder for Llama, Mistral, Qwen2 and Qwen3, written as if there were one rank.
+"""transformer: one decoder for Llama, Mistral, Qwen2 and Qwen3, on one tensor-parallel rank.
 
-Legend of shapes: N tokens of the step, L rows whose logits are wanted, D hidden size, d head dim, H_q and H_kv the heads of
-this rank, V_local its vocabulary rows.
+Shapes: N tokens of the step, L rows whose logits are computed, D hidden size, d head dim, H_q and H_kv heads of this rank,
+V_local vocabulary rows of this rank.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from distributed_sparse.model.sharding import LocalSizes, ShardSpec
 from distributed_sparse.model.weights import LayerWeights, Weights
 
 Attention = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""attention(layer, q [N, H_q, d], k [N, H_kv, d], v [N, H_kv, d], cos [N, d/2], sin [N, d/2]) -> [N, H_q, d]: gives q and k
-their rotary embedding, appends k and v to the cache, and attends.
+"""attention(layer, q [N, H_q, d], k [N, H_kv, d], v [N, H_kv, d], cos [N, d/2], sin [N, d/2]) -> [N, H_q, d]: applies the
+rotary embedding to q and k, appends k and v to the cache, and attends.
 
-q, k and v may be strided views; they have the model's dtype, and so has the result. cos and sin are float32 (`Rope.cos_sin`).
+q, k and v may be strided views. They and the result have the model's dtype; cos and sin are float32 (`Rope.cos_sin`).
 """
 
 
 class Collectives(Protocol):
-    """What the ranks do together."""
+    """The collectives that the model needs."""
 
     rank: int
     world_size: int
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over ranks, in place if it likes."""
+        """Sum over ranks; may be in place."""
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[L, V_local] -> [L, V_local * world_size], ranks in order along the last dimension."""
 
 
 class Transformer:
-    """The decoder of one rank. Owns nothing but its weights and rotary frequencies: the cache is behind ``attention``.
+    """The decoder of one rank: weights and rotary frequencies. ``attention`` holds the cache.
 
-    Ranks meet twice per layer (after o and after down), once for the embedding and once for the logits.
+    Collectives: two all-reduces per layer (after o and after down), one for the embedding; one all-gather for the logits.
     """
 
     def __init__(self, config: ModelConfig, shard: ShardSpec, weights: Weights, collectives: Collectives) -> None:
@@ -55,22 +55,22 @@ class Transformer:
         self.rope = Rope(config.rope, weights.embedding.device)
 
     def forward(self, token_ids: Tensor, positions: Tensor, rope_lengths: Tensor, attention: Attention) -> Tensor:
-        """Run the tokens of a step, of any mix of sequences, through all layers.
+        """Run a step's tokens, from any mix of sequences, through all layers.
 
         Args:
             token_ids: int64 [N], each in [0, vocab_size).
-            positions: int64 [N], each token's place in its sequence.
+            positions: int64 [N], each token's position in its sequence.
             rope_lengths: int64 [N], see `Rope.cos_sin`.
             attention: called once per layer, in order; see `Attention`.
 
         Returns:
-            [N, D] in the model's dtype, after the final norm: what `logits` takes.
+            [N, D] in the model's dtype, after the final norm; the input of `logits`.
         """
         eps, layers = self.config.rms_norm_eps, self.weights.layers
         cos, sin = self.rope.cos_sin(positions, rope_lengths)
         residual = self._embed(token_ids)
         x = rms_norm(residual, layers[0].input_norm, eps)
-        # Each norm takes in the addition before it, so a layer ends with the input norm of the next one.
+        # Norms are fused with the preceding residual addition, so a layer ends with the next layer's input norm.
         next_norms = [layer.input_norm for layer in layers[1:]] + [self.weights.norm]
         for index, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
             x = self._attention(index, layer, x, cos, sin, attention)
@@ -82,11 +82,11 @@ class Transformer:
     def logits(self, hidden_rows: Tensor) -> Tensor:
         """[L, D] rows of `forward`'s result -> float32 [L, vocab_size], the same on every rank."""
         gathered = self.collectives.all_gather(linear(hidden_rows, self.weights.lm_head))  # [L, V_local * world_size]
-        # Padding rows stand behind the last token id: cut off, they can neither be sampled nor enter a softmax.
+        # Vocabulary padding lies behind the last token id: cut it off, so that it cannot be sampled or enter a softmax.
         return gathered[:, : self.config.vocab_size].float()
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        """[N] -> [N, D]: the rank that holds a token's row gives it, the others zeros."""
+        """[N] -> [N, D]: the rank that holds a token's row contributes it, the others zeros."""
         rows = token_ids - self.sizes.first_token_id
         elsewhere = (rows < 0) | (rows >= self.sizes.vocab_size)
         x = F.embedding(rows.masked_fill(elsewhere, 0), self.weights.embedding)
@@ -109,5 +109,5 @@ class Transformer:
 
     @staticmethod
     def _add_once(total: Tensor, bias: Tensor | None) -> Tensor:
-        """Add a replicated bias to a sum over ranks: added before, it would count once per rank."""
+        """Add a replicated bias after the sum over ranks, so that it counts once and not once per rank."""
         return total if bias is None else total + bias

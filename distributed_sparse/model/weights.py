@@ -1,4 +1,4 @@
-"""weights: one rank's part of a checkpoint in memory, read from safetensors slice by slice or drawn at random."""
+"""weights: loads one rank's part of a checkpoint from safetensors, slice by slice, or draws dummy weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,12 +25,12 @@ _IN_A_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _DUMMY_STD = 0.02
 
 BAR_DELAY_S = 1.0
-"""A load that takes no longer shows no progress bar."""
+"""Seconds before a load shows its progress bar."""
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's matrices on one rank. Matrices are [out, in], as in ``torch.nn.functional.linear``; H counts local heads."""
+    """One layer's weights on one rank. Matrices are [out, in], as in ``torch.nn.functional.linear``; H counts local heads."""
 
     input_norm: Tensor
     """[hidden]"""
@@ -69,12 +68,12 @@ class Weights:
     norm: Tensor
     """[hidden], the norm before lm_head."""
     lm_head: Tensor
-    """[V_local, hidden]; the very tensor ``embedding`` if the two are tied."""
+    """[V_local, hidden]; the same tensor object as ``embedding`` if the two are tied."""
     bytes_read: int
     """Bytes of weights read from files, in the files' dtype; 0 for dummy weights."""
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor once."""
+        """Every tensor, each once."""
         yield self.embedding
         for layer in self.layers:
             yield from (tensor for field in fields(layer) if (tensor := getattr(layer, field.name)) is not None)
@@ -97,18 +96,18 @@ def load_weights(
     load_format: str = "auto",
     progress: bool = False,
 ) -> Weights:
-    """Load this rank's slices, and nothing else, of a checkpoint.
+    """Load this rank's part of a checkpoint; reads nothing else from the files.
 
     Args:
-        path: a local checkpoint (`resolve_checkpoint`); not looked at by ``load_format="dummy"``.
+        path: a local checkpoint (`resolve_checkpoint`); unused with ``load_format="dummy"``.
         dtype: of the weights in memory.
-        load_format: ``auto`` reads safetensors; ``dummy`` draws every tensor at random on the device from its name, so that
-            the whole model is the same at any world size (on the same kind of device).
-        progress: show progress in bytes, on standard error.
+        load_format: ``auto`` reads safetensors; ``dummy`` draws every tensor at random on the device, seeded by its name, so
+            that the model is the same at any world size (on the same kind of device).
+        progress: show a progress bar in bytes on standard error.
 
     Raises:
-        ValueError: a tensor is missing, or has an unexpected shape or dtype (named, with its file); the files hold tensors
-            of these layers that the config has no use for; the world size does not divide the heads.
+        ValueError: a tensor is missing, or has an unexpected shape or dtype (names it and its file); the files hold tensors
+            of the model's layers that the config does not use; the world size does not divide the heads.
     """
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format={load_format!r} is unknown; use one of {', '.join(LOAD_FORMATS)}")
@@ -129,25 +128,13 @@ def load_weights(
             return _Assembler(config, parts, _Checkpoint(path, files, config, parts), dtype, device, bar).weights(shard)
 
 
-class _Source(Protocol):
-    """Where a rank's slices come from."""
-
-    bytes_read: int
-
-    def fill(self, out: Tensor, part: TensorSlice) -> None:
-        """Write the rows (or columns) that the rank reads of a tensor into ``out``, which has just their shape."""
-
-    def has(self, name: str) -> bool:
-        """Whether the files hold a tensor of that name."""
-
-
 class _Checkpoint:
     """Slices from safetensors files. Names, shapes and dtypes are checked before the first byte is read."""
 
     def __init__(self, path: Path, files: TensorFiles, config: ModelConfig, parts: dict[str, TensorSlice]) -> None:
         self.files = files
         self.bytes_read = 0
-        # transformers 5 also accepts a tied pair of which only lm_head was saved.
+        # transformers 5 also accepts a tied model whose files hold only lm_head.
         stands_in = {EMBEDDING: LM_HEAD} if config.tie_word_embeddings and EMBEDDING not in files.file_of else {}
         self.stored_as = {name: stands_in.get(name, name) for name in parts}
         for name, part in parts.items():
@@ -177,16 +164,18 @@ class _Checkpoint:
             )
 
     def fill(self, out: Tensor, part: TensorSlice) -> None:
+        """Write the rows (or columns) of a tensor that the rank reads into ``out``, which has their shape."""
         read = self.files.tensor(self.stored_as.get(part.name, part.name))[part.index]
         self.bytes_read += read.nbytes
         out.copy_(read)
 
     def has(self, name: str) -> bool:
+        """Whether the files hold a tensor of that name."""
         return name in self.files.file_of
 
 
 class _Dummy:
-    """Random slices: matrices and biases normal around 0, norms all 1, each tensor seeded by its name."""
+    """Random slices, with the interface of `_Checkpoint`: matrices and biases normal around 0, norms 1, seeded by name."""
 
     bytes_read = 0
 
@@ -196,7 +185,7 @@ class _Dummy:
             return
         seed = int.from_bytes(hashlib.sha256(part.name.encode()).digest()[:8], "little") >> 1
         generator = torch.Generator(out.device).manual_seed(seed)
-        # The whole tensor, on every rank: a slice drawn by itself would depend on the world size.
+        # Every rank draws the whole tensor: a separately drawn slice would depend on the world size.
         whole = torch.empty(part.shape, dtype=out.dtype, device=out.device).normal_(0.0, _DUMMY_STD, generator=generator)
         out.copy_(whole[part.index])
 
@@ -205,13 +194,13 @@ class _Dummy:
 
 
 class _Assembler:
-    """Puts slices where the model wants them: projections that read the same input lie in one matrix."""
+    """Builds `Weights` from slices; projections with the same input are stacked into one matrix (qkv, gate_up)."""
 
     def __init__(
         self,
         config: ModelConfig,
         parts: dict[str, TensorSlice],
-        source: _Source,
+        source: _Checkpoint | _Dummy,
         dtype: torch.dtype,
         device: torch.device | str,
         bar: Progress,
@@ -246,7 +235,7 @@ class _Assembler:
         )
 
     def load(self, *names: str) -> Tensor:
-        """The tensors of these names, one below the other in one matrix; padding is zero."""
+        """The named tensors, stacked along axis 0; padding is zero."""
         return self._stack([self.parts[name] for name in names])
 
     def _stack(self, parts: list[TensorSlice]) -> Tensor:
@@ -259,7 +248,7 @@ class _Assembler:
         return stacked
 
     def tied_lm_head(self, embedding: Tensor, shard: ShardSpec) -> Tensor:
-        """``embedding`` itself, unless the files hold another lm_head: then both are used, as in transformers."""
+        """``embedding`` itself; if the files hold a different lm_head, that one, as in transformers."""
         if not (self.source.has(EMBEDDING) and self.source.has(LM_HEAD)):
             return embedding
         lm_head = self._stack([slice_tensor(LM_HEAD, self.parts[EMBEDDING].shape, 0, shard)])
@@ -270,7 +259,7 @@ class _Assembler:
 
 
 def _would_change_the_model(name: str, config: ModelConfig) -> bool:
-    """Whether an unused tensor belongs to a layer that is used, so that leaving it out computes another function."""
+    """Whether an unused tensor belongs to a layer of the model, so that ignoring it would compute a different function."""
     match = _IN_A_LAYER.fullmatch(name)
-    # Old Llama checkpoints store the inverse frequencies, which follow from config.json.
+    # Old Llama checkpoints store the inverse frequencies, which are computed from config.json here.
     return match is not None and int(match[1]) < config.num_hidden_layers and not match[2].endswith("rotary_emb.inv_freq")

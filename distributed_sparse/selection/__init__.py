@@ -1,4 +1,7 @@
-"""Sparse methods, one per file. `base` is the contract, `top_k` ranks pages or tokens by score, `registry` lists them."""
+"""Sparse attention methods, one per file: `base` is the contract (`Policy`, `Selection`), `top_k` ranks by score (`Scorer`).
+
+vLLM has no counterpart: a `Policy` chooses the KV cache entries that the attention backend reads. `registry` lists all methods.
+"""
 
 from distributed_sparse.selection.base import SparseConfig
 from distributed_sparse.selection.registry import (

@@ -1,4 +1,4 @@
-"""dense: every row reads its whole context. The identity selection through the same kernels as every other method."""
+"""dense: every row attends to its whole context, with the same kernels as every other method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distributed_sparse.selection.base import DecodeBatch, LayerCache, Policy, S
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig(SparseConfig):
-    """No settings of its own."""
+    """No further settings."""
 
     method: ClassVar[str] = "dense"
 
@@ -21,7 +21,7 @@ class DenseConfig(SparseConfig):
 
 
 class DensePolicy(Policy):
-    """Exact attention, and what every layer below `dense_layers` runs."""
+    """Exact attention. Every layer below `dense_layers` runs it, with any method."""
 
     config_class = DenseConfig
     graph_safe = True

@@ -1,4 +1,4 @@
-"""exact: dense attention of one row, written out. For controls and traces, which may read the whole cache."""
+"""exact: dense attention weights of one (sequence, KV head) row, for controls and traces, which may read the whole cache."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def exact_head(
     dtype: torch.dtype = torch.float32,
     with_values: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention's own weights for one (sequence, KV head) row, at its own length: its bits do not depend on a batch.
+    """Dense attention weights of one (sequence, KV head) row, without padding: its bits do not depend on the batch.
 
     Args:
         q: [G, d] post-RoPE queries of the head's group.
         cache: the layer's cache.
         head: this rank's KV head.
-        pages: int [P] the sequence's physical pages in logical order, no more than it has.
-        context_len: its tokens.
+        pages: int [P] the sequence's physical pages in logical order, without entries past its count.
+        context_len: n, the sequence's tokens.
         scale: multiplies q.k.
-        dtype: to compute in.
-        with_values: read the values, too.
+        dtype: of the computation and the result.
+        with_values: also return the values.
 
     Returns:
-        weights [G, n], each row a softmax; values [n, d], or nothing in them.
+        weights [G, n], each row a softmax; values [n, d], or an empty tensor.
     """
 
     def of_tokens(kept: Tensor) -> Tensor:

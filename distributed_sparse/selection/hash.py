@@ -1,4 +1,4 @@
-"""hash: the tokens whose learned signatures agree best with the query's (HashAttention, arXiv 2412.14468)."""
+"""hash: tokens whose learned signatures agree best with the query's (HashAttention, arXiv 2412.14468)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ LINEARS = 3
 class KeySignatures(Metadata):
     """Signatures of every key, one per query head: int32 [num_pages, H_kv, page_size, G, bits / 32].
 
-    The hash runs in float64, so that a sign does not depend on how many tokens are hashed together.
+    The hash is computed in float64, so that a sign does not depend on how many tokens are hashed together.
 
     weights: safetensors file; for each layer i and x = q, k: `model.layers.{i}.hash.{x}.{0,1,2}.weight` [H_q, out, in] and
-        `.bias` [H_q, out], over all query heads of the model; the last `out` is bits.
+        `.bias` [H_q, out], over all query heads of the model; the last layer's `out` is bits.
     bits: a multiple of 32.
     """
 
@@ -66,7 +66,7 @@ class KeySignatures(Metadata):
 
 
 def hash_outputs(x: Tensor, cache: LayerCache, side: str) -> Tensor:
-    """The hash before its signs are taken: x [N, H_q, d] -> float64 [N, H_q, bits]; side "q" or "k"."""
+    """The hash function before its signs are taken: x [N, H_q, d] -> float64 [N, H_q, bits]; side is "q" or "k"."""
     x = x.double().transpose(0, 1)
     for number in range(LINEARS):
         if number:
@@ -76,7 +76,7 @@ def hash_outputs(x: Tensor, cache: LayerCache, side: str) -> Tensor:
 
 
 def check_hash_weights(weights: str | None) -> str:
-    """Raise ValueError where the hash scorer is asked for without a file. Whether it is right, each shard finds out."""
+    """Raise ValueError if no weight file is given. Each shard checks the file's content when it loads."""
     if weights is None:
         raise ValueError(
             "the hash scorer needs learned weights: set sparse.hash_weights to a safetensors file (layout in "
@@ -86,26 +86,26 @@ def check_hash_weights(weights: str | None) -> str:
 
 
 def signature_bits(weights: str) -> int:
-    """Bits of the signatures in a file of weights.
+    """Bits of the signatures in a weight file.
 
     Raises:
-        ValueError: it is not readable, holds no hash, or one of a width that is no multiple of 32.
+        ValueError: the file is not readable, holds no hash, or its signatures are not a multiple of 32 bits.
     """
     try:
         with safe_open(weights, framework="pt") as file:
             last = next((name for name in file.keys() if name.endswith(f".hash.k.{LINEARS - 1}.weight")), None)  # noqa: SIM118
             if last is None:
-                raise ValueError(f"sparse.hash_weights={weights!r} holds no hash; docs/methods/hash.md says what it must hold")
+                raise ValueError(f"sparse.hash_weights={weights!r} holds no hash; docs/methods/hash.md describes its layout")
             bits = int((*file.get_slice(last).get_shape(), 0)[1])
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"sparse.hash_weights={weights!r} is no readable safetensors file: {error}") from error
+        raise ValueError(f"sparse.hash_weights={weights!r} is not a readable safetensors file: {error}") from error
     if bits % 32 or bits == 0:
         raise ValueError(f"sparse.hash_weights={weights!r} has signatures of {bits} bits; use a multiple of 32")
     return bits
 
 
 class HashScorer(Scorer):
-    """Scores every token by the agreeing bits of its signatures and the query's, summed over the group."""
+    """Scores every token by the number of bits in which its signature and the query's agree, summed over the group."""
 
     selector = "hash"
     per_token = True
@@ -134,7 +134,7 @@ class HashScorer(Scorer):
 
 @dataclass(frozen=True, kw_only=True)
 class HashConfig(TopKConfig):
-    """`token_budget` tokens per KV head and step, in whole pages' worth, as the sink and recent ones are that it includes."""
+    """`token_budget` tokens per KV head and step, rounded up to whole pages' worth, sink and recent tokens included."""
 
     method: ClassVar[str] = "hash"
     per_token: ClassVar[bool] = HashScorer.per_token
@@ -146,7 +146,7 @@ class HashConfig(TopKConfig):
 
 
 class HashPolicy(TopKPolicy):
-    """The tokens of the best agreeing signatures."""
+    """Attends to the tokens whose signatures agree best."""
 
     config_class = HashConfig
     scorer_class = HashScorer

@@ -1,4 +1,4 @@
-"""Old name of `distributed_sparse.cache`; gone in the next version."""
+"""Deprecated name of `distributed_sparse.cache`; removed in the next version."""
 
 import warnings
 

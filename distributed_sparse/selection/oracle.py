@@ -1,4 +1,4 @@
-"""oracle_topk: the tokens of the largest exact attention weights: what a perfect scorer would read. A control."""
+"""oracle_topk: the tokens with the largest exact attention weights, as a perfect scorer would select. A control."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distributed_sparse.selection.top_k import Scorer, TopKConfig, TopKPolicy
 
 
 class OracleScorer(Scorer):
-    """Scores every token by the largest softmax probability that a query head of the group gives it."""
+    """Scores every token by its largest exact softmax probability among the query heads of the group."""
 
     selector = "oracle"
     per_token = True
@@ -40,14 +40,14 @@ class OracleScorer(Scorer):
 
 @dataclass(frozen=True, kw_only=True)
 class OracleConfig(TopKConfig):
-    """`token_budget` tokens per KV head and step, in whole pages' worth, as the sink and recent ones are that it includes."""
+    """`token_budget` tokens per KV head and step, rounded up to whole pages' worth, sink and recent tokens included."""
 
     method: ClassVar[str] = "oracle_topk"
     per_token: ClassVar[bool] = OracleScorer.per_token
 
 
 class OraclePolicy(TopKPolicy):
-    """The tokens of the largest exact attention weights."""
+    """Attends to the tokens with the largest exact attention weights."""
 
     config_class = OracleConfig
     scorer_class = OracleScorer

@@ -1,4 +1,4 @@
-"""Old name of `distributed_sparse.selection.top_k`; gone in the next version."""
+"""Deprecated name of `distributed_sparse.selection.top_k`; removed in the next version."""
 
 import warnings
 

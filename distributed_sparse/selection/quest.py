@@ -1,4 +1,4 @@
-"""quest: the pages whose keys could have the largest product with the query (Quest, arXiv 2406.10774)."""
+"""quest: pages whose keys could have the largest product with the query (Quest, arXiv 2406.10774)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distributed_sparse.utils.validation import check_choice
 
 
 class QuestScorer(Scorer):
-    """Scores every page by an upper bound of q.k from its keys' min and max (section 3.2)."""
+    """Scores every page by an upper bound of q.k, computed from the min and max of its keys (section 3.2)."""
 
     selector = "quest"
     metadata = (PageMinMax(),)
@@ -39,7 +39,10 @@ class QuestScorer(Scorer):
 
 @dataclass(frozen=True, kw_only=True)
 class QuestConfig(TopKConfig):
-    """`token_budget` tokens per KV head and step, in whole pages, forced pages included."""
+    """`token_budget` tokens per KV head and step, in whole pages, forced pages included.
+
+    group_reduction: how the scores of a KV head's query heads are combined, "max" or "sum".
+    """
 
     method: ClassVar[str] = "quest"
     group_reduction: str = "max"
@@ -50,7 +53,7 @@ class QuestConfig(TopKConfig):
 
 
 class QuestPolicy(TopKPolicy):
-    """The K pages of the highest bounds per KV head, K = ceil(token_budget / page_size), sink and recent pages included.
+    """Attends to the K pages of the highest bounds per KV head, K = ceil(token_budget / page_size), forced pages included.
 
     One list per KV head, shared by its query heads.
     """

@@ -1,4 +1,4 @@
-"""random: pages drawn anew in every step and head. The control that knows nothing, not even what is recent."""
+"""random: pages drawn at random in every step and for every head, beside the forced ones. The uninformed control."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class RandomScorer(Scorer):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomConfig(TopKConfig):
-    """`token_budget` tokens per KV head and step, in whole pages, the forced ones included."""
+    """`token_budget` tokens per KV head and step, in whole pages, forced pages included."""
 
     method: ClassVar[str] = "random"
 
 
 class RandomPolicy(TopKPolicy):
-    """Forced pages, and others at random."""
+    """Attends to the forced pages and random others."""
 
     config_class = RandomConfig
     scorer_class = RandomScorer

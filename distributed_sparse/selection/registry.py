@@ -1,4 +1,4 @@
-"""The registry of sparse methods, and how a `sparse:` section becomes one policy per layer."""
+"""registry: all sparse methods by name; turns the `sparse:` section of a config into one policy per layer."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def policy_class(method: str) -> type[Policy]:
-    """The policy of a method: one of `POLICIES`, or "package.module:Policy" from outside.
+    """The policy class of a method: one of `POLICIES`, or the import path "package.module:Policy".
 
     Raises:
-        ValueError: no such method, or it is not importable here.
+        ValueError: there is no such method, or it cannot be imported on this node.
     """
     return named_class("sparse.method", method, POLICIES, Policy)
 
@@ -52,7 +52,7 @@ def resolve_sparse_config(sparse: dict[str, Any] | None) -> SparseConfig:
     """The typed config of a `sparse:` section; None is dense.
 
     Raises:
-        ValueError: an unknown method or key (with the nearest valid one), a wrong type or value.
+        ValueError: unknown method or key (names the nearest valid one), wrong type or value.
     """
     if sparse is None:
         return DenseConfig()
@@ -61,7 +61,7 @@ def resolve_sparse_config(sparse: dict[str, Any] | None) -> SparseConfig:
     settings = {key: value for key, value in sparse.items() if key != "method"}
     if sparse["method"] == "quest" and settings.get("bound") == "minmax":
         del settings["bound"]
-        warnings.warn("sparse.bound is gone, as it had one value; leave it out", FutureWarning, stacklevel=2)
+        warnings.warn("sparse.bound was removed, as it had only one value; leave it out", FutureWarning, stacklevel=2)
     config = _typed(policy_class(sparse["method"]).config_class, settings, "sparse")
     for override in config.layers:
         _override(config, override)
@@ -69,11 +69,11 @@ def resolve_sparse_config(sparse: dict[str, Any] | None) -> SparseConfig:
 
 
 def layer_configs(config: SparseConfig, num_layers: int, page_size: int) -> list[SparseConfig]:
-    """Each layer's settings: `config` with the overrides of `layers`; the first `dense_layers` are dense.
+    """Each layer's config: `config` with the overrides of `layers`; the first `dense_layers` layers are dense.
 
     Raises:
-        ValueError: an override goes beyond the last layer, or covers layers alone that are dense anyway; or settings do not
-            hold at this page size.
+        ValueError: an override goes beyond the last layer, or covers only layers that are dense anyway; or settings do not
+            work with this page size.
     """
     configs = [config] * num_layers
     for override in config.layers:
@@ -96,7 +96,7 @@ def layer_configs(config: SparseConfig, num_layers: int, page_size: int) -> list
 
 
 def build_policies(method: str, config: SparseConfig, num_layers: int, geometry: Geometry) -> list[Policy]:
-    """One policy per layer, shared by layers of equal settings. Raises as `layer_configs`."""
+    """One policy per layer; layers with equal configs share one. Raises like `layer_configs`."""
     made: list[tuple[SparseConfig, Policy]] = []
     policies: list[Policy] = []
     for own in layer_configs(config, num_layers, geometry.page_size):
@@ -131,5 +131,5 @@ def _typed(config_class: type[SparseConfig], settings: dict[str, Any], where: st
     try:
         return msgspec.convert(settings, config_class)
     except msgspec.ValidationError as error:
-        named = str(error).startswith("sparse.")  # by the config itself
+        named = str(error).startswith("sparse.")  # raised by the config's own checks
         raise ValueError(str(error) if named else f"{where}: {error}") from error

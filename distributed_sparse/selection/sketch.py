@@ -1,4 +1,4 @@
-"""sketch: the tokens that one sign per key channel calls likely, and an estimate of what all the others add."""
+"""sketch: tokens that are likely by one sign per key channel, and an estimate of the attention over all other tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NAMES = {field: f"sketch_{field}" for field in PageSketches._fields}
 
 @dataclass(frozen=True)
 class KeySketches(Metadata):
-    """`PageSketches` of a layer, one per full page."""
+    """The `PageSketches` of a layer, one per full page."""
 
     def allocate(self, num_pages: int, geometry: Geometry) -> dict[str, Tensor]:
         head_dim, size = geometry.head_dim, geometry.page_size
@@ -70,7 +70,7 @@ def sketch_bytes(geometry: Geometry) -> int:
 
 
 class SketchScorer(Scorer):
-    """Scores every token by its estimated probability, the mean over the group. A token without a sketch has 0."""
+    """Scores every token by its estimated probability, averaged over the group. A token without a sketch scores 0."""
 
     selector = "sketch"
     per_token = True
@@ -83,7 +83,7 @@ class SketchScorer(Scorer):
         self._tail_bytes = geometry.num_kv_heads * geometry.head_dim * VALUE_MEAN_BITS // 8
 
     def logits(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Tensor:
-        """As of `sketch_logits`."""
+        """Estimated logits of the tokens; see `sketch_logits`."""
         table, counts, scale = batch.page_table, batch.num_pages, self.geometry.scale
         return sketch_logits(q, sketches_of(cache), table, counts, batch.last_page_len, scale)
 
@@ -97,10 +97,10 @@ class SketchScorer(Scorer):
 
 @dataclass(frozen=True, kw_only=True)
 class SketchConfig(SparseConfig):
-    """Attends the tokens whose estimated probability is above `tau` / context, and at least the `min_tokens` most likely ones.
+    """Attends to tokens whose estimated probability is above `tau` / context, at least to the `min_tokens` most likely ones.
 
-    The first layer is dense by default: its attention is spread over the whole context.
-    tail: add an estimate of the attention over what is not attended.
+    The first layer is dense by default, as its attention spreads over the whole context.
+    tail: add an estimate of the attention over the tokens that are not attended.
     """
 
     method: ClassVar[str] = "sketch"
@@ -115,7 +115,7 @@ class SketchConfig(SparseConfig):
         check_int("sparse.min_tokens", self.min_tokens, 1, remedy="128 is usual")
 
     def keeps_all(self, context_len: int, page_size: int) -> bool:
-        """Whether every row of such a context attends all of it, whatever the data."""
+        """Whether every row of such a context attends all of it, for any data."""
         scored = context_len // page_size * page_size
         return context_len < self.min_context or scored <= max(
             self.min_tokens, (self.sink_pages + self.recent_pages - 1) * page_size
@@ -126,7 +126,7 @@ class SketchConfig(SparseConfig):
 
 
 class SketchPolicy(Policy):
-    """Keeps tokens by their estimated probability, and hands on the estimate of all others as `partial`."""
+    """Keeps tokens by their estimated probability, and passes on the estimate of all others as `partial`."""
 
     config_class = SketchConfig
     config: SketchConfig
@@ -159,7 +159,7 @@ class SketchPolicy(Policy):
             lse = found.tail_lse
             if config.min_context > 0:
                 whole = (selection.num_pages > 0).repeat_interleave(self.geometry.group_size, dim=1)
-                lse = lse.masked_fill(whole, float("-inf"))  # a row that is dense for its context has no tail
+                lse = lse.masked_fill(whole, float("-inf"))  # a row below min_context is dense: no tail
             selection.partial = (found.tail_out, lse)
         return selection
 

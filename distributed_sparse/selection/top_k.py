@@ -1,6 +1,6 @@
-"""Scorer: scores what a row could attend to: Quest's page bounds, hash signatures, the exact logits.
+"""Scorer: scores pages or tokens, such as Quest's page bounds or hash signatures; TopKPolicy: attends to the best of them.
 
-A scorer works alone (`TopKPolicy`: quest, hash, oracle_topk, random), ahead of Twilight's pruner, and inside vAttention.
+A scorer serves three users: `TopKPolicy` (quest, hash, oracle_topk, random), and Twilight and vAttention as their `selector`.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from distributed_sparse.selection.base import (
 )
 
 SCORERS: dict[str, type[Scorer]] = {}
-"""By `Scorer.selector`."""
+"""Scorers by their `selector` name."""
 
 
 def scorer_class(name: str, *others: str) -> type[Scorer]:
-    """The scorer that a `selector:` names: one of `SCORERS`, or "package.module:Scorer". `others`: what else is allowed."""
+    """The scorer that a `selector:` names: one of `SCORERS`, or "package.module:Scorer". `others`: further allowed names."""
     return named_class("sparse.selector", name, SCORERS | dict.fromkeys(others, Scorer), Scorer)
 
 
 class Scorer(ABC):
-    """Scores every page of a row, or every token.
+    """Scores every page, or every token, of each (sequence, KV head) row. The rules in `selection/base.py` apply.
 
     Attributes:
-        selector: the name by which Twilight and vAttention take it as their `selector`; None: by its import path alone.
-        per_token: scores single tokens, not pages.
-        graph_safe: as of `Policy`.
-        metadata: as of `Policy`.
+        selector: name under which Twilight and vAttention accept it as `selector`; None: only by its import path.
+        per_token: True if it scores single tokens, False if pages.
+        graph_safe: as in `Policy`.
+        metadata: as in `Policy`.
     """
 
     selector: ClassVar[str | None] = None
@@ -63,28 +63,28 @@ class Scorer(ABC):
 
     @classmethod
     def from_config(cls, config: SparseConfig, geometry: Geometry) -> Self:
-        """A scorer with the settings of a method that uses it.
+        """Create the scorer from the config of the method that uses it.
 
         Raises:
-            ValueError: the settings lack something that it needs.
+            ValueError: the config lacks a setting that the scorer needs.
         """
         return cls(geometry)
 
     @classmethod  # noqa: B027
     def check_config(cls, config: SparseConfig) -> None:
-        """Raise ValueError where the settings of a method that uses it lack something. Checked before an engine starts."""
+        """Raise ValueError if the config of the method that uses it lacks a setting. Called before the engine starts."""
 
     @abstractmethod
     def scores(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Tensor:
-        """Higher is better, one score for the whole group of query heads.
+        """One score per page or token for the whole group of query heads; higher is better.
 
         Returns:
-            float32, or int32 of few distinct values from 0 on: [B, H_kv, P] per page, or [B, H_kv, P * page_size] per token.
-            Entries past a row's count are undefined.
+            [B, H_kv, P] per page, or [B, H_kv, P * page_size] per token; float32 without NaN (q of padded rows aside), or int32
+            in 0..65535 (few distinct values; selected by histogram instead of a sort). Entries past a row's count are any bits.
         """
 
     def page_scores(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Tensor:
-        """The scores of pages: of a scorer per token, its best token's."""
+        """Scores of pages; a page's score from a per-token scorer is that of its best token."""
         scores = self.scores(q, cache, batch)
         if not self.per_token:
             return scores
@@ -93,21 +93,21 @@ class Scorer(ABC):
         return scores.masked_fill(past, _least(scores.dtype)).unflatten(2, (-1, batch.page_size)).amax(-1)
 
     def bytes_scored(self, context_lens: list[int]) -> int:
-        """Bytes that `scores` reads for rows of these contexts, over this rank's KV heads."""
+        """Bytes that `scores` reads for decode rows of these contexts, over this rank's KV heads."""
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKConfig(SparseConfig):
-    """`token_budget` tokens per KV head and step, the sink and recent ones included.
+    """`token_budget` tokens per KV head and step, sink and recent tokens included.
 
-    The budget is rounded up to whole pages, and sinks and recent tokens are `sink_pages` and `recent_pages` pages' worth, of
-    methods that choose single tokens too: 33 reads 48 tokens at pages of 16.
+    The budget is rounded up to whole pages, also for methods that choose single tokens: a budget of 33 reads 48 tokens with
+    pages of 16. Likewise `sink_pages` and `recent_pages` force whole pages' worth of tokens.
     """
 
     method: ClassVar[str]
     per_token: ClassVar[bool] = False
-    """Whether single tokens are chosen: that of the method's scorer."""
+    """Equal to `per_token` of the method's scorer."""
     token_budget: int = 2048
 
     def check(self, page_size: int) -> None:
@@ -121,7 +121,7 @@ class TopKConfig(SparseConfig):
 
 
 class TopKPolicy(Policy):
-    """The best pages or tokens by a scorer's scores, as many as the budget holds."""
+    """Attends to the best pages or tokens by a scorer's scores, up to the budget. Subclasses name the scorer."""
 
     config: TopKConfig
     scorer_class: ClassVar[type[Scorer]]
@@ -145,7 +145,7 @@ class TopKPolicy(Policy):
             return Selection(*best_pages(scores, batch, k, config, capacity))
 
     def _best_tokens(self, scores: Tensor, k: Tensor, capacity: int, batch: DecodeBatch) -> Selection:
-        """As many tokens as fill k pages."""
+        """The best tokens, as many as fill k pages."""
         size = batch.page_size
         positions, counts = top_k_logical(
             scores,
@@ -167,7 +167,7 @@ def _least(dtype: torch.dtype) -> float:
 
 
 def best_pages(scores: Tensor, batch: DecodeBatch, k: Tensor, config: SparseConfig, capacity: int) -> tuple[Tensor, Tensor]:
-    """The k best pages of every row, the sink and recent pages of its settings among them: as of `top_k_pages`."""
+    """The k best pages of every row, the config's sink and recent pages included. Returns what `top_k_pages` returns."""
     return top_k_pages(
         scores,
         batch.page_table,
@@ -182,7 +182,7 @@ def best_pages(scores: Tensor, batch: DecodeBatch, k: Tensor, config: SparseConf
 def top_k_logical(
     scores: Tensor, counts: Tensor, k: Tensor, batch: DecodeBatch, *, sinks: int, recent: int, capacity: int
 ) -> tuple[Tensor, Tensor]:
-    """`top_k_pages` by logical index, of pages or of tokens: int32 [B, H_kv, capacity] ascending, counts int32 [B, H_kv]."""
+    """`top_k_pages` by logical index of pages or tokens: int32 [B, H_kv, capacity] ascending, counts int32 [B, H_kv]."""
     rows, width = scores.shape[0], scores.shape[2]
     own = batch.cached_per_step(("logical", width), lambda: torch.arange(width, dtype=torch.int32, device=scores.device))
     identity = own.expand(rows, -1)

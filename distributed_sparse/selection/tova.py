@@ -1,6 +1,6 @@
-"""tova: the tokens that the newest queries attended most; what falls out is never seen again (TOVA, arXiv 2401.06104).
+"""tova: tokens that the newest queries attended most; a dropped token is never attended again (TOVA, arXiv 2401.06104).
 
-The control for score-based eviction: is a token that one query did not need wanted by a later one?
+The control for score-based eviction: does a later query need a token that an earlier one did not?
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, Sp
 
 @dataclass(frozen=True, kw_only=True)
 class TovaConfig(SparseConfig):
-    """`token_budget` tokens stay visible per (sequence, KV head), the query's own included.
+    """`token_budget` tokens stay visible per (sequence, KV head) row, the query's own included.
 
-    The method forces nothing else to stay, no sinks either (section 3): `sink_pages` is 0, and of the `recent_pages: 1` only
-    the query's own token is certain. Contexts below `min_context` drop nothing.
+    No other token is forced to stay, nor are sinks (section 3): `sink_pages` is 0, and of `recent_pages: 1` only the query's
+    own token is certain to stay. Contexts below `min_context` drop nothing.
     """
 
     method: ClassVar[str] = "tova"
@@ -42,7 +42,7 @@ class TovaConfig(SparseConfig):
                 )
 
     def drops(self, context_len: int) -> bool:
-        """Whether a row of such a context attends less than all of it."""
+        """Whether a row with this context attends to less than all of it."""
         return context_len > self.token_budget and context_len >= self.min_context
 
     def attended_tokens(self, context_len: int, page_size: int) -> int:
@@ -51,9 +51,9 @@ class TovaConfig(SparseConfig):
 
 @dataclass(frozen=True)
 class Visible(Metadata):
-    """Which tokens have not fallen out: uint8 [num_pages, H_kv, page_size], 1 from the append on, cleared by the policy.
+    """Which tokens are still visible: uint8 [num_pages, H_kv, page_size], set to 1 by the append, cleared by the policy.
 
-    Unlike other metadata no function of the page's content: it depends on the queries of the sequence that holds the page.
+    Unlike other metadata, not a function of the page's content: it depends on the queries of the sequence that holds the page.
     """
 
     changes_when_read = True
@@ -71,14 +71,14 @@ class Visible(Metadata):
 
 
 class TovaPolicy(Policy):
-    """Drop, then attend: the newest query's weights over the visible tokens decide which `token_budget` of them it attends.
+    """Drops, then attends: the newest query attends to the `token_budget` visible tokens with its largest weights.
 
-    Weights are softmax probabilities per query head, averaged over the KV head's group; of equal ones the older token falls.
-    The paper attends before it drops: then each step would attend one token more than the budget, and the first one after a
-    prefill the whole prompt. Here every step of a context beyond the budget attends exactly `token_budget` tokens.
+    Weights are softmax probabilities per query head, averaged over the KV head's group; of equal weights the older token is
+    dropped. The paper attends before it drops: each step would attend one token more than the budget, and the first step after
+    a prefill the whole prompt. Here every step of a context beyond the budget attends exactly `token_budget` tokens.
 
-    No memory is freed: heads drop different tokens of pages that they share. Samples of one request share no pages, since
-    each drops tokens of its own. Eager torch, one row at a time, so that a row's bits depend on the row alone.
+    No memory is freed, as heads drop different tokens of the pages that they share. Samples of one request share no pages, as
+    each drops its own tokens. Eager torch, one row at a time, so that a row's bits depend on the row alone.
     """
 
     config_class = TovaConfig
@@ -112,9 +112,9 @@ class TovaPolicy(Policy):
         return pages * batch.page_size + position % batch.page_size
 
     def _drop(self, queries: Tensor, cache: LayerCache, head: int, slots: Tensor) -> Tensor:
-        """Hide all but `token_budget` of a row's visible tokens; the slots of those, int64 [token_budget], ascending positions.
+        """Hide all but `token_budget` of a row's visible tokens; return their slots, int64 [token_budget], by position.
 
-        (Fewer on the null page alone, where kernels are warmed up: most of its tokens were never written.)
+        (Fewer only in the warm-up on the null page, most of whose tokens were never written.)
 
         Args:
             queries: float32 [G, d].
@@ -136,7 +136,7 @@ class TovaPolicy(Policy):
         return kept
 
     def bytes_scored(self, context_lens: list[int], max_context_len: int | None = None) -> int:
-        """What is visible, and the keys of visible tokens; of all keys in a row's first such step, which is not counted."""
+        """The visible flags, and the keys of visible tokens. A row's first sparse step reads all keys; that is not counted."""
         sparse = [length for length in context_lens if self.config.drops(length)]
         key_bytes = (self.config.token_budget + 1) * self.geometry.head_dim * self.geometry.dtype.itemsize
         return self.geometry.num_kv_heads * (sum(sparse) + len(sparse) * key_bytes)

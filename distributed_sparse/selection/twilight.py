@@ -1,6 +1,6 @@
-"""twilight: as few of a selector's candidates as hold a share p of the attention mass (Twilight, arXiv 2502.02770).
+"""twilight: the fewest of a selector's candidates that hold a share p of the attention mass (Twilight, arXiv 2502.02770).
 
-Selector, then pruner, then attention over what is left, with the original keys and values.
+A selector offers candidates, a pruner reduces them, attention reads the kept tokens with the original keys and values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from distributed_sparse.utils.validation import check_float, check_int
 
 @dataclass(frozen=True, kw_only=True)
 class TwilightConfig(SparseConfig):
-    """`selector` offers `candidate_fraction` of the context, at least `min_candidates` tokens; `p` says how much is kept."""
+    """`selector` offers `candidate_fraction` of the context, at least `min_candidates` tokens; the pruner keeps mass `p`."""
 
     method: ClassVar[str] = "twilight"
     p: float = 0.95
@@ -58,19 +58,19 @@ class TwilightConfig(SparseConfig):
             raise ValueError(f"sparse.key_bits={self.key_bits} has no kernel; use 2, 4 or 8")
 
     def least_pages(self, page_size: int) -> int:
-        """Pages that the selector offers at least."""
+        """Minimum number of pages that the selector offers."""
         return max(-(-self.min_candidates // page_size), self.sink_pages + self.recent_pages)
 
     def candidates(self, context_len: int, page_size: int) -> int | None:
-        """Pages that the selector offers of a context; None: all of it, and of every shorter one."""
+        """Pages of a context that the selector offers; None: all pages, also of every shorter context."""
         pages, least = -(-context_len // page_size), self.least_pages(page_size)
-        # A fraction below 1 may round up to all pages of this context, and to fewer than all of a shorter one.
+        # A fraction below 1 may round up to all pages of this context, yet to fewer than all of a shorter one.
         if self.selector == "full" or self.candidate_fraction == 1 or least >= pages:
             return None
         return min(max(math.ceil(self.candidate_fraction * context_len / page_size), least), pages)
 
     def keeps_all(self, context_len: int, page_size: int) -> bool:
-        """Whether no context up to this length can be sparse."""
+        """Whether every context up to this length is dense."""
         return context_len < self.min_context or (self.p >= 1 and self.candidates(context_len, page_size) is None)
 
     def attended_tokens(self, context_len: int, page_size: int) -> int | None:
@@ -85,9 +85,9 @@ class TwilightConfig(SparseConfig):
 
 
 class TwilightPolicy(Policy):
-    """Estimates the candidates' logits from low-bit keys; keeps, per query head, the smallest set of mass >= p (algorithm 1).
+    """Estimates the candidates' logits from low-bit keys and keeps the smallest set of mass >= p per query head (algorithm 1).
 
-    A KV head reads the union of its query heads' sets, with the sink pages and the newest pages.
+    A KV head reads the union of its query heads' sets, the sink pages and the newest pages.
     """
 
     config_class = TwilightConfig
@@ -132,13 +132,9 @@ class TwilightPolicy(Policy):
             }
         return selection
 
-    def candidates(self, context_len: int) -> int | None:
-        """As `TwilightConfig.candidates`."""
-        return self.config.candidates(context_len, self.geometry.page_size)
-
     def _candidate_pages(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
         config, size = self.config, batch.page_size
-        capacity = self.candidates(batch.max_context_len)
+        capacity = config.candidates(batch.max_context_len, size)
         if self.selector is None or capacity is None:
             dense = dense_selection(batch, self.geometry.num_kv_heads)
             return dense.pages, dense.num_pages
@@ -162,14 +158,15 @@ class TwilightPolicy(Policy):
         return (lse(selection) - lse(dense_selection(batch, self.geometry.num_kv_heads))).exp()
 
     def bytes_scored(self, context_lens: list[int], max_context_len: int | None = None) -> int:
-        geometry = self.geometry
-        of_key = geometry.head_dim * self.config.key_bits // 8 + 4  # codes, and two fp16
+        config, geometry = self.config, self.geometry
+        key_bytes = geometry.head_dim * config.key_bits // 8 + 4  # codes; scale and minimum in fp16
         estimated = 0
         for n in context_lens:
-            pages = self.candidates(n)
+            pages = config.candidates(n, geometry.page_size)
             estimated += n if pages is None else pages * geometry.page_size
         scored = 0
         longest = max(context_lens) if max_context_len is None else max_context_len
-        if self.selector is not None and self.candidates(longest) is not None:  # as `_candidate_pages` decides
+        # The same condition as in `_candidate_pages`.
+        if self.selector is not None and config.candidates(longest, geometry.page_size) is not None:
             scored = self.selector.bytes_scored(context_lens)
-        return scored + estimated * of_key * geometry.num_kv_heads
+        return scored + estimated * key_bytes * geometry.num_kv_heads

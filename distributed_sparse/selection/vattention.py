@@ -1,4 +1,4 @@
-"""vattention: the tokens that matter, exactly, and a sample of the rest that is large enough (vAttention, arXiv 2510.05688)."""
+"""vattention: sinks, window and top-k exactly, and a random sample of the rest with an error bound (arXiv 2510.05688)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ from distributed_sparse.utils.validation import check_choice, check_float, check
 
 @dataclass(frozen=True, kw_only=True)
 class VAttentionConfig(SparseConfig):
-    """`epsilon`: relative L2 error that `guarantee` speaks of; `delta`: how often it may be exceeded."""
+    """Settings of vAttention.
+
+    epsilon: bound of the relative L2 error of what `guarantee` names.
+    delta: probability that the bound is exceeded.
+    """
 
     method: ClassVar[str] = "vattention"
     epsilon: float = 0.1
@@ -51,7 +55,7 @@ class VAttentionConfig(SparseConfig):
         check_choice("sparse.guarantee", self.guarantee, GUARANTEES)
         if self.guarantee == "numerator_denominator" and self.delta > 0.2:
             raise ValueError(
-                f"sparse.delta={self.delta} is beyond what guarantee='numerator_denominator' can promise; set it to 0.2 or less"
+                f"sparse.delta={self.delta} is over 0.2, the limit of guarantee='numerator_denominator'; set it to 0.2 or less"
             )
         scorer_class(self.selector).check_config(self)
         remedy = "give a share of the context, 0 to 1"
@@ -63,28 +67,28 @@ class VAttentionConfig(SparseConfig):
             check_int("sparse.max_sample", self.max_sample, MIN_PILOT, remedy="rows that need more go dense")
 
     def choice(self, page_size: int) -> tuple[int, int, int]:
-        """(block, sinks, recent): tokens of what is chosen, pages or single tokens, and how many are always chosen."""
+        """(block, sinks, recent): tokens per block (a page, or one token), and blocks that are always chosen at each end."""
         block = 1 if scorer_class(self.selector).per_token else page_size
         sinks = -(-max(self.sink_tokens, self.sink_pages * page_size) // block)
-        # The newest page may be partial: one more page holds the window whole.
+        # The newest page may be partial, so a window in pages needs one more page.
         window = max(self.window_tokens, self.recent_pages * page_size if block == 1 else 0)
         return block, sinks, max(-(-window // block) + (block > 1), self.recent_pages)
 
     def sparse_from(self, page_size: int) -> int:
-        """Tokens of the shortest context that can be sparse: shorter ones are not sampled, or their sample never pays."""
+        """Tokens of the shortest context that can be sparse. Shorter ones are not sampled, or their sample never pays."""
         block, sinks, recent = self.choice(page_size)
         chosen = (sinks + recent - 1) * block + 1  # at least, as the newest page may hold one token
         return max(self.min_context, 2 * (chosen + MIN_PILOT))
 
     def pilot_size(self, num_residual: int) -> int:
-        """Tokens of a row's pilot; as `plan_pilot`."""
+        """Tokens of a row's pilot sample, as computed by `plan_pilot`."""
         return min(max(math.ceil(num_residual * self.base_fraction), MIN_PILOT), num_residual)
 
     def attended_tokens(self, context_len: int, page_size: int) -> int | None:
         return context_len if context_len < self.sparse_from(page_size) else None
 
     def extra_tokens(self, context_len: int, page_size: int) -> int:
-        """The pilot. (A row whose sample would not pay reads what was chosen first apart, too.)"""
+        """The pilot sample. A row that falls back to dense also reads its chosen tokens twice; that is not included."""
         if context_len < self.sparse_from(page_size):
             return 0
         block, sinks, recent = self.choice(page_size)
@@ -95,10 +99,11 @@ class VAttentionConfig(SparseConfig):
 
 
 class VAttentionPolicy(Policy):
-    """Attends sinks, window and predicted top-k with weight 1; then a sample of the residual, each token for n_s / b.
+    """Attends to sinks, window and predicted top-k with weight 1, and to a sample of the residual with weight n_s / b.
 
-    The first part is attended here, for its result sizes the sample (`vattention/sample_plan.py`), and handed on as `partial`.
-    A row whose sample would be too large to pay is dense; a sample is never truncated.
+    n_s: tokens of the residual, which is all other tokens; b: tokens of the sample. The first part is attended here, as its
+    result determines b (`kernels/vattention/sample_plan.py`), and passed on as `partial`. A row whose sample would be too large
+    to pay is dense; a sample is never truncated.
     """
 
     config_class = VAttentionConfig
@@ -110,7 +115,7 @@ class VAttentionPolicy(Policy):
         self.selector = scorer_class(self.config.selector).from_config(self.config, geometry)
         self.metadata = self.selector.metadata
         self.graph_safe = self.selector.graph_safe
-        # What is chosen, and cut out of the residual: pages, or single tokens.
+        # Chosen blocks, which are excluded from the residual, are pages or single tokens.
         self.block, self.sinks, self.recent = self.config.choice(geometry.page_size)
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
@@ -148,10 +153,10 @@ class VAttentionPolicy(Policy):
             }
         return selection
 
-    # ---- the parts, in their order
+    # ---- the parts of `select`, in order
 
     def choose(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
-        """Sinks, window and predicted top-k: logical pages or positions int32 [B, H_kv, F] ascending, counts [B, H_kv]."""
+        """Sinks, window and predicted top-k: logical pages or positions int32 [B, H_kv, F] ascending; counts [B, H_kv]."""
         counts = batch.context_lens if self.block == 1 else batch.num_pages
         fraction = self.config.top_k_fraction / self.block
         forced = self.sinks + self.recent
@@ -168,7 +173,7 @@ class VAttentionPolicy(Policy):
     def draw(
         self, chosen: Tensor, num_chosen: Tensor, count: Tensor, cache: LayerCache, batch: DecodeBatch, draw: int, capacity: int
     ) -> Tensor:
-        """`count` tokens of each row's residual: physical slots int32 [B, H_kv, capacity]."""
+        """Draw `count` tokens of each row's residual: physical token slots int32 [B, H_kv, capacity]."""
         with self.timer("sample"):
             return sample_residual(
                 chosen,
@@ -188,7 +193,7 @@ class VAttentionPolicy(Policy):
     def estimate(
         self, q: Tensor, cache: LayerCache, pilot: Tensor, m: Tensor, n_s: Tensor, partial: tuple[Tensor, Tensor]
     ) -> ResidualStatistics:
-        """What the pilot says of the residual."""
+        """Statistics of the residual, estimated from the pilot."""
         with self.timer("estimate"):
             return residual_statistics(
                 q,
@@ -211,7 +216,7 @@ class VAttentionPolicy(Policy):
         num_pilot: Tensor,
         batch: DecodeBatch,
     ) -> SamplePlan:
-        """What each row draws, and which rows go dense. lse: float32 [B, H_q] of the chosen part."""
+        """Sample size of each row, and which rows go dense. lse: float32 [B, H_q] of the chosen part."""
         config = self.config
         return plan_samples(
             statistics,
@@ -228,10 +233,10 @@ class VAttentionPolicy(Policy):
             max_sample=config.max_sample,
         )
 
-    # ---- shapes that the host knows
+    # ---- widths and shortcuts, known on the host
 
     def is_dense(self, max_context_len: int) -> bool:
-        """Whether no context up to this length can be sparse: too short to be sampled, or its sample could never pay."""
+        """Whether every context up to this length is dense: too short to be sampled, or its sample could never pay."""
         return max_context_len < self.config.sparse_from(self.geometry.page_size)
 
     def _pilot_capacity(self, max_context_len: int) -> int:

@@ -1,7 +1,7 @@
-"""window: the first pages and the last ones, whatever they hold. The content-free control of every comparison.
+"""window: the first and the last pages, regardless of content. The content-free control of every comparison.
 
-The visible part is that of StreamingLLM (arXiv 2309.17453, section 3.2), with absolute positions. With `evict` what falls out
-of it is freed, as there: memory stays bounded in decode, however long it lasts.
+The visible pages are those of StreamingLLM (arXiv 2309.17453, section 3.2), with absolute positions. With `evict`, other pages
+are freed, as in the paper: memory stays bounded in decode of any length.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from distributed_sparse.selection.base import (
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig(SparseConfig):
-    """`token_budget` tokens per step in whole pages: `sink_pages` from the start, the rest the newest.
+    """`token_budget` tokens per step in whole pages: `sink_pages` from the start, the rest are the newest pages.
 
-    evict: the Driver frees a sequence's other pages once its prefill has ended: before that, prompt chunks attend to all of
-        them. One page id serves all layers, so all must keep the same pages: no dense layers, no dense contexts beyond the
-        budget, no overrides of what is kept. The tokens are those of `evict: false`, bit for bit.
+    evict: the Driver frees a sequence's other pages after its prefill; prompt chunks attend to all of them. One page id serves
+        all layers, so all layers must keep the same pages: no dense layers, no dense contexts beyond the budget, no overrides
+        of what is kept. The generated tokens are those of `evict: false`, bit for bit.
     """
 
     method: ClassVar[str] = "window"
@@ -77,10 +77,10 @@ class WindowConfig(SparseConfig):
 
 
 class WindowPolicy(Policy):
-    """Sinks and recent pages; every KV head reads the same ones.
+    """Attends to sink and recent pages, the same ones for every KV head.
 
-    With `evict`, page tables hold stale ids between the two. No list names them, as long as `all_rows_dense` and `page_budget`
-    call no row dense whose pages exceed the budget.
+    With `evict`, page tables hold stale ids between the two. No selection lists them, as long as `all_rows_dense` and
+    `page_budget` treat no row as dense whose pages exceed the budget.
     """
 
     config_class = WindowConfig

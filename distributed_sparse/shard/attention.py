@@ -1,4 +1,4 @@
-"""SparseAttention: per layer, append to the cache, select, attend. The one place where model, cache and method meet."""
+"""SparseAttention: one layer's attention: append to the cache, let the method select, attend. vLLM's attention backend."""
 
 from __future__ import annotations
 
@@ -15,69 +15,39 @@ from distributed_sparse.utils.timer import Timer
 
 
 class SparseAttention:
-    """Runs every layer's attention of a step on this rank's heads, and counts what it reads."""
+    """Runs attention over this rank's heads and counts what it reads. `begin` sets the batch; the model then calls each layer.
+
+    Attributes:
+        dense_layers: layers of the current step whose rows the host knows to be dense; they are not counted on the device.
+        timer: times append, select and attend in profile steps.
+    """
 
     def __init__(self, geometry: Geometry, policies: list[Policy], cache: PagedCache) -> None:
         self.geometry = geometry
         self.policies = policies
         self.cache = cache
         self.dense_layers: list[int] = []
-        """Layers of this step of which the host knows that every row is dense: they are not counted on the device."""
-        heads = geometry.num_kv_heads
-        self._tokens_attended = torch.zeros((len(policies), heads), dtype=torch.int64, device=geometry.device)
-        self._sparse_rows, self._extra_tokens_read = torch.zeros((2, heads), dtype=torch.int64, device=geometry.device).unbind(
-            0
-        )
+        heads, device = geometry.num_kv_heads, geometry.device
+        self._tokens_attended = torch.zeros((len(policies), heads), dtype=torch.int64, device=device)
+        self._sparse_rows = torch.zeros(heads, dtype=torch.int64, device=device)
+        self._extra_tokens_read = torch.zeros(heads, dtype=torch.int64, device=device)
         self.reset()
 
-    def reset(self) -> None:
-        """Count and time from zero. The counters on the device stay where graphs have been told that they are."""
-        self.forget()
-        self.timer = Timer(self.geometry.device)
-        for policy in self.policies:
-            policy.timer = self.timer
-        for counter in (self._tokens_attended, self._sparse_rows, self._extra_tokens_read):
-            counter.zero_()
-        self._dense_tokens = [0] * len(self.policies)
-        self._rows = 0
-        self._context_tokens = 0
-        self._scored_bytes = 0
+    # ---- a step
 
     def begin(self, batch: StepBatch, tracer: Tracer | None = None) -> None:
-        """Set the batch that the next calls are about, and who watches its decode rows."""
+        """Set the batch of the following calls, and the tracer of its decode rows."""
         self.batch = batch
         self.tracer = tracer
         self.dense_layers = []
 
-    def forget(self) -> None:
-        """Let go of the last batch, whose tensors would otherwise live on until the next one comes."""
-        self.__dict__.pop("batch", None)
-        self.tracer = None
-
-    def account(self, context_lens: list[int], max_context_len: int, dense_layers: list[int]) -> None:
-        """Count a step as far as the host knows it, once per step: a replayed graph runs the rest, and no line of this.
-
-        Args:
-            context_lens: of the step's decode rows, without padding.
-            max_context_len: what the policies were told of them: in a captured step the longest context of its shape.
-            dense_layers: as the layers' calls left them (in the step itself, or when its graph was captured).
-        """
-        if not context_lens:
-            return
-        tokens = sum(context_lens)
-        self._rows += len(context_lens) * self.geometry.num_kv_heads * len(self.policies)
-        self._context_tokens += tokens
-        for layer, policy in enumerate(self.policies):
-            if layer in dense_layers:
-                self._dense_tokens[layer] += tokens
-            else:
-                self._scored_bytes += policy.bytes_scored(context_lens, max_context_len)
-
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attention of one layer over the batch. Work for the device alone: what the host counts, `account` does.
+        """Attention of one layer over the batch: decode rows by the layer's method, prompt chunks densely.
+
+        Only queues device work, so that it can be captured in a CUDA graph; `account` does the counting on the host.
 
         Args:
-            layer: its index.
+            layer: index of the layer.
             q: [N, H_q, d]; k, v: [N, H_kv, d]: this rank's heads before the rotary embedding, decode rows first.
             cos, sin: float32 [N, d/2] of each token's angles.
 
@@ -106,6 +76,7 @@ class SparseAttention:
         return out
 
     def _decode(self, layer: int, q: Tensor, cache: LayerCache) -> Tensor:
+        """Select, then attend: [B, H_q, d] for the rotated queries q [B, H_q, d] of the decode rows."""
         batch = self.batch.decode
         assert batch is not None
         with self.timer("select"):
@@ -118,7 +89,7 @@ class SparseAttention:
         return out
 
     def _count(self, layer: int, selection: Selection) -> None:
-        """Add to the counters on the device, where the host does not know."""
+        """Add a sparse layer to the counters on the device. The host counts a dense one: see `account`."""
         batch = self.batch.decode
         assert batch is not None
         if selection.is_dense:
@@ -139,10 +110,48 @@ class SparseAttention:
             extra_tokens_read=selection.extra_tokens_read,
         )
 
-    # ---- what a ShardReport says
+    def account(self, context_lens: list[int], max_context_len: int, dense_layers: list[int]) -> None:
+        """Count on the host, once per step. Replaying a CUDA graph runs only the device's part of the counting.
+
+        Args:
+            context_lens: of the step's decode rows, without padding.
+            max_context_len: `DecodeBatch.max_context_len`; in a captured step, the longest context of its shape.
+            dense_layers: `self.dense_layers` after the step, or after its graph was captured.
+        """
+        if not context_lens:
+            return
+        tokens = sum(context_lens)
+        self._rows += len(context_lens) * self.geometry.num_kv_heads * len(self.policies)
+        self._context_tokens += tokens
+        for layer, policy in enumerate(self.policies):
+            if layer in dense_layers:
+                self._dense_tokens[layer] += tokens
+            else:
+                self._scored_bytes += policy.bytes_scored(context_lens, max_context_len)
+
+    def forget(self) -> None:
+        """Release the last batch, whose tensors would otherwise live until the next `begin`."""
+        self.__dict__.pop("batch", None)
+        self.tracer = None
+
+    def reset(self) -> None:
+        """Zero counters and times. Device counters are zeroed in place: captured graphs hold their addresses."""
+        self.forget()
+        self.timer = Timer(self.geometry.device)
+        for policy in self.policies:
+            policy.timer = self.timer
+        for counter in (self._tokens_attended, self._sparse_rows, self._extra_tokens_read):
+            counter.zero_()
+        self._dense_tokens = [0] * len(self.policies)
+        self._rows = 0
+        self._context_tokens = 0
+        self._scored_bytes = 0
+
+    # ---- counts for the ShardReport
 
     @property
     def tokens_attended(self) -> list[list[int]]:
+        """[layer][local KV head], over all decode rows."""
         counted = self._tokens_attended.tolist()
         return [[tokens + dense for tokens in heads] for heads, dense in zip(counted, self._dense_tokens)]
 
@@ -152,19 +161,19 @@ class SparseAttention:
 
     @property
     def rows(self) -> tuple[int, int]:
-        """(dense, sparse): a row is one (sequence, KV head, layer, step)."""
+        """(dense, sparse) rows; a row here is one (sequence, KV head) in one layer of one step."""
         sparse = int(self._sparse_rows.sum())
         return self._rows - sparse, sparse
 
     @property
     def bytes_read(self) -> int:
-        """K and V of the attended tokens and of those read apart, and what the methods scored."""
+        """Bytes of K and V of attended tokens and of `Selection.extra_tokens_read`, and of what the methods scored."""
         token_bytes = 2 * self.geometry.head_dim * self.geometry.dtype.itemsize
         return token_bytes * (sum(map(sum, self.tokens_attended)) + int(self._extra_tokens_read.sum())) + self._scored_bytes
 
 
 def _listed_tokens(partial: Selection, batch: DecodeBatch) -> Tensor | None:
-    """Tokens that a partial result's selection lists, and those of a partial result of its own."""
+    """Tokens that the selection of a partial result lists, those of its own partial result included; None: pages only."""
     if partial.partial_selection is None:
         return partial.num_tokens
     deeper = partial.partial_selection.attended(batch.last_page_len, batch.page_size)

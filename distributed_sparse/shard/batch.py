@@ -1,4 +1,4 @@
-"""StepLayout and StepBatch: a plan's tokens as the host lays them out, and as one forward pass takes them.
+"""batch: lays out a step plan's tokens on the host (StepLayout), and makes the input of one forward pass (StepBatch).
 
 Decode rows come first, then the prompt chunks.
 """
@@ -21,15 +21,16 @@ from distributed_sparse.shard.slots import SlotTable
 
 @dataclass(frozen=True)
 class StepLayout:
-    """What the host knows of a step's tokens.
+    """A step's tokens on the host.
 
     Attributes:
-        arrays: what the device has to know, by name. Equal numbers of rows give equal names and shapes in decode steps.
-        num_decode: decode rows, those that pad the batch included.
-        context_lens: of the real decode rows.
-        max_context_len: the longest of them, 0 without any.
-        max_chunk_len, max_chunk_end: tokens of the longest prompt chunk, and the longest context that one of them ends at.
-        takes_sampled: whether a decode row's token is the one that the device itself sampled last.
+        arrays: arrays to upload, by name. Decode steps with equal numbers of rows have equal names and shapes.
+        num_decode: decode rows, padding included.
+        context_lens: of the decode rows, without padding.
+        max_context_len: the longest of them; 0 if there are none.
+        max_chunk_len: tokens of the longest prompt chunk.
+        max_chunk_end: tokens of the longest context at the end of a prompt chunk.
+        takes_sampled: whether the input token of a decode row is the one last sampled on the device.
         trace: whether a decode row is traced.
     """
 
@@ -44,7 +45,7 @@ class StepLayout:
 
     @classmethod
     def of_decode(cls, num_rows: int, max_context_len: int) -> StepLayout:
-        """Any decode step of so many rows, padding included, and of contexts up to a length: as a captured step sees it."""
+        """The layout that a captured decode step stands for: `num_rows` rows, padding included, contexts up to a length."""
         return cls({}, num_rows, [], max_context_len, 0, 0, takes_sampled=True, trace=False)
 
 
@@ -72,11 +73,11 @@ class StepBatch:
 
 
 def build_layout(plan: StepPlan, slots: SlotTable, page_size: int, num_rows: int | None = None) -> StepLayout:
-    """Lay out a plan's tokens; the slots have taken in its new pages already.
+    """Lay out a step plan's tokens. Call `slots.apply(plan)` first, for the new pages.
 
     Args:
-        num_rows: decode rows that a batch of decode rows alone is padded to. A row that pads has no context and no page:
-            nothing is appended for it, and it attends to nothing.
+        num_rows: pad a batch without prompt chunks to this many decode rows. A padded row has no context and no page: nothing
+            is appended for it, and it attends to nothing.
     """
     num_rows = len(plan.decode) if num_rows is None else num_rows
     assert num_rows == len(plan.decode) or not plan.prefill, "prompt tokens follow the decode rows"
@@ -139,7 +140,7 @@ def _decode_arrays(decode: list[DecodeRow], slots: SlotTable, page_size: int, nu
 
 
 def _chunk_arrays(chunk: PrefillChunk, slots: SlotTable, page_size: int) -> Arrays:
-    """One prompt chunk's tokens, and a run for each page that they reach; `run_starts` within the chunk."""
+    """One prompt chunk's tokens, and one run per page that they touch; `run_starts` count from the chunk's first token."""
     slots.check(np.array([chunk.slot]))
     positions = np.arange(chunk.start, chunk.end)
     first_page, last_page = chunk.start // page_size, (chunk.end - 1) // page_size
@@ -158,7 +159,7 @@ def _chunk_arrays(chunk: PrefillChunk, slots: SlotTable, page_size: int) -> Arra
 
 
 def make_batch(layout: StepLayout, views: Mapping[str, Tensor], slots: SlotTable, page_size: int) -> StepBatch:
-    """A layout's batch, of its arrays on the device."""
+    """The input of a forward pass, from a layout's arrays on the device (`views`)."""
     num_decode = layout.num_decode
     if layout.takes_sampled:
         token_ids = views["token_ids"][:num_decode]

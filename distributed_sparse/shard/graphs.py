@@ -1,4 +1,4 @@
-"""graphs: decode steps at a few fixed shapes, captured as CUDA graphs; and which shape a step takes, decided on the host."""
+"""graphs: captures decode steps of a few fixed shapes as CUDA graphs, chooses the shape of each step, replays its graph."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from distributed_sparse.shard.attention import SparseAttention
 from distributed_sparse.shard.batch import StepLayout, build_layout, make_batch
 from distributed_sparse.shard.collectives.collectives import Collectives
 from distributed_sparse.shard.inputs import StepInputs
+from distributed_sparse.shard.memory import warm_up_plan
 from distributed_sparse.shard.slots import SlotTable
-from distributed_sparse.shard.warm_up import warm_up_plan
 
 
 class DecodeShape(NamedTuple):
-    """A shape that decode steps run at. Nothing else of a step changes what is launched: counts are data."""
+    """Shape of a captured decode step. It alone determines which kernels are launched; all counts are data on the device."""
 
     num_rows: int
-    """Sequences; a step of fewer is padded."""
+    """Decode rows; a step with fewer is padded."""
     max_context_len: int
-    """Tokens of the longest context that it serves."""
+    """Tokens of the longest context that the shape serves."""
 
 
 def buckets(max_num_seqs: int) -> list[int]:
-    """Numbers of rows that decode steps are padded to, ascending: 1, 2, 4, 8, then every eighth; the last one fits all."""
+    """Numbers of decode rows that are captured, ascending: 1, 2, 4, then multiples of 8; the last is max_num_seqs."""
     return [rows for rows in (1, 2, 4, *range(8, max_num_seqs, 8)) if rows < max_num_seqs] + [max_num_seqs]
 
 
 def dense_until(policies: list[Policy], page_size: int, max_model_len: int) -> int:
-    """The longest context that the host knows to be dense in every layer, and every shorter one with it; 0: none is."""
+    """The longest context up to which every context is known to be dense in every layer; 0: there is none."""
 
     def is_sparse(context_len: int) -> bool:
         return any(policy.config.attended_tokens(context_len, page_size) != context_len for policy in policies)
@@ -44,20 +44,20 @@ def dense_until(policies: list[Policy], page_size: int, max_model_len: int) -> i
 
 
 def why_eager(enforce_eager: bool, policies: list[Policy], method: str) -> str | None:
-    """Why a GPU's decode steps are not captured; None: they are."""
+    """The reason why a GPU's decode steps are not captured; None: they are."""
     if enforce_eager:
         return "enforce_eager is true"
     if not all(policy.graph_safe for policy in policies):
-        return f"sparse.method={method!r} reads what the device computed on the host"
+        return f"sparse.method={method!r} reads device values on the host"
     return None
 
 
 class DecodeShapes:
-    """The shapes of an engine: per bucket one for contexts that are dense in every layer, and one that the device decides.
+    """All shapes of an engine: per bucket, one for contexts that are dense in every layer, and one for all contexts.
 
     Args:
-        max_num_seqs: rows of the largest step.
-        longest_dense: as of `dense_until`; 0: there is no set for it.
+        max_num_seqs: decode rows of the largest step.
+        longest_dense: see `dense_until`; 0: no shapes for dense contexts.
         max_model_len: tokens of the longest context.
     """
 
@@ -66,14 +66,14 @@ class DecodeShapes:
         self.context_lens = sorted({length for length in (longest_dense, max_model_len) if length > 0})
 
     def __iter__(self) -> Iterator[DecodeShape]:
-        """All of them, the largest first: smaller ones find room in the memory that it has left behind."""
+        """All shapes, the largest first: smaller graphs then reuse the memory of the pool."""
         return (DecodeShape(rows, length) for rows in reversed(self.rows) for length in reversed(self.context_lens))
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.context_lens)
 
     def of(self, plan: StepPlan) -> DecodeShape | None:
-        """The shape that serves a step; None: only the step's own does (prompt tokens, traces, times of its parts)."""
+        """The shape that serves a step plan; None if it must run eagerly (prompt chunks, traces, profile)."""
         if not plan.decode or plan.prefill or plan.profile or any(row.trace for row in plan.decode):
             return None
         longest = max(row.end for row in plan.decode)
@@ -82,7 +82,7 @@ class DecodeShapes:
 
 
 class HostCounts(NamedTuple):
-    """What the host counts in a step while it queues it, and would miss where a captured step is replayed."""
+    """What Python code counts while a step is captured; replaying the graph does not run that code."""
 
     dense_layers: list[int]
     all_reduce_calls: int
@@ -90,16 +90,16 @@ class HostCounts(NamedTuple):
 
 
 class DecodeGraphs:
-    """Runs decode steps at their shapes: captured once each, then replayed.
+    """Captures one CUDA graph per shape, then replays it for every decode step of the shape.
 
-    All graphs share one memory pool, since no two of them run at once, and copy their results out of it. They hold the ranks'
-    communicator and the addresses of slots, cache, counters and inputs: where one of these is made anew, so are they.
+    All graphs share one memory pool, as no two run at once, and copy their results out of it. They hold the communicator and
+    the addresses of slots, cache, counters and inputs: if one of these is replaced, the graphs must be captured anew.
 
     Args:
-        shapes: what steps run at.
-        model, attention, slots, collectives: what a step is computed with. `attention` counts from zero after `prepare`.
-        inputs: where the step's arrays are uploaded to, at the same addresses whenever they come first.
-        is_captured: False captures nothing and computes each step anew: the same numbers at no gain.
+        shapes: all shapes.
+        model, attention, slots, collectives: of the shard. `prepare` resets the counters of `attention`.
+        inputs: holds the step's arrays, at the same addresses in every step if they are uploaded first.
+        is_captured: False runs the same padded computation eagerly, without graphs.
     """
 
     def __init__(
@@ -129,12 +129,12 @@ class DecodeGraphs:
         self._stream = torch.cuda.Stream(device) if is_captured else None
 
     def prepare(self, wanted: Iterable[DecodeShape]) -> None:
-        """Capture shapes on the null page. Each has been run once before: kernels are compiled, libraries have their memory."""
+        """Capture shapes on the null page. Each runs once before its capture: kernels compile, libraries allocate memory."""
         if not self._is_captured:
             return
         arrays = {}
         for shape in wanted:
-            plan = warm_up_plan(shape.num_rows, 1, [])  # what is launched is told by the shape alone
+            plan = warm_up_plan(shape.num_rows, 1, [])  # any context: the shape determines the launches
             self._slots.apply(plan)
             arrays[shape] = build_layout(plan, self._slots, self._page_size, shape.num_rows).arrays
             self._warm_up(shape, self._inputs.upload(arrays[shape]))
@@ -150,7 +150,7 @@ class DecodeGraphs:
         """Run a step whose inputs have been uploaded, and count it.
 
         Returns:
-            hidden states [num_rows, D], logits float32 [num_rows, V]; valid until the next step.
+            Hidden states [num_rows, D], logits float32 [num_rows, V]; valid until the next step.
         """
         if self._is_captured:
             self._graphs[shape].replay()
@@ -164,11 +164,11 @@ class DecodeGraphs:
         return self._hidden[: shape.num_rows], self._logits[: shape.num_rows]
 
     def close(self) -> None:
-        """Give back the graphs, and their memory to torch's allocator."""
+        """Free the graphs; their memory goes back to torch's allocator."""
         for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()
-        self._attention.forget()  # the batch of the last capture lies in the pool
+        self._attention.forget()  # the last captured batch is in the pool
 
     def _warm_up(self, shape: DecodeShape, views: Mapping[str, Tensor]) -> None:
         assert self._stream is not None
@@ -179,13 +179,13 @@ class DecodeGraphs:
 
     def _capture(self, shape: DecodeShape, views: Mapping[str, Tensor]) -> None:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads of the process (NCCL's watchdog) may ask the device meanwhile
+        # thread_local: other threads of the process (NCCL's watchdog) may query the device during the capture
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             self._compute(shape, views)
         self._graphs[shape] = graph
 
     def _compute(self, shape: DecodeShape, views: Mapping[str, Tensor]) -> None:
-        """What is captured: a decode step from its inputs to the logits of all rows."""
+        """The captured part of a step: from the uploaded inputs to the logits of all rows."""
         layout = StepLayout.of_decode(shape.num_rows, shape.max_context_len)
         batch = make_batch(layout, views, self._slots, self._page_size)
         self._attention.begin(batch)
@@ -195,13 +195,14 @@ class DecodeGraphs:
 
 
 def held_bytes(make: Callable[[], DecodeGraphs], device: torch.device) -> int:
-    """Bytes that all graphs will hold on a GPU, told from those of the largest bucket.
+    """Bytes that all graphs will hold on a GPU, extrapolated from those of the largest bucket.
 
     Args:
-        make: makes them, with nothing captured yet. No batch may be left from before: what goes meanwhile would hide as much.
+        make: creates the `DecodeGraphs` without capturing. No earlier batch may be alive: memory that it frees meanwhile would
+            hide as many bytes of the graphs.
     """
     found = 0
-    for _ in range(2):  # the first time what all graphs share is loaded
+    for _ in range(2):  # the first round also loads what all graphs share; only the second one counts
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         free, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
@@ -219,16 +220,16 @@ def held_bytes(make: Callable[[], DecodeGraphs], device: torch.device) -> int:
 
 
 def reserve(pool_bytes: int, free_before: int, free_after: int, num_captured: int, num_graphs: int) -> int:
-    """Bytes that all graphs will take, after the largest ones have been captured.
+    """Bytes that all graphs will hold, from a measurement of the largest ones.
 
-    The pool is theirs once, as smaller graphs run in what the largest ones need; what the driver keeps of a graph, each has
-    of its own.
+    The pool counts once, as smaller graphs fit into the memory of the largest ones. What the CUDA driver allocates counts per
+    graph.
 
     Args:
-        pool_bytes: by which torch's reserved memory has grown.
-        free_before, free_after: free bytes of the device.
-        num_captured: graphs between the two.
-        num_graphs: of all shapes.
+        pool_bytes: growth of torch's reserved memory.
+        free_before, free_after: free bytes of the device before and after the capture.
+        num_captured: graphs captured in between.
+        num_graphs: graphs of all shapes.
     """
     of_graphs = max(free_before - free_after - pool_bytes, 0)
     return pool_bytes + -(-of_graphs * num_graphs // num_captured)

@@ -1,4 +1,4 @@
-"""StepInputs: how all that one step tells the device gets there: one host buffer, one copy, typed views of the result."""
+"""StepInputs: uploads all host arrays of a step with one copy, and returns typed views of them on the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ALIGNMENT = 16
-"""Bytes: where every array starts, so that a kernel is compiled for one alignment alone."""
+"""Bytes. Every array starts at a multiple, so that Triton compiles a kernel for one alignment only."""
 
 DTYPES = {
     np.dtype(np.int64): torch.int64,
@@ -24,14 +24,14 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class StepInputs:
-    """Owns the buffer on the device that every step's inputs are copied to.
+    """Owns the device buffer that every step's inputs are copied to.
 
-    An array lies where those before it end: equal shapes in equal order stand at equal addresses, step after step, as a
-    captured step needs it. The stream orders a copy behind the work of the step before.
+    Arrays lie one behind another, so equal shapes in equal order have equal addresses in every step, as CUDA graphs need. The
+    copy runs on the step's stream, behind the previous step's work.
 
     Args:
-        capacity: bytes of the buffer. Arrays that do not end in it are handed out from a buffer of the step's own.
-        device: where to.
+        capacity: bytes of the buffer. Arrays that end beyond it are returned from a temporary buffer of the step.
+        device: of the buffer.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -40,10 +40,10 @@ class StepInputs:
         self._buffer = torch.empty(capacity, dtype=torch.uint8, device=device)
 
     def upload(self, arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, Tensor]:
-        """Copy arrays of int64, int32, float32 or bool to the device, without waiting for it.
+        """Copy arrays of int64, int32, float32 or bool to the device, without synchronising.
 
         Returns:
-            Views of equal dtypes and shapes by name; valid until the copy of the next upload runs.
+            Views with the arrays' dtypes and shapes, by name; valid until the next upload's copy runs on the stream.
         """
         spans, end = {}, 0
         for name, array in arrays.items():
@@ -59,14 +59,14 @@ class StepInputs:
             return Uploaded(spans, self._buffer, self._buffer)
         own = torch.empty(end, dtype=torch.uint8, device=self._device)
         own.copy_(host, non_blocking=True)
-        self._buffer.copy_(own[: self.capacity])  # what comes first stands at its address all the same
+        self._buffer.copy_(own[: self.capacity])  # the first arrays must be at their usual address
         return Uploaded(spans, self._buffer, own)
 
     def _host_buffer(self, num_bytes: int) -> Tensor:
-        """On a GPU pinned memory, of one size as a rule.
+        """A staging buffer; on a GPU pinned memory, usually of the same size.
 
-        torch's allocator keeps such blocks, and gives one out again only after the copies from it have been done: so two
-        steps may be in flight.
+        torch's allocator caches pinned blocks and reuses one only after the copies from it have finished, so two steps may be
+        in flight.
         """
         if self._device.type != "cuda":
             return torch.empty(num_bytes, dtype=torch.uint8)
@@ -74,7 +74,7 @@ class StepInputs:
 
 
 class Span(NamedTuple):
-    """Where an array lies, in bytes, and what it is."""
+    """Position of an array in the buffer, in bytes, with its dtype and shape."""
 
     start: int
     end: int
@@ -83,11 +83,11 @@ class Span(NamedTuple):
 
 
 class Uploaded(Mapping[str, Tensor]):
-    """The arrays of one upload. Views are made as they are asked for: a captured step asks for few.
+    """The arrays of one upload. Views are created on access, as a captured step uses few of them.
 
     Args:
-        spans: where they lie.
-        buffer: holds those that end in it; own: holds all.
+        spans: positions by name.
+        buffer: the shared buffer, which holds the arrays that end within it; own: a buffer that holds all arrays.
     """
 
     def __init__(self, spans: dict[str, Span], buffer: Tensor, own: Tensor) -> None:

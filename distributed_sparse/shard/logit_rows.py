@@ -1,5 +1,7 @@
-"""LogitRows: which rows of a step's hidden states are read once they are there: to draw a token, or to score a known one; and
-`fill_result`: what the host learns of them."""
+"""LogitRows: the rows of a step's hidden states that need logits, to sample a token or for prompt_logprobs.
+
+`fill_result` writes the tensors that a step fetches from the device into its StepResult.
+"""
 
 from __future__ import annotations
 
@@ -16,31 +18,31 @@ from distributed_sparse.protocol.step import BadLogits, LogprobBlock, StepPlan, 
 from distributed_sparse.shard.inputs import Arrays
 
 LOGPROB_ROWS = 256
-"""Prompt rows whose logits are made at once: bounds the [rows, vocabulary] buffer."""
+"""Prompt tokens whose logits are computed at once; bounds the [rows, vocabulary] buffer."""
 
 
 class TargetBlock(NamedTuple):
-    """At most LOGPROB_ROWS consecutive rows of one slot whose next tokens are known."""
+    """At most LOGPROB_ROWS consecutive rows of one slot whose next tokens are known (prompt_logprobs)."""
 
     slot: int
     position: int
-    """Of the first row's next token."""
+    """Position of the first row's next token."""
     first_row: int
     first_target: int
-    """Its place among all targets of the step."""
+    """Index of the first row's next token in `LogitRows.targets`."""
     num_rows: int
     num_best: int
-    """Best tokens beside each; -1: the whole vocabulary."""
+    """Best tokens returned beside each known one; -1: the whole vocabulary."""
 
 
 @dataclass(frozen=True)
 class LogitRows:
-    """Of one plan, on the host.
+    """The rows of one step plan, on the host.
 
-    rows, slots, positions: int64 [R], one per token that is drawn: the row of the hidden states, ascending; whose token it is;
-                            where it will stand.
-    targets:                int64 [T] known next tokens of all blocks, one block after the other.
-    blocks:                 where those are.
+    rows, slots, positions: int64 [R], one per sampled token: its row of the hidden states, ascending; its slot; its position
+                            in the sequence.
+    targets:                int64 [T] known next tokens of all blocks, concatenated.
+    blocks:                 rows with known next tokens.
     """
 
     rows: NDArray[np.int64]
@@ -51,7 +53,7 @@ class LogitRows:
 
     @classmethod
     def of(cls, plan: StepPlan) -> LogitRows:
-        """Decode rows come first in the hidden states, then the prompt chunks."""
+        """Collect the rows of a step plan. Hidden states hold the decode rows, then the prompt chunks."""
         drawn: list[tuple[int, int, int]] = []
         end_row = 0
         for part in plan.parts:
@@ -69,7 +71,7 @@ class LogitRows:
         return cls(rows, slots, positions, np.array(targets, dtype=np.int64), blocks)
 
     def arrays(self) -> Arrays:
-        """What `rows_of` and its callers need on the device."""
+        """Arrays to upload: for `distinct_rows`, for sampling, and the targets. Arrays that are not needed are absent."""
         found: Arrays = {}
         if self.rows.size:
             found["drawn_slots"] = self.slots
@@ -83,17 +85,17 @@ class LogitRows:
         return found
 
     def distinct_rows(self, x: Tensor, views: Mapping[str, Tensor]) -> Tensor:
-        """Of x [N, ...] the rows that tokens are drawn from, each once, in order; a view where they are the first ones."""
+        """The distinct rows of x [N, ...] that tokens are sampled from, in order; a view if they are x's first rows."""
         rows = views.get("drawn_rows")
         return x[: int(self.rows[-1]) + 1] if rows is None else x.index_select(0, rows)
 
 
 def fill_result(result: StepResult, plan: StepPlan, fetched: Mapping[str, NDArray[Any]]) -> None:
-    """Write what was fetched of a step into its result: the tokens, and which logits are NaN or infinite.
+    """Write the tensors fetched from the device into a step's result: the tokens, and which logits are NaN or infinite.
 
     Args:
-        fetched: tokens int64 [R] and scores float32 [R], as of `sampler.sample`; row_sums float32 [N] of the hidden states.
-            What the step has not is absent.
+        fetched: tokens int64 [R] and scores float32 [R] from `sampler.sample`; row_sums float32 [N] of the hidden states. Each
+            may be absent.
     """
     if "tokens" in fetched:
         result.tokens = fetched["tokens"].tolist()
@@ -107,14 +109,14 @@ def fill_result(result: StepResult, plan: StepPlan, fetched: Mapping[str, NDArra
 
 
 def nan_logprobs(block: LogprobBlock) -> list[BadLogits]:
-    """The first row of a block whose log-probabilities are NaN (one logit that is NaN or infinite makes all of a row NaN)."""
+    """The first row of a block with NaN log-probabilities, if any. One NaN or infinite logit makes its whole row NaN."""
     first_column = np.frombuffer(block.logprobs, dtype=np.float32)[:: block.width]
     bad = np.flatnonzero(np.isnan(first_column))[:1].tolist()
     return [BadLogits(block.slot, block.position + row - 1, math.nan) for row in bad]
 
 
 def _known_rows(plan: StepPlan) -> Iterator[tuple[int, int, int, list[int], int]]:
-    """(slot, first row, its position, the tokens that follow, best tokens beside each) where prompt_logprobs are wanted."""
+    """(slot, first row, its position, next tokens, best tokens beside each) of every part that requests prompt_logprobs."""
     row = 0
     for decode_row in plan.decode:
         if decode_row.target is not None:

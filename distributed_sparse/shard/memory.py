@@ -1,4 +1,4 @@
-"""memory: what this rank's device can do, and how many pages fit on it."""
+"""memory: how many pages fit on this rank, the step plans that profile and warm it up, and which models have GPU kernels."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import torch
 
 from distributed_sparse.cache import Geometry
 from distributed_sparse.config import EngineConfig
+from distributed_sparse.protocol.step import DecodeRow, PrefillChunk, SlotSetup, StepPlan
 
 HEAD_DIMS, MAX_GROUP_SIZE = (64, 96, 128, 256), 16
-"""What the Triton kernels are written for."""
+"""Supported by the Triton kernels."""
 
 DEFAULT_CPU_CACHE_BYTES = 4 << 30
-"""What a CPU rank takes at most without `kv_cache_memory_bytes`. Pages are touched only as they are filled."""
+"""Limit of a CPU rank's cache without `kv_cache_memory_bytes`. The OS commits pages only as they are filled."""
 
 
 def check_kernels(geometry: Geometry) -> None:
-    """Refuse a model that the GPU's kernels are not written for.
+    """Check that the GPU kernels support the model.
 
     Raises:
-        ValueError: its head_dim or its number of query heads per KV head; names what is supported.
+        ValueError: unsupported head_dim or number of query heads per KV head; names the supported ones.
     """
     if geometry.device.type != "cuda":
         return
@@ -37,17 +38,17 @@ def check_kernels(geometry: Geometry) -> None:
 def max_pages(
     config: EngineConfig, device: torch.device, page_bytes: int, max_model_len: int, profile: Callable[[], int]
 ) -> int:
-    """Pages that this rank has room for.
+    """Pages that fit on this rank, the null page included.
 
-    Set by hand with `kv_cache_memory_bytes`. Otherwise, on a GPU: what a profiling run leaves free under
+    `kv_cache_memory_bytes` decides if set. Otherwise, on a GPU: the memory that a profiling run leaves free under
     `gpu_memory_utilization`; on CPU: enough for max_num_seqs sequences of max_model_len, at most `DEFAULT_CPU_CACHE_BYTES`.
 
     Args:
         page_bytes: bytes of one page over all layers, metadata included.
-        profile: runs the largest step that the configuration allows; returns the bytes that CUDA graphs will hold beside it.
+        profile: runs the largest step that the configuration allows; returns the bytes that CUDA graphs will hold in addition.
 
     Raises:
-        ValueError: they would not hold one sequence of max_model_len beside the null page.
+        ValueError: the pages cannot hold one sequence of max_model_len and the null page.
     """
     per_sequence = -(-max_model_len // config.page_size)
     if config.kv_cache_memory_bytes is not None:
@@ -75,3 +76,43 @@ def _free_gpu_bytes(utilization: float, device: torch.device, profile: Callable[
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)  # other processes, the CUDA context
     return max(0, int(total * utilization) - peak - graph_bytes - others)
+
+
+def warm_up_plan(num_decode: int, context_len: int, chunk_lens: list[int], num_targets: int = 0) -> StepPlan:
+    """A step plan on the null page: decode rows in slots 0, 1, ..., prompt chunks in slot 0; no slot has a page of its own.
+
+    Runs before READY, to compile every kernel and to measure the largest step's memory.
+
+    Args:
+        num_decode: decode rows; each is sampled with every mask.
+        context_len: tokens in the context of each decode row.
+        chunk_lens: tokens of each prompt chunk.
+        num_targets: prompt tokens of the first chunk whose log-probabilities over the whole vocabulary are computed.
+    """
+    setups = [
+        SlotSetup(
+            slot=slot,
+            prompt_length=1,
+            prefill_length=1,
+            seed=0,
+            sample_index=0,
+            temperature=1.0,
+            top_p=0.9,
+            top_k=8,
+            min_p=0.1,
+            logprobs=None,
+            suppressed=[],
+            suppress_until=0,
+        )
+        for slot in range(max(num_decode, 1))
+    ]
+    chunks = [PrefillChunk(slot=0, start=0, tokens=[0] * length, samples=[]) for length in chunk_lens]
+    if num_targets:
+        chunks[0].targets, chunks[0].prompt_logprobs = [0] * num_targets, -1
+    return StepPlan(
+        step=0,
+        generation=0,
+        setups=setups,
+        decode=[DecodeRow(slot=slot, position=context_len - 1, token=0, samples=[slot]) for slot in range(num_decode)],
+        prefill=chunks,
+    )

@@ -1,10 +1,11 @@
-"""PrefillStore: the files in which a rank keeps what prefill chunks computed, and finds it again in a later engine.
+"""PrefillStore: one rank's prefilled chunks on disk, which later engines read instead of computing them.
 
-A chunk's file holds, per token, what the chunk appends to the cache of any method (K and V of this rank's heads, after the
-rotary embedding) and the final hidden states, which logits are made of. Appending K and V writes a method's metadata as ever.
+A chunk's file holds, per token, what the chunk appends to the cache with any method (K and V of this rank's heads, after the
+rotary embedding) and the final hidden states, from which logits are computed. Appending K and V writes a method's metadata as
+usual.
 
-With a store, a step's decode rows and each of its chunks run through the layers apart from each other. So the bits of a chunk
-depend on its own sequence alone, all of which is in the file's key: a chunk that is found equals the chunk computed.
+With a store, the decode rows and each chunk of a step run through the layers separately. The bits of a chunk then depend on its
+own sequence alone, and the file's key covers all of that: a chunk read from a file equals the chunk computed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,8 +34,12 @@ from torch import Tensor
 from distributed_sparse.cache import AppendRuns, Geometry, PagedCache
 from distributed_sparse.kernels import native
 from distributed_sparse.model.transformer import Transformer
-from distributed_sparse.protocol.step import PrefillChunk
+from distributed_sparse.protocol.step import PrefillChunk, StepPlan, StepResult
+from distributed_sparse.shard.batch import build_layout, make_batch
 from distributed_sparse.utils.versions import versions
+
+if TYPE_CHECKING:
+    from distributed_sparse.shard.shard import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +47,15 @@ FREE_SHARE = 0.01
 """Share of its file system that the store leaves free."""
 
 Tensors = Mapping[str, Tensor]
-"""A chunk: `keys`, `values` [layers, n, H_kv, d], `hidden` [n, D]."""
+"""Of a chunk: `keys`, `values` [layers, n, H_kv, d], `hidden` [n, D]."""
 
 
 class PrefillStore:
-    """One rank's files in the folder. Several processes may use a folder at once.
+    """One rank's files in a folder. Several processes may use the same folder at once.
 
     Args:
         folder: exists (`check_folder`).
-        identity: `fingerprint` of every rank, joined: equal on all ranks.
+        identity: the `fingerprint` of every rank, concatenated; equal on all ranks.
         model, geometry: this rank's.
         num_layers: of the cache.
     """
@@ -64,17 +69,17 @@ class PrefillStore:
         self._rope_uses_lengths = model.rope.uses_lengths
         shard = model.sizes.shard
         self._suffix = f"{shard.rank}-of-{shard.world_size}.safetensors"
-        self._prefixes: dict[int, tuple[int, bytes]] = {}  # slot -> tokens prefilled, and the digest of all chunks of them
+        self._prefixes: dict[int, tuple[int, bytes]] = {}  # slot -> tokens prefilled, digest of their chunks
         self._writes = True
 
     def key(self, chunk: PrefillChunk, prefill_length: int) -> str | None:
-        """The name of a chunk, the same on every rank. Every chunk that runs is to be named, in order.
+        """The file name of a chunk, the same on every rank. Call it for every chunk that runs, in order.
 
-        It stands for the weights and whatever else decides the bits, and for all tokens up to the chunk's end with the borders
-        of their chunks. None: what comes before the chunk was not all prefilled in named chunks.
+        It hashes the weights and everything else that decides the bits, all tokens up to the chunk's end, and the borders of
+        their chunks. None if a token before the chunk was not prefilled in a chunk that has a key.
 
         Args:
-            prefill_length: of the slot; counts where the rotary embedding depends on it.
+            prefill_length: of the slot; matters only if the rotary embedding depends on it.
         """
         end, prefix = self._prefixes.pop(chunk.slot, (0, b""))
         if chunk.start == 0:
@@ -87,7 +92,7 @@ class PrefillStore:
         return digest.hexdigest()
 
     def find(self, key: str | None, num_tokens: int) -> Tensors | None:
-        """The chunk of that key, on the CPU; None where there is no file of it, or one that is damaged."""
+        """The chunk of a key, on the CPU; None if its file is missing or damaged."""
         if key is None:
             return None
         path = self._path(key)
@@ -104,13 +109,13 @@ class PrefillStore:
         return None
 
     def keep(self, key: str | None, cache: PagedCache, pages: NDArray[np.int32], start: int, hidden: Tensor) -> None:
-        """Write the file of a chunk that has just been computed. If it cannot be written, that is logged once and no more are.
+        """Write the file of a chunk that has just been computed. The first write error is logged and stops all further writes.
 
         Args:
             cache: holds the chunk's K and V.
-            pages: of its sequence, in logical order.
-            start: position of its first token.
-            hidden: [n, D] its final hidden states.
+            pages: the sequence's pages, in logical order.
+            start: position of the chunk's first token.
+            hidden: [n, D] the chunk's final hidden states.
         """
         if key is None or not self._writes:
             return
@@ -129,9 +134,37 @@ class PrefillStore:
                 temporary.unlink(missing_ok=True)
             logger.warning("prefill_store=%r: no more chunks are kept: %s", str(self._folder), error)
 
+    def forward(self, shard: Shard, plan: StepPlan, result: StepResult) -> Tensor:
+        """Run the decode rows, then each prompt chunk separately; a chunk that all ranks have on disk is read instead.
+
+        Returns:
+            Hidden states [N, D] of the step plan's tokens, in its order.
+        """
+        page_size, slots, inputs = self._geometry.page_size, shard.slots, shard.inputs
+        keys = [self.key(chunk, int(slots.prefill_length[chunk.slot])) for chunk in plan.prefill]
+        stored = [self.find(key, chunk.num_tokens) for key, chunk in zip(keys, plan.prefill)]
+        is_found = shard.collectives.agree([chunk is not None for chunk in stored])
+        hidden = []
+        if plan.decode:
+            rows = StepPlan(plan.step, plan.generation, decode=plan.decode)
+            layout = build_layout(rows, slots, page_size)
+            hidden.append(shard.forward_eager(rows, layout, inputs.upload(layout.arrays), result))
+        for index, chunk in enumerate(plan.prefill):
+            alone = StepPlan(plan.step, plan.generation, prefill=[chunk])
+            layout = build_layout(alone, slots, page_size)
+            views = inputs.upload(layout.arrays)
+            found = stored[index]
+            if is_found[index] and found is not None:
+                hidden.append(self.append(found, shard.cache, make_batch(layout, views, slots, page_size).runs))
+                result.prefill_from_store += chunk.num_tokens
+            else:
+                hidden.append(shard.forward_eager(alone, layout, views, result))
+                self.keep(keys[index], shard.cache, slots.host_page_table[chunk.slot], chunk.start, hidden[-1])
+        return torch.cat(hidden)
+
     @staticmethod
     def append(chunk: Tensors, cache: PagedCache, runs: AppendRuns) -> Tensor:
-        """Append a chunk's K and V in every layer, as computing it would; its final hidden states, on the cache's device."""
+        """Append a chunk's K and V in every layer, as computing it would; return its final hidden states, on the device."""
         for layer, keys, values in zip(cache.layers, chunk["keys"], chunk["values"], strict=True):
             device = layer.k_pages.device
             layer.append(keys.to(device), values.to(device), runs)
@@ -162,7 +195,7 @@ class PrefillStore:
 
 
 def check_folder(folder: str) -> None:
-    """Make the folder if it is not there. Raises ValueError, with the node, where it cannot be written to."""
+    """Create the folder if it is missing. Raises ValueError, naming the node, if it cannot be written to."""
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -175,8 +208,10 @@ def check_folder(folder: str) -> None:
 
 
 def fingerprint(model: Transformer, geometry: Geometry, load_format: str) -> bytes:
-    """32 bytes for what decides the bits that this rank computes, beside tokens: every bit of its weights, the model's config,
-    software, processor and threads."""
+    """32 bytes that identify what decides this rank's bits, tokens aside.
+
+    Hashes every bit of its weights, the model's config, software versions, processor and threads.
+    """
     device = geometry.device
     described = (
         model.config,
@@ -197,7 +232,7 @@ def fingerprint(model: Transformer, geometry: Geometry, load_format: str) -> byt
 
 
 def checksum(name: str, chunk: Tensors) -> int:
-    """CRC-32 of a file's name and of what it holds."""
+    """CRC-32 of a file's name and content."""
     found = zlib.crc32(name.encode())
     for tensor in (chunk[key] for key in sorted(chunk)):
         found = zlib.crc32(_bytes(tensor), found)

@@ -1,4 +1,4 @@
-"""sampler: logits to tokens. Randomness is counter-based: a draw depends on its seed, sample index and position alone."""
+"""sampler: samples tokens from logits. Counter-based random numbers: a draw depends on seed, sample index and position only."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from distributed_sparse.shard.sampling_table import SamplingTable
 
 @dataclass(frozen=True)
 class Draws:
-    """How R tokens are drawn, D <= R of them at a temperature above 0. What no token needs is None, and costs nothing.
+    """Sampling parameters of R tokens, D <= R of them at temperature > 0. Parameters that no token uses are None.
 
-    suppressed:  int64 [E]        entries of the flattened logits that may not be drawn yet
-    drawn:       int64 [D]        rows at a temperature above 0, where others are not; the others are greedy
-    temperature: float32 [D, 1]   None: all are greedy
+    suppressed:  int64 [E]        entries of the flattened logits that are masked (min_tokens)
+    drawn:       int64 [D]        rows at temperature > 0; the others are greedy. None: D = R
+    temperature: float32 [D, 1]   None: all rows are greedy
     random_key:  int64 [4, D, 1]  low and high 32 bits of the seed, sample index, position of the token
     min_p:       float32 [D, 1]
-    top_k:       int64 [D, 1]     the vocabulary's size where it cuts nothing off
-    top_p:       float32 [D, 1]   2 where it cuts nothing off
+    top_k:       int64 [D, 1]     the vocabulary size if disabled
+    top_p:       float32 [D, 1]   2 if disabled
     """
 
     suppressed: Tensor | None = None
@@ -37,7 +37,7 @@ class Draws:
 
     @classmethod
     def of(cls, setups: Sequence[SlotSetup], positions: Sequence[int], vocab_size: int, device: torch.device) -> Draws:
-        """For callers outside of a step: `setups` say how each row's sequence samples, `positions` where its token will be."""
+        """For callers outside a step: one slot setup per row, and the position of each row's token."""
         table = SamplingTable(len(setups))
         for row, setup in enumerate(setups):
             table.set(row, setup)
@@ -46,18 +46,18 @@ class Draws:
 
 
 def sample(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Draw one token per row.
+    """Sample one token per row.
 
     Masks in vLLM's order: temperature, min_p, top_k, top_p; then Gumbel-max, so a draw is an argmax and repeats exactly.
-    The caller's logits stay as they are; nothing waits for the device.
+    Does not modify `logits` and does not synchronise.
 
     Args:
         logits: float32 [R, V].
-        draws: how.
+        draws: sampling parameters.
 
     Returns:
-        tokens int64 [R], each in 0..V - 1, and their scores float32 [R]: finite, unless the row's logits are NaN or infinite,
-        or every token is masked.
+        Tokens int64 [R], each in 0..V - 1, and their scores float32 [R], which are finite unless the row's logits are NaN or
+        infinite, or every token is masked.
     """
     if draws.suppressed is not None:
         logits = logits.flatten().index_fill(0, draws.suppressed, -torch.inf).view_as(logits)
@@ -73,7 +73,7 @@ def sample(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
 
 
 def mask_logits(logits: Tensor, draws: Draws) -> Tensor:
-    """float32 [D, V] logits over their temperature, -inf where min_p, top_k or top_p exclude a token."""
+    """float32 [D, V] logits divided by temperature; -inf if min_p, top_k or top_p exclude a token."""
     assert draws.temperature is not None
     logits = logits / draws.temperature
     if draws.min_p is not None:
@@ -84,7 +84,7 @@ def mask_logits(logits: Tensor, draws: Draws) -> Tensor:
         return logits
     best, order = logits.sort(dim=-1, descending=True, stable=True)
     best = best.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= draws.top_k, -torch.inf)
-    before = best.softmax(-1).cumsum(-1).roll(1, -1)  # mass of the tokens ahead; the best one always stays
+    before = best.softmax(-1).cumsum(-1).roll(1, -1)  # mass of better tokens; the best token always stays
     before.select(1, 0).zero_()
     best = best.masked_fill(before >= draws.top_p, -torch.inf)
     return torch.empty_like(logits).scatter_(1, order, best)
@@ -104,14 +104,14 @@ def gumbel(draws: Draws, vocab_size: int) -> Tensor:
 def logprob_block(
     slot: int, position: int, logits: Tensor, tokens: Tensor, num_best: int, full_width: bool = False
 ) -> LogprobBlock:
-    """Log-probabilities of given tokens, and of the best ones, from the raw logits (before temperature and masks).
+    """Log-probabilities of given tokens and of the best ones, from the raw logits (before temperature and masks).
 
     Args:
-        slot, position: where the first row's token stands.
+        slot, position: of the first row's token.
         logits: float32 [rows, V].
         tokens: int64 [rows] the sampled or target token of each row.
-        num_best: best tokens beside it.
-        full_width: send the whole vocabulary's log-probabilities instead.
+        num_best: number of best tokens beside it.
+        full_width: return the whole vocabulary's log-probabilities instead.
     """
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(1, tokens[:, None])

@@ -1,4 +1,4 @@
-"""SamplingTable: how the sequence in each slot samples, as arrays, so that a step gathers what it needs without a loop."""
+"""SamplingTable: sampling parameters per slot as arrays, which a step gathers without a Python loop."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from distributed_sparse.protocol.step import SlotSetup
 
 
 class SamplingTable:
-    """Sampling parameters per slot on the host. Filled when a slot is given to a sequence.
+    """Sampling parameters per slot, on the host; set when a slot is assigned to a sequence.
 
     Attributes:
-        logprobs: int64 [num_slots] best tokens whose log-probabilities are wanted beside the sampled one; -1: none at all.
+        logprobs: int64 [num_slots] best tokens whose log-probabilities are returned beside the sampled one; -1: none at all.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -23,13 +23,13 @@ class SamplingTable:
         self._top_p = np.ones(num_slots)
         self._top_k = np.zeros(num_slots, dtype=np.int64)
         self._min_p = np.zeros(num_slots)
-        self._seed = np.zeros((2, num_slots), dtype=np.int64)  # its low and its high 32 bits
+        self._seed = np.zeros((2, num_slots), dtype=np.int64)  # low and high 32 bits
         self._sample_index = np.zeros(num_slots, dtype=np.int64)
         self._suppress_until = np.zeros(num_slots, dtype=np.int64)
         self._suppressed: list[list[int]] = [[] for _ in range(num_slots)]
 
     def set(self, slot: int, setup: SlotSetup) -> None:
-        """A slot samples like this from now on."""
+        """Store the sampling parameters of a slot's new sequence."""
         self.logprobs[slot] = -1 if setup.logprobs is None else setup.logprobs
         self._temperature[slot] = setup.temperature
         self._top_p[slot] = setup.top_p
@@ -41,14 +41,14 @@ class SamplingTable:
         self._suppressed[slot] = setup.suppressed
 
     def random_key(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[4, R]: low and high 32 bits of the seed, sample index, position: what random numbers depend on."""
+        """int64 [4, R] key of random numbers: low and high 32 bits of the seed, sample index, position."""
         return np.stack([*self._seed[:, slots], self._sample_index[slots], positions])
 
     def draws(self, slots: NDArray[np.int64], positions: NDArray[np.int64], vocab_size: int) -> dict[str, NDArray[Any]]:
-        """What the device has to know to draw R tokens, by the names of `sampler.Draws`; what none of them needs is absent.
+        """The arrays of `sampler.Draws` for R tokens, by name; absent if no token uses them.
 
         Args:
-            slots, positions: [R] whose tokens, and where they will stand.
+            slots, positions: int64 [R] slot of each token, and its position in the sequence.
             vocab_size: columns of the logits.
         """
         found: dict[str, NDArray[Any]] = {}
@@ -71,5 +71,5 @@ class SamplingTable:
         is_cut = (top_k > 0) & (top_k < vocab_size)
         if is_cut.any() or (top_p < 1).any():
             found["top_k"] = np.where(is_cut, top_k, vocab_size)
-            found["top_p"] = np.where(top_p < 1, top_p, 2.0).astype(np.float32)  # beyond any mass: nothing is cut
+            found["top_p"] = np.where(top_p < 1, top_p, 2.0).astype(np.float32)  # over any mass: cuts nothing
         return found

@@ -1,4 +1,4 @@
-"""Shard: one rank. Weights, cache and step(plan) -> StepResult; a plain class that knows neither Ray nor sockets."""
+"""Shard: one tensor-parallel rank with its weights and cache; runs step plans. A plain class without Ray or sockets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed_sparse.cache import Geometry, PagedCache
+from distributed_sparse.cache import PagedCache
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
@@ -26,26 +26,24 @@ from distributed_sparse.shard.attention import SparseAttention
 from distributed_sparse.shard.batch import StepLayout, build_layout, make_batch
 from distributed_sparse.shard.collectives.collectives import Collectives
 from distributed_sparse.shard.graphs import DecodeGraphs, DecodeShapes, dense_until, held_bytes, why_eager
-from distributed_sparse.shard.inputs import StepInputs
+from distributed_sparse.shard.inputs import Arrays, StepInputs
 from distributed_sparse.shard.logit_rows import LOGPROB_ROWS, LogitRows, fill_result, nan_logprobs
-from distributed_sparse.shard.memory import check_kernels, max_pages
-from distributed_sparse.shard.pending import PendingStep
+from distributed_sparse.shard.memory import check_kernels, max_pages, warm_up_plan
+from distributed_sparse.shard.pending import PendingStep, StepWork
 from distributed_sparse.shard.prefill_store import PrefillStore, check_folder, fingerprint
 from distributed_sparse.shard.sampler import Draws, logprob_block, sample
 from distributed_sparse.shard.slots import SlotTable
-from distributed_sparse.shard.step_work import StepWork
 from distributed_sparse.shard.tracer import Tracer
-from distributed_sparse.shard.warm_up import warm_up_plan
 
 logger = logging.getLogger(__name__)
 
 
 class Shard:
-    """This rank's heads of the model, with their pages. Life: `load`, `allocate`, then `step` after `step`, `close`.
+    """This rank's heads of the model and their pages. Call `load`, `allocate`, then `begin` or `step` per step plan, `close`.
 
     Args:
-        fixed_shapes: decode steps take the few shapes that are captured as CUDA graphs also where nothing is captured, so that
-            a CPU, or `enforce_eager`, computes what a captured step does. All ranks alike.
+        fixed_shapes: pad decode steps to the shapes of CUDA graphs even if none are captured, so that a CPU (or
+            `enforce_eager`) computes what a captured step computes. Must be equal on all ranks.
     """
 
     def __init__(
@@ -60,12 +58,169 @@ class Shard:
         self.prefill_store: PrefillStore | None = None
         self._fixed_shapes = fixed_shapes
 
+    # ---- a step, in the order in which it runs
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Run one step plan to its end. Rank 0's result has the sampled tokens and log-probabilities, in the plan's order."""
+        return self.begin(plan).result()
+
+    @torch.inference_mode()
+    def begin(self, plan: StepPlan) -> PendingStep:
+        """Queue one step plan's work on the device. `PendingStep.result` returns what `step` returns.
+
+        On a GPU a decode step does not synchronise, unless the step plan requests log-probabilities, traces, a report or times.
+        """
+        with self._on_device():
+            work = StepWork(self.device)
+            result, on_device = self.run(plan)
+            if plan.report:
+                result.report = self._report()
+            return work.pending(result, on_device, lambda fetched: fill_result(result, plan, fetched))
+
+    def run(self, plan: StepPlan) -> tuple[StepResult, dict[str, Tensor]]:
+        """Update slots and pages, run the forward pass, sample.
+
+        Returns:
+            The result as far as the host knows it; on rank 0 also the tensors on the device that complete it (`fill_result`).
+        """
+        result = StepResult(step=plan.step, rank=self.spec.rank)
+        timer = self.attention.timer
+        timer.enabled = plan.profile
+        timer.steps += plan.profile
+        self.collectives.timer = timer if plan.profile else None
+        with timer("shard"):
+            changes = self.slots.apply(plan)
+            if plan.page_copies:
+                changes["copied_from"], changes["copied_to"] = np.array(plan.page_copies, dtype=np.int64).T
+            if not plan.parts:
+                if changes:
+                    self._apply(self.inputs.upload(changes))
+                self.collectives.barrier()
+                return result, {}
+            logit_rows = LogitRows.of(plan)
+            arrays = logit_rows.arrays()
+            if self.spec.rank == 0:
+                draws = self.slots.sampling.draws(logit_rows.slots, logit_rows.positions, self.model.config.vocab_size)
+                arrays |= {f"draws.{name}": array for name, array in draws.items()}
+            hidden, logits, views = self._forward(plan, changes, arrays, result)
+            on_device = self._sample(logit_rows, views, hidden, logits, result)
+            self._prompt_logprobs(logit_rows, views, hidden, result)
+            if self.spec.rank == 0 and any(part.num_tokens > 1 or not part.samples for part in plan.parts):
+                # NaN check for rows that are not sampled, in one pass: the sum of a row is finite only if every element is.
+                num_rows = sum(part.num_tokens for part in plan.parts)
+                on_device["row_sums"] = hidden[:num_rows].sum(-1, dtype=torch.float32)
+        return result, on_device
+
+    def _apply(self, views: Mapping[str, Tensor]) -> None:
+        """Write new pages into the device's page table, then copy pages."""
+        if "new_pages" in views:
+            self.slots.update(views["new_page_places"], views["new_pages"])
+        if "copied_from" in views:
+            self.cache.copy_pages(views["copied_from"], views["copied_to"])
+
+    def _forward(
+        self, plan: StepPlan, changes: Arrays, arrays: Arrays, result: StepResult
+    ) -> tuple[Tensor, Tensor | None, Mapping[str, Tensor]]:
+        """Upload the step's arrays, apply the changes, and run the model: by CUDA graph, eagerly, or with the prefill store.
+
+        Args:
+            changes: new and copied pages, see `_apply`; arrays: the inputs of sampling.
+
+        Returns:
+            Hidden states [N, D], padded decode rows included; all their logits if a fixed shape ran; `arrays` on the device.
+        """
+        if plan.prefill and self.prefill_store is not None:
+            self._apply(self.inputs.upload(changes))
+            hidden = self.prefill_store.forward(self, plan, result)
+            return hidden, None, self.inputs.upload(arrays)
+        shape = self.graphs.shapes.of(plan) if self.graphs is not None else None
+        layout = build_layout(plan, self.slots, self.config.page_size, None if shape is None else shape.num_rows)
+        # The layout's arrays come first: a captured step reads them at the same addresses in every step.
+        views = self.inputs.upload({**layout.arrays, **changes, **arrays})
+        self._apply(views)
+        if shape is None:
+            return self.forward_eager(plan, layout, views, result), None, views
+        assert self.graphs is not None
+        return *self.graphs.run(shape, layout, views), views
+
+    def forward_eager(self, plan: StepPlan, layout: StepLayout, views: Mapping[str, Tensor], result: StepResult) -> Tensor:
+        """Run the model over any step plan, without padding: hidden states [N, D]."""
+        batch = make_batch(layout, views, self.slots, self.config.page_size)
+        tracer = Tracer(self.geometry, plan.decode) if layout.trace else None
+        self.attention.begin(batch, tracer)
+        hidden = self.model.forward(batch.token_ids, batch.positions, batch.rope_lengths, self.attention)
+        self.attention.account(layout.context_lens, layout.max_context_len, self.attention.dense_layers)
+        if tracer is not None:
+            result.traces = tracer.blocks
+        return hidden
+
+    def _sample(
+        self, logit_rows: LogitRows, views: Mapping[str, Tensor], hidden: Tensor, logits: Tensor | None, result: StepResult
+    ) -> dict[str, Tensor]:
+        """Sample on rank 0 and broadcast, so that ranks never diverge. Every rank keeps the tokens as the next step's input.
+
+        Returns:
+            On rank 0 the sampled tokens int64 [R] and their scores float32 [R], if R > 0.
+        """
+        if not logit_rows.rows.size:
+            return {}
+        if logits is None:
+            logits = self.model.logits(logit_rows.distinct_rows(hidden, views))
+        else:
+            logits = logit_rows.distinct_rows(logits, views)
+        tokens = torch.empty(len(logit_rows.rows), dtype=torch.int64, device=self.device)
+        on_device = {}
+        if self.spec.rank == 0:
+            if "drawn_places" in views:
+                logits = logits.index_select(0, views["drawn_places"])
+            draws = {name.removeprefix("draws."): views[name] for name in views if name.startswith("draws.")}
+            tokens, on_device["scores"] = sample(logits, Draws(**draws))
+            on_device["tokens"] = tokens
+            num_best = self.slots.sampling.logprobs[logit_rows.slots].tolist()
+            if max(num_best) >= 0:
+                sampled = zip(logit_rows.slots.tolist(), logit_rows.positions.tolist(), num_best)
+                result.logprobs = [
+                    logprob_block(slot, position, logits[i : i + 1], tokens[i : i + 1], best) if best >= 0 else None
+                    for i, (slot, position, best) in enumerate(sampled)
+                ]
+                result.bad_logits += [bad for block in result.logprobs if block is not None for bad in nan_logprobs(block)]
+        tokens = self.collectives.broadcast(tokens)
+        self.slots.remember(views["drawn_slots"], tokens)
+        return on_device
+
+    def _prompt_logprobs(self, logit_rows: LogitRows, views: Mapping[str, Tensor], hidden: Tensor, result: StepResult) -> None:
+        """Log-probabilities of prompt tokens, block by block. All ranks compute the logits; rank 0 keeps the results."""
+        for block in logit_rows.blocks:
+            logits = self.model.logits(hidden[block.first_row : block.first_row + block.num_rows])
+            if self.spec.rank == 0:
+                tokens = views["targets"][block.first_target : block.first_target + block.num_rows]
+                best, full_width = max(block.num_best, 0), block.num_best < 0
+                found = logprob_block(block.slot, block.position, logits, tokens, best, full_width)
+                result.prompt_logprobs.append(found)
+                result.bad_logits += nan_logprobs(found)
+
+    def _report(self) -> ShardReport:
+        attention = self.attention
+        rows_dense, rows_sparse = attention.rows
+        return ShardReport(
+            rows_dense=rows_dense,
+            rows_sparse=rows_sparse,
+            tokens_attended=attention.tokens_attended,
+            tokens_in_context=attention.tokens_in_context,
+            bytes_read=attention.bytes_read,
+            all_reduce_calls=self.collectives.all_reduce_calls,
+            all_reduce_bytes=self.collectives.all_reduce_bytes,
+            time_ms=attention.timer.ms_per_step,
+        )
+
+    # ---- start-up and shutdown
+
     @torch.inference_mode()
     def load(self) -> Loaded:
-        """Read this rank's weights; say what a page costs and how many fit.
+        """Read this rank's weights; return the bytes of a page and the number of pages that fit.
 
         Raises:
-            ValueError: the checkpoint, or the settings for it, are wrong; names what and the remedy.
+            ValueError: the checkpoint or a setting is wrong; names it and the remedy.
         """
         config = self.config
         if config.prefill_store is not None:
@@ -75,16 +230,7 @@ class Shard:
         self.max_model_len = resolve_max_model_len(config.max_model_len, model)
         sizes = LocalSizes(model, self.spec)
         dtype = resolve_dtype(config.dtype, model.dtype)
-        self.geometry = Geometry(
-            num_kv_heads=sizes.num_key_value_heads,
-            group_size=model.num_attention_heads // model.num_key_value_heads,
-            head_dim=model.head_dim,
-            page_size=config.page_size,
-            dtype=dtype,
-            device=self.device,
-            first_kv_head=sizes.first_key_value_head,
-            model_kv_heads=model.num_key_value_heads,
-        )
+        self.geometry = sizes.geometry(config.page_size, dtype, self.device)
         check_kernels(self.geometry)
         sparse = config.resolve_sparse()
         method = config.sparse["method"] if config.sparse else sparse.method
@@ -111,21 +257,21 @@ class Shard:
 
     @torch.inference_mode()
     def allocate(self, num_pages: int) -> Ready:
-        """Make the cache, run one step of each kind through it, capture decode steps: all that takes time comes before READY.
+        """Allocate the cache, warm up every kernel, capture CUDA graphs. Nothing slow is left for the first step.
 
-        A rank that outlives another keeps its cache: pages count as empty, since whoever is given one writes it from its start.
-        Graphs are captured anew, since the slots and the ranks' communicator are new.
+        After another rank's failure, the surviving ranks call this again. They keep their cache: its pages count as empty, as a
+        sequence writes every page from offset 0. Graphs are captured anew, as slots and communicator are new.
         """
         with self._on_device():
             self._drop_graphs()
-            self.prefill_store = None  # the warm-up is nothing to keep
+            self.prefill_store = None  # the store keeps no warm-up chunks
             if num_pages != self.num_pages:
                 self._drop_cache()
                 self._make_cache(num_pages)
                 self.num_pages = num_pages
             self.slots = self._new_slots()
             self._warm_up()
-            self.attention.reset()  # the warm-up counts for nothing
+            self.attention.reset()  # counters exclude the warm-up
             if self._captures or self._fixed_shapes:
                 self.graphs = self._new_graphs()
                 self.graphs.prepare(self.graphs.shapes)
@@ -133,15 +279,28 @@ class Shard:
                 self.prefill_store = self._new_prefill_store(self.config.prefill_store)
             self.collectives.reset_counts()
             if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # what went wrong is said now
+                torch.cuda.synchronize(self.device)  # raises here if a kernel of the warm-up failed
         return Ready(
             rank=self.spec.rank, cache_bytes=num_pages * self.page_bytes[0], metadata_bytes=num_pages * self.page_bytes[1]
         )
 
+    def close(self) -> None:
+        """Leave the collective group and free the memory. May be called more than once."""
+        self._drop_graphs()  # before the communicator that they hold
+        self.collectives.close()
+        self._drop_cache()
+        self.__dict__.pop("model", None)
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
     def _make_cache(self, num_pages: int) -> None:
         self.cache = PagedCache(num_pages, self.geometry, [policy.metadata for policy in self.policies])
         self.attention = SparseAttention(self.geometry, self.policies, self.cache)
-        self.slots = self._new_slots()
+
+    def _drop_cache(self) -> None:
+        for name in ("cache", "attention", "slots"):
+            self.__dict__.pop(name, None)
 
     def _new_slots(self) -> SlotTable:
         return SlotTable(self.config.max_num_seqs, -(-self.max_model_len // self.config.page_size), self.device)
@@ -155,22 +314,19 @@ class Shard:
     def _fingerprint(self) -> bytes:
         return fingerprint(self.model, self.geometry, self.config.load_format)
 
-    def _drop_cache(self) -> None:
-        for name in ("cache", "attention", "slots"):
-            self.__dict__.pop(name, None)
-
     def _profile_memory(self) -> int:
-        """The largest step: all slots decode and sample over the longest context, beside a full budget of prompt tokens.
+        """Run the largest step: all slots decode and sample at the longest context, beside a full budget of prompt tokens.
 
         Returns:
-            Bytes that captured steps will hold beside it.
+            Bytes that CUDA graphs will hold in addition.
         """
         self._make_cache(1)
+        self.slots = self._new_slots()
         most, each = self.config.max_num_batched_tokens, self.max_model_len
         chunk_lens = [min(each, most - start) for start in range(0, most, each)]
         num_targets = min(LOGPROB_ROWS, chunk_lens[0])
         plan = warm_up_plan(self.config.max_num_seqs, self.max_model_len, chunk_lens, num_targets)
-        plan.decode[0].trace = self.config.trace  # rows are traced one after the other
+        plan.decode[0].trace = self.config.trace  # one row suffices: rows are traced one after another
         self.run(plan)
         self.attention.forget()
         graph_bytes = held_bytes(self._new_graphs, self.device) if self._captures else 0
@@ -178,13 +334,11 @@ class Shard:
         return graph_bytes
 
     def _warm_up(self) -> None:
-        """Run every kernel once, on the null page; on a GPU this compiles them, the sparse path at its full width."""
+        """Run every kernel once, on the null page. On a GPU this compiles them, the sparse ones at full width."""
         context_len = self.max_model_len if self.device.type == "cuda" else min(self.max_model_len, 2)
         self.run(warm_up_plan(1, context_len, [min(self.max_model_len, 32)]))
         for length in {context_len, 1}:  # a context of one token is dense with every method
             self.run(warm_up_plan(min(2, self.config.max_num_seqs), length, []))
-
-    # ---- captured steps
 
     def _captures_graphs(self, method: str) -> bool:
         if self.device.type != "cuda":
@@ -196,7 +350,6 @@ class Shard:
         return reason is None
 
     def _new_graphs(self) -> DecodeGraphs:
-        """Of this allocation, with nothing captured yet."""
         longest_dense = dense_until(self.policies, self.config.page_size, self.max_model_len)
         shapes = DecodeShapes(self.config.max_num_seqs, longest_dense, self.max_model_len)
         return DecodeGraphs(shapes, self.model, self.attention, self.slots, self.inputs, self.collectives, self._captures)
@@ -206,194 +359,6 @@ class Shard:
             self.graphs.close()
         self.graphs = None
 
-    # ---- a step
-
-    def step(self, plan: StepPlan) -> StepResult:
-        """Run one plan to its end.
-
-        Returns:
-            On rank 0 the sampled tokens and log-probabilities, in the plan's order; on the others an acknowledgement.
-        """
-        return self.begin(plan).result()
-
-    @torch.inference_mode()
-    def begin(self, plan: StepPlan) -> PendingStep:
-        """Queue one plan's work; its result is what `step` returns.
-
-        A decode step waits for nothing on a GPU, unless it asks for log-probabilities, traces, a report, or times.
-        """
-        with self._on_device():
-            work = StepWork(self.device)
-            result, on_device = self.run(plan)
-            if plan.report:
-                result.report = self._report()
-            return work.pending(result, on_device, lambda fetched: fill_result(result, plan, fetched))
-
-    def run(self, plan: StepPlan) -> tuple[StepResult, dict[str, Tensor]]:
-        """The step itself: pages, forward pass, sampling.
-
-        Returns:
-            What the host knows of the result; on rank 0 what `fill_result` takes of it from the device.
-        """
-        timer = self.attention.timer
-        timer.enabled = plan.profile
-        timer.steps += plan.profile
-        self.collectives.timer = timer if plan.profile else None
-        with timer("shard"):
-            return self._run(plan)
-
-    def _run(self, plan: StepPlan) -> tuple[StepResult, dict[str, Tensor]]:
-        result = StepResult(step=plan.step, rank=self.spec.rank)
-        shape = self.graphs.shapes.of(plan) if self.graphs is not None else None
-        changes = self.slots.apply(plan)
-        if plan.page_copies:
-            changes["copied_from"], changes["copied_to"] = np.array(plan.page_copies, dtype=np.int64).T
-        if not plan.decode and not plan.prefill:
-            if changes:
-                self._apply(self.inputs.upload(changes))
-            self.collectives.barrier()
-            return result, {}
-        logit_rows = LogitRows.of(plan)
-        arrays = logit_rows.arrays()
-        if self.spec.rank == 0:
-            draws = self.slots.sampling.draws(logit_rows.slots, logit_rows.positions, self.model.config.vocab_size)
-            arrays |= {f"draws.{name}": array for name, array in draws.items()}
-        logits = None
-        if plan.prefill and self.prefill_store is not None:
-            self._apply(self.inputs.upload(changes))
-            hidden = self._forward_apart(plan, self.prefill_store, result)
-            views = self.inputs.upload(arrays)
-        else:
-            layout = build_layout(plan, self.slots, self.config.page_size, None if shape is None else shape.num_rows)
-            # the layout's first: a captured step finds them where they were
-            views = self.inputs.upload({**layout.arrays, **changes, **arrays})
-            self._apply(views)
-            if shape is None:
-                hidden = self._forward(plan, layout, views, result)
-            else:
-                assert self.graphs is not None
-                hidden, logits = self.graphs.run(shape, layout, views)
-        on_device = self._sample(logit_rows, views, hidden, logits, result)
-        self._prompt_logprobs(logit_rows, views, hidden, result)
-        if self.spec.rank == 0 and any(part.num_tokens > 1 or not part.samples for part in plan.parts):
-            # Rows that nothing is sampled from: one pass over them, as the sum of a row is finite only where all of it is.
-            num_rows = sum(part.num_tokens for part in plan.parts)
-            on_device["row_sums"] = hidden[:num_rows].sum(-1, dtype=torch.float32)
-        return result, on_device
-
-    def _apply(self, views: Mapping[str, Tensor]) -> None:
-        """New pages into the device's page table; then pages copied."""
-        if "new_pages" in views:
-            self.slots.update(views["new_page_places"], views["new_pages"])
-        if "copied_from" in views:
-            self.cache.copy_pages(views["copied_from"], views["copied_to"])
-
-    def _forward(self, plan: StepPlan, layout: StepLayout, views: Mapping[str, Tensor], result: StepResult) -> Tensor:
-        """The forward pass of any plan, at its own shape: hidden states [N, D]."""
-        batch = make_batch(layout, views, self.slots, self.config.page_size)
-        tracer = Tracer(self.geometry, plan.decode) if layout.trace else None
-        self.attention.begin(batch, tracer)
-        hidden = self.model.forward(batch.token_ids, batch.positions, batch.rope_lengths, self.attention)
-        self.attention.account(layout.context_lens, layout.max_context_len, self.attention.dense_layers)
-        if tracer is not None:
-            result.traces = tracer.blocks
-        return hidden
-
-    def _forward_apart(self, plan: StepPlan, store: PrefillStore, result: StepResult) -> Tensor:
-        """The same of a plan with prompt chunks where there is a store: decode rows by themselves, then every chunk by itself,
-        found in the store on all ranks or computed on all."""
-        page_size, slots = self.config.page_size, self.slots
-        keys = [store.key(chunk, int(slots.prefill_length[chunk.slot])) for chunk in plan.prefill]
-        stored = [store.find(key, chunk.num_tokens) for key, chunk in zip(keys, plan.prefill)]
-        is_found = self.collectives.agree([chunk is not None for chunk in stored])
-        hidden = []
-        if plan.decode:
-            rows = StepPlan(plan.step, plan.generation, decode=plan.decode)
-            layout = build_layout(rows, slots, page_size)
-            hidden.append(self._forward(rows, layout, self.inputs.upload(layout.arrays), result))
-        for index, chunk in enumerate(plan.prefill):
-            alone = StepPlan(plan.step, plan.generation, prefill=[chunk])
-            layout = build_layout(alone, slots, page_size)
-            views = self.inputs.upload(layout.arrays)
-            found = stored[index]
-            if is_found[index] and found is not None:
-                hidden.append(store.append(found, self.cache, make_batch(layout, views, slots, page_size).runs))
-                result.prefill_from_store += chunk.num_tokens
-            else:
-                hidden.append(self._forward(alone, layout, views, result))
-                store.keep(keys[index], self.cache, slots.host_page_table[chunk.slot], chunk.start, hidden[-1])
-        return torch.cat(hidden)
-
-    def _sample(
-        self, logit_rows: LogitRows, views: Mapping[str, Tensor], hidden: Tensor, logits: Tensor | None, result: StepResult
-    ) -> dict[str, Tensor]:
-        """Rank 0 samples and broadcasts, so ranks never diverge; every rank keeps the tokens as the next step's input.
-
-        Returns:
-            On rank 0 the tokens int64 [R] that were drawn, and their scores float32 [R], if any were.
-        """
-        if not logit_rows.rows.size:
-            return {}
-        if logits is None:
-            logits = self.model.logits(logit_rows.distinct_rows(hidden, views))
-        else:
-            logits = logit_rows.distinct_rows(logits, views)
-        tokens = torch.empty(len(logit_rows.rows), dtype=torch.int64, device=self.device)
-        on_device = {}
-        if self.spec.rank == 0:
-            if "drawn_places" in views:
-                logits = logits.index_select(0, views["drawn_places"])
-            draws = {name.removeprefix("draws."): views[name] for name in views if name.startswith("draws.")}
-            tokens, on_device["scores"] = sample(logits, Draws(**draws))
-            on_device["tokens"] = tokens
-            num_best = self.slots.sampling.logprobs[logit_rows.slots].tolist()
-            if max(num_best) >= 0:
-                result.logprobs = [
-                    logprob_block(slot, position, logits[i : i + 1], tokens[i : i + 1], best) if best >= 0 else None
-                    for i, (slot, position, best) in enumerate(
-                        zip(logit_rows.slots.tolist(), logit_rows.positions.tolist(), num_best)
-                    )
-                ]
-                result.bad_logits += [bad for block in result.logprobs if block is not None for bad in nan_logprobs(block)]
-        tokens = self.collectives.broadcast(tokens)
-        self.slots.remember(views["drawn_slots"], tokens)
-        return on_device
-
-    def _prompt_logprobs(self, logit_rows: LogitRows, views: Mapping[str, Tensor], hidden: Tensor, result: StepResult) -> None:
-        """Log-probabilities of prompt tokens; every rank takes part, in blocks of rows, rank 0 keeps them."""
-        for block in logit_rows.blocks:
-            logits = self.model.logits(hidden[block.first_row : block.first_row + block.num_rows])
-            if self.spec.rank == 0:
-                tokens = views["targets"][block.first_target : block.first_target + block.num_rows]
-                best, full_width = max(block.num_best, 0), block.num_best < 0
-                found = logprob_block(block.slot, block.position, logits, tokens, best, full_width)
-                result.prompt_logprobs.append(found)
-                result.bad_logits += nan_logprobs(found)
-
-    def _report(self) -> ShardReport:
-        attention = self.attention
-        rows_dense, rows_sparse = attention.rows
-        return ShardReport(
-            rows_dense=rows_dense,
-            rows_sparse=rows_sparse,
-            tokens_attended=attention.tokens_attended,
-            tokens_in_context=attention.tokens_in_context,
-            bytes_read=attention.bytes_read,
-            all_reduce_calls=self.collectives.all_reduce_calls,
-            all_reduce_bytes=self.collectives.all_reduce_bytes,
-            time_ms=attention.timer.ms_per_step,
-        )
-
-    def close(self) -> None:
-        """Leave the collective group and give the memory back. Harmless when called again."""
-        self._drop_graphs()  # before the communicator that they hold
-        self.collectives.close()
-        self._drop_cache()
-        self.__dict__.pop("model", None)
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
-
     def _on_device(self) -> AbstractContextManager[object]:
-        """Kernels are launched on the current device, which each thread has its own of."""
+        """Make this rank's GPU the current device, which is per thread: kernels launch on it."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()

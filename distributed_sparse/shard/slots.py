@@ -1,4 +1,4 @@
-"""SlotTable: what a shard remembers of each running sequence between steps: its pages, its last token, how to sample."""
+"""SlotTable: state of each running sequence between steps: page table, last token, sampling parameters. vLLM's InputBatch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from distributed_sparse.shard.sampling_table import SamplingTable
 
 
 class SlotTable:
-    """State per slot of the batch. The page table is kept twice: on the host (where a token is written) and on the device.
+    """State per slot of the batch.
 
     Attributes:
-        page_table: int32 [num_slots, max_pages] on the device; host_page_table: the same on the host.
-        last_token: int64 [num_slots] on the device: what was sampled last, the next step's input.
-        sampling: how each slot samples.
-        prompt_length, prefill_length: int64 [num_slots] on the host; as of `SlotSetup`.
+        page_table: int32 [num_slots, max_pages] on the device, for attention.
+        host_page_table: the same on the host, to compute the pages that new tokens are written to.
+        last_token: int64 [num_slots] on the device: the token sampled last, which is the next step's input.
+        sampling: sampling parameters of each slot.
+        prompt_length, prefill_length: int64 [num_slots] on the host; see `SlotSetup`.
     """
 
     def __init__(self, num_slots: int, max_pages: int, device: torch.device) -> None:
@@ -33,10 +34,10 @@ class SlotTable:
         self._is_set_up = np.zeros(num_slots, dtype=np.bool_)
 
     def apply(self, plan: StepPlan) -> Arrays:
-        """Take in the plan's new sequences and new pages on the host.
+        """Apply a step plan's new sequences and new pages on the host.
 
         Returns:
-            What `update` needs on the device; nothing where no page is new.
+            The arguments of `update`, to be uploaded; empty if there are no new pages.
         """
         for setup in plan.setups:
             slot = setup.slot
@@ -60,9 +61,9 @@ class SlotTable:
         self.page_table.view(-1).index_copy_(0, places, pages)
 
     def check(self, slots: NDArray[np.int64]) -> None:
-        """Every slot that a plan speaks of has been set up before."""
+        """Assert that the slots have been set up."""
         assert self._is_set_up[slots].all(), f"one of the slots {slots.tolist()} was never set up"
 
     def remember(self, slots: Tensor, tokens: Tensor) -> None:
-        """Keep the sampled tokens (int64 [R], of slots int64 [R]) on the device as the next step's input."""
+        """Store sampled tokens int64 [R] of slots int64 [R] on the device, as the next step's input."""
         self.last_token.index_copy_(0, slots, tokens)

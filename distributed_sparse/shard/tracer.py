@@ -1,4 +1,4 @@
-"""Tracer: compares what a traced decode row attended with dense attention over the same cache, layer by layer, in float64."""
+"""Tracer: compares a traced decode row's attention with dense attention over the same cache, layer by layer, in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distributed_sparse.trace import MASSES
 
 
 class Tracer:
-    """The traces of one step: `record` every layer's attention, then read `blocks`. It reads the whole cache, on the host."""
+    """The traces of one step: call `record` for every layer, then read `blocks`. Reads the whole cache and synchronises."""
 
     def __init__(self, geometry: Geometry, decode: list[DecodeRow]) -> None:
         self._geometry = geometry
@@ -25,11 +25,11 @@ class Tracer:
 
     @property
     def blocks(self) -> list[TraceBlock]:
-        """One per traced row, in the plan's order."""
+        """One per traced decode row, in the step plan's order."""
         return list(self._blocks.values())
 
     def record(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, selection: Selection, out: Tensor) -> None:
-        """Add one layer. q, out: [B, H_q, d]."""
+        """Add one layer's queries and attention output, q, out: [B, H_q, d]."""
         for row, block in self._blocks.items():
             block.layers.append(self._compare(row, q, cache, batch, selection, out))
 
@@ -41,7 +41,7 @@ class Tracer:
         read = positions_read(selection, row, pages, batch, cache.k_pages.shape[0])
         group = self._geometry.group_size
         heads = []
-        for head, index in enumerate(read):  # one at a time: in float64 a long context is large
+        for head, index in enumerate(read):  # one head at a time, to bound the float64 copies
             own = slice(head * group, (head + 1) * group)
             weights, values = exact_head(
                 q[row, own], cache, head, pages, n, self._geometry.scale, torch.float64
@@ -66,11 +66,11 @@ class Tracer:
 
 
 def positions_read(selection: Selection, row: int, pages: Tensor, batch: DecodeBatch, num_pages: int) -> list[Tensor]:
-    """Positions that one sequence's KV heads read, ascending int64, those of a `partial` included.
+    """Positions that each KV head of one sequence attends, those of a `partial` included: ascending int64, one tensor per head.
 
     Args:
         selection: of the batch.
-        row: the sequence's place in it.
+        row: index of the sequence in the batch.
         pages: int32 [P] its physical pages in logical order.
         num_pages: pages of the cache.
     """

@@ -43,7 +43,8 @@ def attend(
         last_page_len: int32 [B] valid tokens in the *last listed* page of each of the sequence's rows, 1..page_size; all
             other listed pages are full.
         scale: multiplies q.k, usually d ** -0.5.
-        tokens: int32 [B, H_kv, T] physical token slots (page * page_size + offset), ascending; past the count undefined.
+        tokens: int32 [B, H_kv, T] physical token slots (page * page_size + offset), in any order that depends on the row
+            alone (sums follow it); past the count undefined.
         num_tokens: int32 [B, H_kv].
         log_weight: float32 [B, H_kv] added to the logits of ``tokens`` (before the running maximum); None means 0.
         partial: (out float32 [B, H_q, d], lse float32 [B, H_q]) a result over disjoint tokens, already normalised; a row

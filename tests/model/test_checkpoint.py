@@ -62,7 +62,7 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
 def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="only safetensors are read"):
+    with pytest.raises(ValueError, match="only safetensors are supported"):
         resolve_checkpoint(str(tmp_path))
     assert resolve_checkpoint(str(tmp_path), "dummy") == tmp_path
 
@@ -113,7 +113,7 @@ def test_a_hub_id_that_cannot_be_had_is_named_with_the_reason(monkeypatch: pytes
 
     monkeypatch.setattr(checkpoint, "snapshot_download", snapshot)
     with pytest.raises(
-        ValueError, match=rf"'some-org/tiny' is no folder on node {HOST}.*LocalEntryNotFoundError: no connection"
+        ValueError, match=rf"'some-org/tiny' is not a folder on node {HOST}.*LocalEntryNotFoundError: no connection"
     ):
         resolve_checkpoint("some-org/tiny")
 

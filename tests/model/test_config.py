@@ -238,7 +238,7 @@ def test_a_sliding_window_counts_only_where_a_layer_uses_it(
             "quantization_config: quantised checkpoints .'gptq'. are not supported",
         ),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ("llama", {"num_key_value_heads": 3}, "num_attention_heads=8 is no multiple of num_key_value_heads=3"),
+        ("llama", {"num_key_value_heads": 3}, "num_attention_heads=8 is not a multiple of num_key_value_heads=3"),
         ("llama", {"num_attention_heads": "eight"}, "config.json: num_attention_heads='eight' must be an integer"),
         ("qwen3", {"layer_types": ["linear_attention"] * 3}, "linear_attention"),
         ("llama", {"layer_types": True}, "layer_types=True must be a list"),

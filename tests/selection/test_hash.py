@@ -139,8 +139,8 @@ def changed(weights: str, change: dict[str, Tensor | None]) -> dict[str, Tensor]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (None, "is no readable safetensors file"),
-        ({"model.layers.1.hash.q.0.bias": None}, "has no tensor 'model.layers.1.hash.q.0.bias'; docs/methods says"),
+        (None, "is not a readable safetensors file"),
+        ({"model.layers.1.hash.q.0.bias": None}, "has no tensor 'model.layers.1.hash.q.0.bias'; docs/methods describes"),
         (
             {"model.layers.1.hash.k.2.weight": torch.zeros(8, 64, 24)},
             r"k.2.weight' .* has shape \[8, 64, 24\], but this model needs \[8, 32, 24\]",
@@ -166,7 +166,7 @@ def test_a_wrong_file_is_refused_by_what_is_wrong_in_it(
     ("bits", "message"),
     [
         (48, "has signatures of 48 bits; use a multiple of 32"),
-        (0, "holds no hash; docs/methods/hash.md says what it must hold"),
+        (0, "holds no hash; docs/methods/hash.md describes its layout"),
     ],
 )
 def test_a_file_without_whole_words_of_signature_is_refused(tmp_path: Path, bits: int, message: str) -> None:
@@ -182,7 +182,7 @@ def test_a_file_without_whole_words_of_signature_is_refused(tmp_path: Path, bits
 def test_an_engine_names_the_file_that_it_cannot_read(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path / "model")
     sparse = {"method": "hash", "hash_weights": str(tmp_path / "absent.safetensors")}
-    with pytest.raises(ValueError, match=r"absent.safetensors' is no readable safetensors file"):
+    with pytest.raises(ValueError, match=r"absent.safetensors' is not a readable safetensors file"):
         make_llm(path, sparse=sparse)
 
 

@@ -262,8 +262,8 @@ def test_codes_are_those_of_the_keys_less_their_offset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is no readable safetensors file"),
-        ({}, r"has no tensor 'model.layers.0.key_offset'; docs/methods says"),
+        (None, "is not a readable safetensors file"),
+        ({}, r"has no tensor 'model.layers.0.key_offset'; docs/methods describes"),
         ({"model.layers.0.key_offset": torch.zeros(4, 32)}, r"has shape \[4, 32\], but this model needs \[4, 64\]"),
         ({"model.layers.0.key_offset": torch.zeros(2, 64)}, r"has shape \[2, 64\], but this model needs \[4, 64\]"),
         ({"model.layers.0.key_offset": torch.zeros(8, 64)}, r"has shape \[8, 64\], but .* \[4, 64\]; is it another model's"),

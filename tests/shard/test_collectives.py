@@ -280,7 +280,7 @@ def one_does_not_come(collectives: Collectives) -> str:
         return "late"
     collectives._shared.timeout = timedelta(seconds=0.3)
     began = time.monotonic()
-    with pytest.raises(CollectiveError, match=r"all_reduce on rank 0 of 2 did not complete: .*rank 1 did not come in 0.3 s"):
+    with pytest.raises(CollectiveError, match=r"all_reduce on rank 0 .*: .*rank 1 did not arrive within 0.3 s"):
         collectives.all_reduce(torch.zeros(4))
     assert 0.3 <= time.monotonic() - began < 1.2
     return "told"

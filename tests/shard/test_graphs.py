@@ -20,8 +20,8 @@ from distributed_sparse.shard.attention import SparseAttention
 from distributed_sparse.shard.batch import StepBatch
 from distributed_sparse.shard.collectives.collectives import Collectives
 from distributed_sparse.shard.graphs import DecodeGraphs, DecodeShape, DecodeShapes, buckets, dense_until, reserve, why_eager
+from distributed_sparse.shard.memory import warm_up_plan
 from distributed_sparse.shard.shard import Shard
-from distributed_sparse.shard.warm_up import warm_up_plan
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.hash_weights import random_hash_weights
 

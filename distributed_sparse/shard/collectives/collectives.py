@@ -1,7 +1,7 @@
-"""Collectives: what ranks say to each other within a step: sum, gather, broadcast.
+"""Collectives: all-reduce, all-gather and broadcast between the ranks of a step.
 
-Over NCCL on GPUs. On CPUs over gloo; and through memory that the ranks share where all are on one machine and a tensor is
-small, as in a decode step: a socket's wake-ups cost more there than the sum.
+NCCL on GPUs, gloo on CPUs. CPU ranks on one machine pass small tensors, as in decode steps, through shared memory instead:
+a socket's wake-ups would cost more than the sum.
 """
 
 from __future__ import annotations
@@ -21,25 +21,24 @@ Result = TypeVar("Result")
 
 
 class CollectiveError(RuntimeError):
-    """A collective did not complete: as a rule another rank has gone, and this one only noticed."""
+    """A collective did not complete, usually since another rank has failed."""
 
 
 class Collectives:
-    """The calls between the ranks; one rank needs none and pays nothing. `meet` comes first.
+    """Collective operations between the ranks. Call `meet` first. With one rank, every operation is a no-op.
 
-    No global process group is made, so one process may hold several of these.
+    Creates no global process group, so one process may hold several of these.
 
     Args:
         rank: of `world_size`.
         device: the tensors' device: gloo serves "cpu", NCCL serves "cuda".
-        store: where the ranks meet.
+        store: rendezvous store of the ranks; required for more than one rank.
         node_ip: the address that gloo listens on (a hostname may resolve to 127.0.0.1).
-        timeout: seconds that one call, the meeting included, may wait for the other ranks.
+        timeout: seconds that one call, `meet` included, waits for the other ranks.
 
     Attributes:
-        all_reduce_calls, all_reduce_bytes: calls of `all_reduce`, and their payload in bytes on this rank; one rank sends
-            nothing and counts nothing.
-        timer: where given, a context manager's maker that is told "all_reduce" around each of them (profile steps).
+        all_reduce_calls, all_reduce_bytes: calls of `all_reduce`, and their payload in bytes on this rank; 0 with one rank.
+        timer: returns a context manager for the name "all_reduce", which wraps each of them in profile steps; or None.
     """
 
     def __init__(
@@ -64,12 +63,13 @@ class Collectives:
         self._shared: SharedMemory | None = None
 
     def meet(self, generation: int = 0) -> None:
-        """Leave the group of before, if there was one, and meet the other ranks under `gen{generation}`.
+        """Leave the previous group, if any, and form a new one with the other ranks.
 
-        So a rebuilt group never sees the old one's keys. A broken gloo group can be left; a broken NCCL group need not let go.
+        Store keys are prefixed with `gen{generation}`, so that a rebuilt group never sees an old group's keys. Leaving a broken
+        gloo group works; leaving a broken NCCL group may hang.
 
         Raises:
-            CollectiveError: they did not all come.
+            CollectiveError: not all ranks joined in time.
         """
         self.close()
         if self._store is None:
@@ -85,17 +85,17 @@ class Collectives:
             raise self._incomplete("rendezvous", error) from error
 
     def reset_counts(self) -> None:
-        """Forget what was counted so far (warm-up)."""
+        """Zero the counters, after the warm-up."""
         self.all_reduce_calls = 0
         self.all_reduce_bytes = 0
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place and in the dtype of `x` (any shape, contiguous); every rank gets the same bits."""
+        """Sum over the ranks, in place and in x's dtype (any shape, contiguous); all ranks get the same bits."""
         if self._group is not None:
             self.all_reduce_calls += 1
             self.all_reduce_bytes += x.nbytes
             with self.timer("all_reduce") if self.timer is not None else nullcontext():
-                self._pass("all_reduce", x, lambda way: way.all_reduce(x))
+                self._call("all_reduce", x, lambda transport: transport.all_reduce(x))
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,43 +103,43 @@ class Collectives:
         if self._group is None:
             return x
         x = x.contiguous()
-        return self._pass("all_gather", x, lambda way: torch.cat(way.all_gather(x), dim=-1))
+        return self._call("all_gather", x, lambda transport: torch.cat(transport.all_gather(x), dim=-1))
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's `x` on every rank, in place (any shape and dtype, contiguous)."""
         if self._group is not None:
-            self._pass("broadcast", x, lambda way: way.broadcast(x))
+            self._call("broadcast", x, lambda transport: transport.broadcast(x))
         return x
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
-        """Which flags hold on every rank; all ranks pass equally many. Waits for the device."""
+        """Logical and of each flag over the ranks, which pass equally many. Synchronises with the device."""
         if self._group is None:
             return list(flags)
         held = torch.tensor(flags, dtype=torch.float32, device=self._device)
-        self._pass("agree", held, lambda way: way.all_reduce(held))
+        self._call("agree", held, lambda transport: transport.all_reduce(held))
         return (held == self.world_size).tolist()
 
     def barrier(self) -> None:
-        """Returns once every rank has called it."""
+        """Wait until every rank has called it."""
         if self._group is not None:
-            # a sum of nothing much, read back: NCCL's own barrier would have to guess the device
+            # an all-reduce of one element, read back: NCCL's own barrier would have to guess the device
             flag = torch.zeros(1, device=self._device)
-            self._pass("barrier", flag, lambda way: way.all_reduce(flag))
+            self._call("barrier", flag, lambda transport: transport.all_reduce(flag))
             flag.item()
 
     def close(self) -> None:
-        """Leave the group; only `meet` may be called after it. Harmless when called again."""
-        for way in (self._group, self._shared):
-            if way is not None:
-                way.close()
+        """Leave the group; only `meet` may be called afterwards. May be called more than once."""
+        for transport in (self._group, self._shared):
+            if transport is not None:
+                transport.close()
         self._group = self._shared = None
 
-    def _pass(self, what: str, x: torch.Tensor, call: Callable[[Transport], Result]) -> Result:
-        """`call` with the way that `x` takes: memory that the ranks share, if it fits into it."""
+    def _call(self, what: str, x: torch.Tensor, call: Callable[[Transport], Result]) -> Result:
+        """Run `call` with the transport for `x`: shared memory if there is one and `x` fits, else the process group."""
         assert self._group is not None
-        way: Transport = self._shared if self._shared is not None and x.nbytes <= CAPACITY else self._group
+        transport: Transport = self._shared if self._shared is not None and x.nbytes <= CAPACITY else self._group
         try:
-            return call(way)
+            return call(transport)
         except RuntimeError as error:
             raise self._incomplete(what, error) from error
 

@@ -1,4 +1,4 @@
-"""SharedMemory: how CPU ranks of one node pass tensors to each other: by writing and reading, without a socket between them."""
+"""SharedMemory: exchanges small tensors between CPU ranks of one node through shared memory, without sockets."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from distributed_sparse.kernels import native
 from distributed_sparse.shard.collectives.transports import Transport
 
 CAPACITY = 1 << 20
-"""Bytes that a rank can pass in one exchange. Larger tensors go over gloo, whose waiting is little beside their copying."""
+"""Bytes that a rank can pass in one exchange. Larger tensors go over gloo, whose latency is small beside their copying."""
 
 MAX_RANKS = 62
 _TOKEN_BYTES = 32
 _TICKET_BYTES = 128
-_LINE = 64  # bytes of a cache line: each rank's number has its own, behind the token's
+_LINE = 64  # bytes of a cache line: the first holds the token, then one per rank holds its exchange number
 _HEADER = 4096
-_NAP_S = 5e-3  # between two looks at whether the rank that is waited for still lives
+_POLL_S = 5e-3  # between two checks whether the missing rank is alive
 _LOCK = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, length, pid
 
 
 class SharedMemory:
-    """One exchange after the other, each of which every rank takes part in: each gives a tensor and sees everyone's.
+    """A `Transport` made of exchanges: in each, every rank writes a tensor and reads all ranks' tensors.
 
-    The memory has no name in any file system, so nothing is left behind however its users end. Each rank holds a lock on one
-    byte of it, which the kernel gives up when the rank's process ends: so a rank that waits for another learns of its end.
+    The memory has no name in a file system, so nothing is left behind when processes die. Each rank holds a lock on one byte of
+    it, which the kernel releases when the rank's process ends: a waiting rank thus detects that another one has died.
 
     Args:
-        file: descriptor of the memory; it is this object's from now on.
+        file: descriptor of the memory; this object takes ownership.
         rank: of `world_size`, 0 <= rank < MAX_RANKS.
         timeout: how long a rank waits for the others in one exchange.
 
@@ -58,15 +58,15 @@ class SharedMemory:
         except OSError:
             os.close(file)
             raise
-        with torch.inference_mode(False):  # written to in that mode and out of it
+        with torch.inference_mode(False):  # it is written to both in and outside inference mode
             self._bytes = torch.frombuffer(self._mapped, dtype=torch.uint8)
         library = native.library()
         assert library is not None
         numbers = ctypes.c_void_p(self._bytes.data_ptr() + _LINE)
-        self._meet_them = functools.partial(library.meet, numbers, ctypes.c_int(rank), ctypes.c_int(world_size))
+        self._native_meet = functools.partial(library.meet, numbers, ctypes.c_int(rank), ctypes.c_int(world_size))
 
     def all_reduce(self, x: Tensor) -> None:
-        """See `transports.Transport`. One by one, in rank order: the same bits on every rank."""
+        """See `transports.Transport`. Adds in rank order, so all ranks get the same bits."""
         first, *others = self.exchange(x)
         x.copy_(first)
         for part in others:
@@ -83,30 +83,30 @@ class SharedMemory:
             x.copy_(first)
 
     def exchange(self, x: Tensor) -> list[Tensor]:
-        """Every rank's `x` in rank order, as views of the memory: until the exchange after the next, and not to be written.
+        """Every rank's `x` in rank order, as read-only views of the memory, valid until the exchange after the next one.
 
         Args:
             x: contiguous, at most CAPACITY bytes; equal shapes and dtypes on all ranks.
 
         Raises:
-            RuntimeError: a rank has left or died, or has not come in time.
+            RuntimeError: a rank has left or died, or did not arrive in time.
         """
-        # Two buffers by turns: who writes exchange n has seen all ranks come to n - 1, and so they are through with n - 2.
+        # Double buffering: a rank that writes exchange n has seen all ranks arrive at n - 1, so all are done reading n - 2.
         self._number += 1
         views = [self._view(rank, x) for rank in range(self.world_size)]
         views[self.rank].copy_(x)
         deadline = time.monotonic() + self.timeout.total_seconds()
-        while (missing := self._meet(_NAP_S)) >= 0:
+        while (missing := self._meet(_POLL_S)) >= 0:
             if self._has_left(missing) and self._meet(0.0) >= 0:
                 raise RuntimeError(f"rank {missing} has left")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"rank {missing} did not come in {self.timeout.total_seconds():g} s")
+                raise RuntimeError(f"rank {missing} did not arrive within {self.timeout.total_seconds():g} s")
         return views
 
     def close(self) -> None:
-        """Leave: the others learn of it when they next wait for this rank."""
+        """Leave. The other ranks notice when they next wait for this one."""
         if self._file >= 0:
-            # the mapping keeps the file open, and so the lock, for as long as anything still holds one of its tensors
+            # Unlock explicitly: the mapping keeps the file open, and so the lock, while a view of it is alive.
             fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _lock(fcntl.F_UNLCK, self.rank))
             os.close(self._file)
             self._file = -1
@@ -116,8 +116,8 @@ class SharedMemory:
         return self._bytes[start : start + x.numel() * x.element_size()].view(x.dtype).view(x.shape)
 
     def _meet(self, seconds: float) -> int:
-        """Say that this rank has come; wait for the others. -1, or the first rank that has not come."""
-        return self._meet_them(ctypes.c_int64(self._number), ctypes.c_int64(int(seconds * 1e9)))
+        """Announce this rank's arrival and wait for the others. Returns -1, or the first rank that has not arrived."""
+        return self._native_meet(ctypes.c_int64(self._number), ctypes.c_int64(int(seconds * 1e9)))
 
     def _has_left(self, rank: int) -> bool:
         found = fcntl.fcntl(self._file, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, rank))
@@ -125,10 +125,10 @@ class SharedMemory:
 
 
 def share(group: Transport, rank: int, world_size: int, timeout: timedelta) -> SharedMemory | None:
-    """Memory that all ranks of a group share, or None on all of them: they are on several machines, or one of them cannot.
+    """Memory shared by all ranks of a group; None on all ranks if they are on several machines, or if one cannot map it.
 
     Raises:
-        RuntimeError: a rank has gone.
+        RuntimeError: a rank has left the group.
     """
     made = create(world_size) if rank == 0 else None
     ticket = torch.zeros(_TICKET_BYTES, dtype=torch.uint8)
@@ -149,12 +149,12 @@ def share(group: Transport, rank: int, world_size: int, timeout: timedelta) -> S
 
 
 def memory_bytes(world_size: int) -> int:
-    """Bytes of address space; memory is taken for what is written to alone."""
+    """Bytes of address space; the OS commits only pages that are written to."""
     return _HEADER + 2 * world_size * CAPACITY
 
 
 def create(world_size: int) -> tuple[int, bytes] | None:
-    """New memory as a descriptor, and what `attach` in another process needs; None where the system has no such thing."""
+    """Create the memory: its descriptor, and the ticket for `attach` in another process; None if the system lacks support."""
     if (
         world_size > MAX_RANKS
         or native.library() is None
@@ -164,7 +164,7 @@ def create(world_size: int) -> tuple[int, bytes] | None:
         return None
     try:
         file = os.memfd_create("distributed_sparse")
-    except OSError:  # no descriptor is left
+    except OSError:  # out of file descriptors
         return None
     os.ftruncate(file, memory_bytes(world_size))
     token = secrets.token_bytes(_TOKEN_BYTES)
@@ -173,7 +173,7 @@ def create(world_size: int) -> tuple[int, bytes] | None:
 
 
 def attach(ticket: bytes) -> int | None:
-    """A descriptor of another process's memory by what `create` gave; None where it is out of reach (another machine)."""
+    """Open another process's memory by the ticket from `create`: its descriptor; None if out of reach (another machine)."""
     if native.library() is None:
         return None
     try:
@@ -181,7 +181,7 @@ def attach(ticket: bytes) -> int | None:
     except (OSError, ValueError):
         return None
     try:
-        if os.pread(file, _TOKEN_BYTES, 0) == ticket[:_TOKEN_BYTES]:  # and not some file of that name on this machine
+        if os.pread(file, _TOKEN_BYTES, 0) == ticket[:_TOKEN_BYTES]:  # not an unrelated file of that name
             return file
     except OSError:
         pass

@@ -1,4 +1,4 @@
-"""transports: a way by which ranks pass tensors to each other; and those that torch has: gloo for CPUs, NCCL for GPUs."""
+"""transports: the interface by which ranks exchange tensors, and torch's process groups: gloo for CPUs, NCCL for GPUs."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch import Tensor
 
 
 class Transport(Protocol):
-    """What `Collectives` calls. All ranks make the same calls, with contiguous tensors of equal shapes and dtypes.
+    """Interface used by `Collectives`. All ranks make the same calls, with contiguous tensors of equal shapes and dtypes.
 
-    A call that cannot be completed, since a rank has gone or is late, raises RuntimeError.
+    A call raises RuntimeError if a rank has left or does not call in time.
     """
 
     def all_reduce(self, x: Tensor) -> None:
-        """The sum over the ranks, in place; the same bits on every rank."""
+        """Sum over the ranks, in place; the same bits on every rank."""
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
-        """Every rank's `x`, in rank order, to be read before the next call."""
+        """Every rank's `x`, in rank order; valid until the next call."""
 
     def broadcast(self, x: Tensor) -> None:
-        """Rank 0's `x`, in place."""
+        """Copy rank 0's `x` to every rank, in place."""
 
     def close(self) -> None:
-        """Leave; the others may learn of it."""
+        """Leave the group. The other ranks may notice."""
 
 
 class ProcessGroup:
-    """A process group of torch that is nobody's default, so one process may hold several."""
+    """A process group of torch that is not registered as the default group, so one process may hold several."""
 
     def __init__(self, group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL) -> None:
         self._group: Any = group  # its methods are not in torch's stubs
 
     @staticmethod
     def gloo(store: dist.Store, rank: int, world_size: int, node_ip: str, timeout: timedelta) -> ProcessGroup:
-        """Between CPU ranks, on the interface that has `node_ip`."""
+        """A group of CPU ranks, on the network interface with the address `node_ip`."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=node_ip)]
         options._timeout = timeout
@@ -45,11 +45,11 @@ class ProcessGroup:
 
     @staticmethod
     def nccl(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> ProcessGroup:
-        """Between GPU ranks; each has made its GPU the current device."""
+        """A group of GPU ranks, each on its current CUDA device."""
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         group = dist.ProcessGroupNCCL(store, rank, world_size, options)
-        # connect now: a rank that is missing is found at the meeting, and not inside the first step or a graph capture
+        # Connect now, so that a missing rank is reported here and not inside the first step or a graph capture.
         group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
         return ProcessGroup(group)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from distributed_sparse.cache import Geometry, PagedCache
+from distributed_sparse.cache import PagedCache
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.sharding import LocalSizes, ShardSpec, tensor_slices
 from distributed_sparse.model.weights import EMBEDDING
@@ -67,16 +67,7 @@ class RankCostModel:
         self.shard = ShardSpec(0, tensor_parallel_size)
         sizes = LocalSizes(model, self.shard)
         self.sizes = sizes
-        self.geometry = Geometry(
-            num_kv_heads=sizes.num_key_value_heads,
-            group_size=model.num_attention_heads // model.num_key_value_heads,
-            head_dim=model.head_dim,
-            page_size=page_size,
-            dtype=dtype,
-            device=torch.device("cpu"),
-            first_kv_head=sizes.first_key_value_head,
-            model_kv_heads=model.num_key_value_heads,
-        )
+        self.geometry = sizes.geometry(page_size, dtype, torch.device("cpu"))
         config = resolve_sparse_config(sparse)
         self.method: str = sparse["method"] if sparse else config.method
         self.evict_window = config.evict_window(page_size)

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from distributed_sparse.protocol.step import StepResult
-from distributed_sparse.shard.pending import PendingStep
-from distributed_sparse.shard.step_work import StepWork
+from distributed_sparse.shard.pending import PendingStep, StepWork
 
 
 class Stream:
