@@ -15,7 +15,7 @@ Rules for every method:
 - Random numbers: Philox (`kernels/philox.py`) with key `random_key[0:2]` and counter (i, `random_key[2]`, `random_key[3]`,
   use | `cache.layer` << 8 | global KV head << 20), where the global KV head is `geometry.first_kv_head` + the local one. The
   lowest 4 bits of the last word are the use: choose one that `philox.py` does not list. No torch generator: a draw must repeat
-  on any rank, in any batch, and after preemption.
+  on any rank, in any batch, and after a recovery.
 - Metadata: a pure function of the page's content. `Metadata.append` resets a page's metadata at a run with `offset == 0`, as
   pages are reused without clearing. In `AppendRuns`, `starts` ascend and no page is in two runs, except the null page 0.
 """
