@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The source tree's commit, with "+" appended if tracked files outside results/ and docs/ differ; None outside a checkout."""
+    """The source tree's commit, with "+" if tracked files outside results/ and docs/ differ; None outside a checkout."""
     root = Path(__file__).resolve().parents[3]
 
     def git(*arguments: str) -> str:

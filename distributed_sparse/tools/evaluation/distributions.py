@@ -1,4 +1,4 @@
-"""How far one next-token distribution is from another."""
+"""distributions: KL divergence of next-token distributions, and the memory that their tables take."""
 
 from __future__ import annotations
 
@@ -14,15 +14,10 @@ def kl_divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     p, q = reference.astype(np.float64), other.astype(np.float64)
     with np.errstate(invalid="ignore"):
         terms = np.exp(p) * (p - q)
-    # a token that the reference excludes adds nothing; float32 inputs let the sum fall a little below 0
+    # -inf in the reference contributes 0; rounding of float32 inputs can make the sum slightly negative
     return np.maximum(np.where(np.isneginf(p), 0.0, terms).sum(-1), 0.0)
 
 
-def same_top_token(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Whether both hold the same token most likely: bool [rows]."""
-    return reference.argmax(-1) == other.argmax(-1)
-
-
 def table_bytes(length: int, vocab_size: int) -> int:
-    """Memory of a sequence's log-probabilities over the whole vocabulary, float32."""
+    """Bytes of float32 log-probabilities over the whole vocabulary at `length` positions."""
     return 4 * length * vocab_size

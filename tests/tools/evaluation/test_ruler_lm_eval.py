@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.evaluation.test_ruler import HOTPOTQA, MADE, SQUAD, TOKENIZER
 
 from distributed_sparse.tools.evaluation.haystack import split_sentences
 from distributed_sparse.tools.evaluation.suite import Answer, Example
@@ -20,6 +19,7 @@ from distributed_sparse.tools.evaluation.suites import ruler_tasks
 from distributed_sparse.tools.evaluation.suites.ruler import RulerSuite
 from distributed_sparse.tools.evaluation.suites.ruler_tasks import TASKS, Sample
 from distributed_sparse.tools.evaluation.suites.ruler_texts import RulerTexts
+from tests.tools.evaluation.test_ruler import HOTPOTQA, MADE, SQUAD, TOKENIZER
 
 NIAH = [task for task in MADE if task.startswith("niah")]
 SEED = 42

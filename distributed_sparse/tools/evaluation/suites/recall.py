@@ -15,7 +15,7 @@ TASKS = ("one-hop", "two-hop", "majority")
 
 @dataclass(frozen=True, kw_only=True)
 class RecallSuite(Suite):
-    """Each question has one answer symbol, judged right after it. Many questions share a document, except majority questions."""
+    """Each question has one answer symbol, judged right after it. Questions share a document, except majority questions."""
 
     name: ClassVar[str] = "recall"
     score_label: ClassVar[str] = "right answers (0-1)"
