@@ -35,7 +35,10 @@ from distributed_sparse.tools.chaos.soak_report import SoakReport, as_dict, as_t
 from distributed_sparse.tools.common.results import plain
 from distributed_sparse.tools.evaluation.recall_model import ensure_recall_checkpoint
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 UNLIMITED_REBUILDS = 1_000_000
+STORE_BYTES = 80 << 20
+"""Object store of each node."""
 SPARE_NODES = 1
 """Nodes in addition to one per rank; the rank of a lost node moves there before another node is added."""
 LEAVE_TIMEOUT_S = 20.0
@@ -130,14 +133,13 @@ class LocalCluster:
 
         self._cores = sorted(os.sched_getaffinity(0))
         self._core_of: dict[str, int] = {}
-        self._store_bytes = 80 * 1024 * 1024
         with _own_handlers():
             self._cluster = Cluster(
                 initialize_head=True,
                 head_node_args={
                     "num_cpus": 0,
                     "include_dashboard": False,
-                    "object_store_memory": self._store_bytes,
+                    "object_store_memory": STORE_BYTES,
                     "_system_config": HEALTH_CHECKS,
                 },
             )
@@ -167,7 +169,7 @@ class LocalCluster:
         os.sched_setaffinity(0, [core])
         try:
             with _own_handlers():
-                node = self._cluster.add_node(num_cpus=1, object_store_memory=self._store_bytes)
+                node = self._cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
         finally:
             os.sched_setaffinity(0, self._cores)
         self._core_of[node.node_id] = core
@@ -213,7 +215,7 @@ def _interruptible(received: list[int]) -> Iterator[None]:
     """
 
     def end(signum: int, frame: Any) -> None:
-        for number in handled:
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         received.append(signum)
         print("ending", file=sys.stderr, flush=True)
@@ -221,18 +223,16 @@ def _interruptible(received: list[int]) -> Iterator[None]:
             raise KeyboardInterrupt
         raise SystemExit(TERMINATED)
 
-    handled = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _own_handlers():
+        for number in SIGNALS:
+            signal.signal(number, end)
         yield
-    finally:
-        for number, previous in handled.items():
-            signal.signal(number, previous)
 
 
 @contextlib.contextmanager
 def _own_handlers() -> Iterator[None]:
-    """Restore the signal handlers that Ray replaces; its SIGTERM handler would end this process before the table."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Restore the signal handlers after the block. Ray replaces them; its SIGTERM handler would exit before the table."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from distributed_sparse.tools.evaluation.recall import (
     QUESTION_LENGTH,
     RecallPrompt,
     RecallQuiz,
-    RecallScore,
     make_prompts,
     make_quiz,
     score_quiz,
@@ -38,17 +37,7 @@ TIMED_TOKENS = 24
 SHOWN_SYMBOLS = 4
 
 
-@dataclass(frozen=True)
-class Result:
-    """One method's answer to the first question, its score over the other questions, and its speed."""
-
-    method: str
-    budget: int | None
-    answer: str
-    answer_is_right: bool
-    score: RecallScore
-    density: float
-    tokens_per_s: float
+HEAD = f"{'method':<8}{'budget':>8}{'right':>9}{'density':>10}{'tokens/s':>10}"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.demo") -> int:
@@ -69,9 +58,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.demo")
         if ensure_recall_checkpoint(model):
             print(f"Made the demo checkpoint in {model}: a small Llama whose weights are constructed, not trained.")
         config = replace(config, model=str(model))
-        results = _compare(config, prompt, quiz)
-        print()
-        print(table(results))
+        lines = _compare(config, prompt, quiz)
+        print("", HEAD, *lines, sep="\n")
         print(
             f"right: of {args.questions} other questions. density: tokens attended / tokens in the context, in the layers that "
             f"select.\ntokens/s: decode, one sequence of {args.context} tokens.",
@@ -100,8 +88,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _compare(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> list[Result]:
-    """Run each method; all engines share one Ray session."""
+def _compare(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> list[str]:
+    """Run each method and print its answer; return the table's lines. All engines share one Ray session."""
     from distributed_sparse.ray_backend.session import ensure_ray
 
     budget = getattr(config.resolve_sparse(), "token_budget", 128)
@@ -114,19 +102,24 @@ def _compare(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> li
     print(f"The text ends: ...{detokenize(prompt.token_ids[-72:])}")
     print(f"Expected: {detokenize(prompt.answer_ids)}  (each symbol is looked up from the one before it)", flush=True)
     session = ensure_ray(config.tensor_parallel_size)
-    results: list[Result] = []
+    lines = []
     try:
         for sparse in methods:
             print(f"{sparse['method']:>8}: ", end="", flush=True)
-            results.append(run_method(replace(config, sparse=sparse), prompt, quiz))
-            print(f"{results[-1].answer}  {'right' if results[-1].answer_is_right else 'wrong'}")
-        return results
+            answer, line = run_method(replace(config, sparse=sparse), sparse, prompt, quiz)
+            print(answer)
+            lines.append(line)
+        return lines
     finally:
         session.release()
 
 
-def run_method(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> Result:
+def run_method(config: EngineConfig, sparse: dict[str, Any], prompt: RecallPrompt, quiz: RecallQuiz) -> tuple[str, str]:
     """Run the prompt's question and the quiz on one engine.
+
+    Returns:
+        The answer with "right" or "wrong", and the method's line of the table: right answers of the quiz, density, and the
+        decode speed of one sequence.
 
     Raises:
         ValueError, RuntimeError: the engine cannot be built, or failed.
@@ -145,23 +138,8 @@ def run_method(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> 
         ranks = llm.generate(quiz.token_ids, quizzed, use_tqdm=False)[0].prompt_logprobs
         density = llm.stats()["attention"]["density"]
         assert output.metrics is not None and output.metrics.tpot is not None and ranks is not None
-        sparse = config.sparse or {}
-        return Result(
-            method=sparse["method"],
-            budget=sparse.get("token_budget"),
-            answer=detokenize(takewhile(is_symbol, answer_ids)) or "nothing",
-            answer_is_right=answer_ids == prompt.answer_ids,
-            score=score_quiz(quiz, ranks),
-            density=min(sum(heads) / len(heads) for heads in density),
-            tokens_per_s=1.0 / output.metrics.tpot,
-        )
-
-
-def table(results: Sequence[Result]) -> str:
-    """One line for each method."""
-    lines = [f"{'method':<8}{'budget':>8}{'right':>9}{'density':>10}{'tokens/s':>10}"]
-    for result in results:
-        right = f"{result.score.right}/{result.score.total}"
-        budget = result.budget if result.budget is not None else "all"
-        lines.append(f"{result.method:<8}{budget:>8}{right:>9}{result.density:>10.3f}{result.tokens_per_s:>10.1f}")
-    return "\n".join(lines)
+    score, read = score_quiz(quiz, ranks), min(sum(heads) / len(heads) for heads in density)
+    budget = sparse.get("token_budget") or "all"
+    line = f"{sparse['method']:<8}{budget:>8}{f'{score.right}/{score.total}':>9}{read:>10.3f}{1 / output.metrics.tpot:>10.1f}"
+    answer = detokenize(takewhile(is_symbol, answer_ids)) or "nothing"
+    return f"{answer}  {'right' if answer_ids == prompt.answer_ids else 'wrong'}", line

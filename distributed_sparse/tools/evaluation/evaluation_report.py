@@ -98,7 +98,7 @@ def _wanted_controls(records: Sequence[Record], settings: Settings, group: str, 
 
 def _group_sections(suite: Suite, blocks: list[list[RunSummary]]) -> list[str]:
     labelled = [(f"{'= ' if place else ''}{run.label}", run) for block in blocks for place, run in enumerate(block)]
-    parts = [_quality_table(suite, labelled), *gains(suite, blocks)]
+    parts = [_table(labelled, _quality_columns(suite)), *gains(suite, blocks)]
     if suite.name == "recall":
         parts.append(_smallest_budgets(blocks))
     for what, of in (("task", lambda run: run.task_scores), ("depth", lambda run: run.depth_scores)):
@@ -110,7 +110,7 @@ def _group_sections(suite: Suite, blocks: list[list[RunSummary]]) -> list[str]:
                 f"{suite.score_label} by {what}, {first.num_examples} examples and {first.num_tokens} tokens in all\n\n"
                 + table([what, *map(_column, columns)], rows)
             )
-    return [*parts, _attention_table(labelled), _rows_table(labelled)]
+    return [*parts, _table(labelled, ATTENTION_COLUMNS), _table(labelled, ROWS_COLUMNS)]
 
 
 def _is_shown(name: str, value: Any) -> bool:
@@ -146,53 +146,42 @@ def _bracketed(estimate: Estimate, shown: Callable[[float], str]) -> str:
     return mean if low == "-" else f"{mean} [{low}, {high}]"
 
 
-def _quality_table(suite: Suite, labelled: list[tuple[str, RunSummary]]) -> str:
-    head = ["run", "examples", "tokens", suite.score_label, "against dense", "bytes / dense", "top-1", "KL"]
-    rows = []
-    for name, run in labelled:
-        # a run that read every context entirely is dense attention itself, so it has no intervals
-        top1, kl, change = (Estimate(of.mean) if run.sparse_share == 0 else of for of in (run.top1, run.kl, run.change))
-        rows.append(
-            [
-                name,
-                str(run.num_examples),
-                str(run.num_tokens),
-                _score(run.score, suite),
-                "-" if run.settings == DENSE else _change(change, suite),
-                number(run.read_share),
-                _bracketed(top1, number),
-                _bracketed(kl, small),
-            ]
-        )
-    return table(head, rows)
+def _table(labelled: list[tuple[str, RunSummary]], columns: dict[str, Callable[[RunSummary], str]]) -> str:
+    """A table with one line per run; `columns`: heading -> cell of a run."""
+    rows = [[name, str(run.num_examples), *(cell(run) for cell in columns.values())] for name, run in labelled]
+    return table(["run", "examples", *columns], rows)
 
 
-def _attention_table(labelled: list[tuple[str, RunSummary]]) -> str:
-    head = ["run", "examples", "density", "attended", "held KV MB", "held metadata MB", "read MB / step", "error", "mass"]
-    rows = [
-        [
-            name,
-            str(run.num_examples),
-            number(run.density),
-            number(run.attended, 0),
-            megabytes(run.held_kv),
-            megabytes(run.held_metadata),
-            megabytes(run.read_per_step),
-            f"{small(run.error)} / {small(run.error_p90)}",
-            f"{number(run.mass)} / {number(run.mass_p10)}",
-        ]
-        for name, run in labelled
-    ]
-    return table(head, rows)
+def _quality_columns(suite: Suite) -> dict[str, Callable[[RunSummary], str]]:
+    def compared(run: RunSummary, estimate: Estimate) -> Estimate:
+        # a run that read every context entirely is dense attention itself, so it has no interval
+        return Estimate(estimate.mean) if run.sparse_share == 0 else estimate
+
+    return {
+        "tokens": lambda run: str(run.num_tokens),
+        suite.score_label: lambda run: _score(run.score, suite),
+        "against dense": lambda run: "-" if run.settings == DENSE else _change(compared(run, run.change), suite),
+        "bytes / dense": lambda run: number(run.read_share),
+        "top-1": lambda run: _bracketed(compared(run, run.top1), number),
+        "KL": lambda run: _bracketed(compared(run, run.kl), small),
+    }
 
 
-def _rows_table(labelled: list[tuple[str, RunSummary]]) -> str:
-    head = ["run", "examples", "sparse rows", "dense: layer", "dense: min_context", "dense: whole context read"]
-    rows = []
-    for name, run in labelled:
-        shares = run.dense_shares or dict.fromkeys(("sparse", "layers", "short", "whole"), math.nan)
-        rows.append([name, str(run.num_examples), *(number(shares[key]) for key in ("sparse", "layers", "short", "whole"))])
-    return table(head, rows)
+ATTENTION_COLUMNS: dict[str, Callable[[RunSummary], str]] = {
+    "density": lambda run: number(run.density),
+    "attended": lambda run: number(run.attended, 0),
+    "held KV MB": lambda run: megabytes(run.held_kv),
+    "held metadata MB": lambda run: megabytes(run.held_metadata),
+    "read MB / step": lambda run: megabytes(run.read_per_step),
+    "error": lambda run: f"{small(run.error)} / {small(run.error_p90)}",
+    "mass": lambda run: f"{number(run.mass)} / {number(run.mass_p10)}",
+}
+ROWS_COLUMNS: dict[str, Callable[[RunSummary], str]] = {
+    "sparse rows": lambda run: number(run.dense_shares.get("sparse", math.nan)),
+    "dense: layer": lambda run: number(run.dense_shares.get("layers", math.nan)),
+    "dense: min_context": lambda run: number(run.dense_shares.get("short", math.nan)),
+    "dense: whole context read": lambda run: number(run.dense_shares.get("whole", math.nan)),
+}
 
 
 def _missing_controls(records: Sequence[Record], blocks: list[list[RunSummary]], group: str, page_size: int) -> list[str]:

@@ -61,16 +61,10 @@ def parse_methods(
 
 def _given(texts: Sequence[str]) -> Iterator[Settings]:
     for text in texts:
-        if text.lstrip().startswith(("{", "[")):
-            try:
-                parsed = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(
-                    f"--methods {text!r} is not YAML ({error}); write '{{method: quest, token_budget: 64}}'"
-                ) from None
-            items: list[Any] = parsed if isinstance(parsed, list) else [parsed]
-        else:
-            items = [name.strip() for name in text.split(",") if name.strip()]
+        try:  # names and objects separated by commas are a YAML list without its brackets
+            items = yaml.safe_load(text if text.lstrip().startswith("[") else f"[{text}]")
+        except yaml.YAMLError as error:
+            raise ValueError(f"--methods {text!r} is not YAML ({error}); write '{{method: quest, token_budget: 64}}'") from None
         for item in items:
             settings = {"method": item} if isinstance(item, str) else item
             if not isinstance(settings, dict) or not isinstance(settings.get("method"), str):

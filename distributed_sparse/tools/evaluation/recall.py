@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from distributed_sparse.outputs import Logprob
 from distributed_sparse.tools.evaluation.recall_vocabulary import ASK, ASK_TWICE, BOS, FIRST_SYMBOL, MAX_LENGTH, NUM_SYMBOLS
 
 _WORDS = """
@@ -38,13 +39,6 @@ class RecallQuiz(NamedTuple):
     num_quiz_tokens: int
     answer_positions: list[int]
     answer_ids: list[int]
-
-
-class TokenRank(Protocol):
-    """The part of `Logprob` that `score_quiz` reads: rank 1 is the most likely token."""
-
-    @property
-    def rank(self) -> int | None: ...
 
 
 class RecallScore(NamedTuple):
@@ -135,23 +129,7 @@ def make_majority_prompts(
     return prompts
 
 
-def score(prompts: Sequence[RecallPrompt], outputs: Sequence[Sequence[int]]) -> RecallScore:
-    """Count the answer symbols that the generated token ids have at the right index; tokens past the answer are ignored.
-
-    Raises:
-        ValueError: the number of outputs is not that of the prompts.
-    """
-    if len(prompts) != len(outputs):
-        raise ValueError(f"{len(prompts)} prompts but {len(outputs)} outputs; pass one list of token ids for each prompt")
-    right = sum(
-        generated == wanted
-        for prompt, output in zip(prompts, outputs, strict=True)
-        for wanted, generated in zip(prompt.answer_ids, output, strict=False)
-    )
-    return RecallScore(right, sum(len(prompt.answer_ids) for prompt in prompts))
-
-
-def score_quiz(quiz: RecallQuiz, prompt_logprobs: Sequence[Mapping[int, TokenRank] | None]) -> RecallScore:
+def score_quiz(quiz: RecallQuiz, prompt_logprobs: Sequence[Mapping[int, Logprob] | None]) -> RecallScore:
     """Count the answers that are the most likely token after their question.
 
     Args:

@@ -135,17 +135,10 @@ def recall_weights(seed: int = 0) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for layer in range(NUM_LAYERS):
         name = f"model.layers.{layer}."
-        attention = {
-            "q_proj": np.zeros((NUM_HEADS, HEAD_DIM, HIDDEN_SIZE), np.float32),
-            "k_proj": np.zeros((NUM_KV_HEADS, HEAD_DIM, HIDDEN_SIZE), np.float32),
-            "v_proj": np.zeros((NUM_KV_HEADS, HEAD_DIM, HIDDEN_SIZE), np.float32),
-            "o_proj": np.zeros((HIDDEN_SIZE, NUM_HEADS, HEAD_DIM), np.float32),
-        }
-        mlp = {
-            "gate_proj": np.zeros((INTERMEDIATE_SIZE, HIDDEN_SIZE), np.float32),
-            "up_proj": np.zeros((INTERMEDIATE_SIZE, HIDDEN_SIZE), np.float32),
-            "down_proj": np.zeros((HIDDEN_SIZE, INTERMEDIATE_SIZE), np.float32),
-        }
+        q, kv = (NUM_HEADS, HEAD_DIM, HIDDEN_SIZE), (NUM_KV_HEADS, HEAD_DIM, HIDDEN_SIZE)
+        attention = _zeros(q_proj=q, k_proj=kv, v_proj=kv, o_proj=(HIDDEN_SIZE, NUM_HEADS, HEAD_DIM))
+        up, down = (INTERMEDIATE_SIZE, HIDDEN_SIZE), (HIDDEN_SIZE, INTERMEDIATE_SIZE)
+        mlp = _zeros(gate_proj=up, up_proj=up, down_proj=down)
         if layer == 0:
             _copy_previous_token(attention, rng)
         elif layer == 1:
@@ -165,6 +158,10 @@ def recall_weights(seed: int = 0) -> dict[str, np.ndarray]:
     tensors["model.embed_tokens.weight"] = _embedding(rng)
     tensors["lm_head.weight"] = _output_matrix(rng)
     return tensors
+
+
+def _zeros(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 def _norm_weight() -> np.ndarray:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -187,23 +187,27 @@ class Evaluation:
         missing = [unit for kind in ("answers", "trace") for unit in units if unit[1] == kind and unit[0] not in results]
         if not missing:
             return
-        with self._session(settings, trace=any(kind == "trace" for _, kind, _, _ in missing)) as session:
+        from distributed_sparse import LLM
+
+        trace = any(kind == "trace" for _, kind, _, _ in missing)
+        config = dataclasses.replace(self.config, sparse=settings, trace=trace, prefill_store=self._prefill_store)
+        layers = selecting_layers(settings, self.model_config.num_hidden_layers, self.config.page_size)
+        with (self._open_engine or LLM.from_config)(config) as llm:
+            session = Session(llm, self.options.table_bytes)
             for key, kind, group, examples in missing:
-                work = self._answer if kind == "answers" else self._trace
                 record = {"key": key, "kind": kind, "run": settings_key(settings), "settings": settings, "group": group}
-                results.append(record | work(session, settings, examples, results))
+                record["selecting_layers"] = layers
+                if kind == "answers":
+                    record |= self._answer(session, settings, examples, layers, results)
+                else:
+                    record |= self._trace(session, examples[0], results)
+                results.append(record)
                 progress.set_postfix_str(f"{group}, {kind} of {', '.join(example.id for example in examples)}", refresh=False)
                 progress.update()
 
-    @contextmanager
-    def _session(self, settings: Settings, trace: bool) -> Iterator[Session]:
-        from distributed_sparse import LLM
-
-        config = dataclasses.replace(self.config, sparse=settings, trace=trace, prefill_store=self._prefill_store)
-        with (self._open_engine or LLM.from_config)(config) as llm:
-            yield Session(llm, self.options.table_bytes)
-
-    def _answer(self, session: Session, settings: Settings, examples: list[Example], results: Results) -> Record:
+    def _answer(
+        self, session: Session, settings: Settings, examples: list[Example], layers: list[int], results: Results
+    ) -> Record:
         is_dense = settings == DENSE
         forced = None if is_dense else {example.id: self._dense_answer(example, results) for example in examples}
         answered, counters = session.answer(examples, forced, self.options.kl_tokens)
@@ -234,32 +238,23 @@ class Evaluation:
             "examples": rows,
             "counters": dataclasses.asdict(counters),
             "page_bytes": session.page_bytes,
-            "selecting_layers": self._selecting(settings),
-            "short_rows": self._short_rows(settings, rows),
+            "short_rows": self._short_rows(settings, layers, rows),
             "block": self.suite.block,
             "best": self.suite.best,
         }
 
-    def _trace(self, session: Session, settings: Settings, examples: list[Example], results: Results) -> Record:
-        (example,) = examples
+    def _trace(self, session: Session, example: Example, results: Results) -> Record:
         said = self._dense_answer(example, results) if example.max_tokens else ()
         steps = None if self.suite.traces_only else self.options.trace_steps
-        return {
-            "example": example.id,
-            "trace": session.trace(example, said, steps),
-            "selecting_layers": self._selecting(settings),
-        }
+        return {"example": example.id, "trace": session.trace(example, said, steps)}
 
-    def _selecting(self, settings: Settings) -> list[int]:
-        return selecting_layers(settings, self.model_config.num_hidden_layers, self.config.page_size)
-
-    def _short_rows(self, settings: Settings, rows: Sequence[Record]) -> int:
-        """Number of (step, layer, KV head) rows of the selecting layers whose context is below `min_context`."""
+    def _short_rows(self, settings: Settings, layers: list[int], rows: Sequence[Record]) -> int:
+        """Number of (step, layer, KV head) rows of the selecting `layers` whose context is below `min_context`."""
         num_layers, heads = self.model_config.num_hidden_layers, self.model_config.num_key_value_heads
         configs = layer_configs(resolve_sparse_config(settings), num_layers, self.config.page_size)
         names = ("num_prompt_tokens", "num_question_tokens", "num_output_tokens")
         contexts = np.array([length for row in rows for length in decode_contexts(*(row[name] for name in names))])
-        return heads * sum(int((contexts < configs[layer].min_context).sum()) for layer in self._selecting(settings))
+        return heads * sum(int((contexts < configs[layer].min_context).sum()) for layer in layers)
 
     def _dense_answer(self, example: Example, results: Results) -> list[int]:
         """The dense run's answer to an example; the dense run comes first."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.tools.evaluation.distributions import kl_divergence, table_bytes
 from distributed_sparse.tools.evaluation.meter import Counters, Meter, decode_contexts, page_bytes, pages_held
 from distributed_sparse.tools.evaluation.suite import Answer, Example
 from distributed_sparse.tools.evaluation.trace_summary import chosen_steps, summarise
@@ -167,6 +166,24 @@ def _greedy(example: Example, max_tokens: int, num_decoded: int, trace_steps: li
 def seed_of(example: Example) -> int:
     """The seed of an example's request, so that a method's random draws do not depend on earlier requests."""
     return int.from_bytes(hashlib.sha256(example.id.encode()).digest()[:7])
+
+
+def table_bytes(length: int, vocab_size: int) -> int:
+    """Bytes of float32 log-probabilities over the whole vocabulary at `length` positions."""
+    return 4 * length * vocab_size
+
+
+def kl_divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """KL(reference || other) in nats, float64 [rows].
+
+    Args:
+        reference, other: [rows, vocab] natural log-probabilities.
+    """
+    p, q = reference.astype(np.float64), other.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        terms = np.exp(p) * (p - q)
+    # a -inf of the reference contributes 0; rounding of float32 inputs can make the sum slightly negative
+    return np.maximum(np.where(np.isneginf(p), 0.0, terms).sum(-1), 0.0)
 
 
 def compared(reference: np.ndarray | None, own: np.ndarray | None) -> dict[str, Any]:

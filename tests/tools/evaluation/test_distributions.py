@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distributed_sparse.tools.evaluation.distributions import kl_divergence, table_bytes
+from distributed_sparse.tools.evaluation.session import kl_divergence, table_bytes
 
 
 def logs(*rows: list[float]) -> np.ndarray:
