@@ -52,7 +52,11 @@ Every run went through the engine. Prompts were prefilled densely up to the ques
 def report(configuration: dict[str, Any], suite: Suite, methods: Sequence[Settings], records: Sequence[Record]) -> str:
     """The report in Markdown. `methods`: settings of the runs to show, in addition to dense and the controls."""
     engine, options = configuration["engine"], configuration[suite.name]
-    settings = ", ".join(f"{name}={_option(value)}" for name, value in options.items() if _is_shown(name, value))
+    settings = ", ".join(
+        f"{name}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+        for name, value in options.items()
+        if value not in (None, (), []) and not name.endswith("sha256")
+    )
     parts = [
         f"# {suite.name}: {engine['model']}",
         f"tensor_parallel_size={engine['tensor_parallel_size']}, dtype={engine['dtype']}, device={engine['device']}, "
@@ -108,21 +112,9 @@ def _group_sections(suite: Suite, blocks: list[list[RunSummary]]) -> list[str]:
             first = labelled[0][1]
             parts.append(
                 f"{suite.score_label} by {what}, {first.num_examples} examples and {first.num_tokens} tokens in all\n\n"
-                + table([what, *map(_column, columns)], rows)
+                + table([what, *(f"{key:g}" if isinstance(key, float) else key for key in columns)], rows)
             )
     return [*parts, _table(labelled, ATTENTION_COLUMNS), _table(labelled, ROWS_COLUMNS)]
-
-
-def _is_shown(name: str, value: Any) -> bool:
-    return value not in (None, (), []) and not name.endswith("sha256")
-
-
-def _option(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _column(key: Any) -> str:
-    return f"{key:g}" if isinstance(key, float) else str(key)
 
 
 def _score(estimate: Estimate, suite: Suite, digits: int = 3) -> str:

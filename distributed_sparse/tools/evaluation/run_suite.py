@@ -244,9 +244,9 @@ class Evaluation:
         }
 
     def _trace(self, session: Session, example: Example, results: Results) -> Record:
-        said = self._dense_answer(example, results) if example.max_tokens else ()
+        answer_ids = self._dense_answer(example, results) if example.max_tokens else ()
         steps = None if self.suite.traces_only else self.options.trace_steps
-        return {"example": example.id, "trace": session.trace(example, said, steps)}
+        return {"example": example.id, "trace": session.trace(example, answer_ids, steps)}
 
     def _short_rows(self, settings: Settings, layers: list[int], rows: Sequence[Record]) -> int:
         """Number of (step, layer, KV head) rows of the selecting `layers` whose context is below `min_context`."""

@@ -75,8 +75,8 @@ class Session:
         )
         found = []
         for example, answer in zip(examples, answers):
-            said = answer.token_ids if forced is None else forced[example.id]
-            table = self._compare(example, list(said[:most_compared]))
+            answer_ids = answer.token_ids if forced is None else forced[example.id]
+            table = self._compare(example, list(answer_ids[:most_compared]))
             num_tokens = len(example.token_ids) + len(answer.token_ids) - 1
             found.append(Answered(answer, table, self._pages(num_tokens), len(answer.token_ids)))
         return found, counters
@@ -93,12 +93,12 @@ class Session:
         )
         return found, counters
 
-    def _compare(self, example: Example, said: list[int]) -> np.ndarray | None:
-        """The distributions at the tokens `said` when the prompt and these tokens are fed; None if they do not fit."""
-        token_ids = example.token_ids + said
-        if not said or table_bytes(len(said), self._llm.model_config.vocab_size) > self._table_limit:
+    def _compare(self, example: Example, answer_ids: list[int]) -> np.ndarray | None:
+        """The distributions at the tokens `answer_ids` when the prompt and these tokens are fed; None if they do not fit."""
+        token_ids = example.token_ids + answer_ids
+        if not answer_ids or table_bytes(len(answer_ids), self._llm.model_config.vocab_size) > self._table_limit:
             return None
-        num_decoded = example.num_question_tokens + len(said)
+        num_decoded = example.num_question_tokens + len(answer_ids)
         _, rows = self._score(example, token_ids, num_decoded, range(len(example.token_ids), len(token_ids)))
         self._meter.measure(decode_contexts(len(token_ids), num_decoded))
         return rows
@@ -125,22 +125,22 @@ class Session:
 
     # ---- traces
 
-    def trace(self, example: Example, said: Sequence[int], num_steps: int | None) -> dict[str, Any]:
+    def trace(self, example: Example, answer_ids: Sequence[int], num_steps: int | None) -> dict[str, Any]:
         """Trace decode steps of an example followed by a given answer; see `trace_summary.summarise`.
 
         Args:
-            said: the answer's tokens; the last one is not fed.
+            answer_ids: the answer's tokens; the last one is not fed.
             num_steps: number of traced steps, evenly spread over those that predict a judged or answer token; None: all decode
                 steps.
         """
         # nor is the last judged token fed: there may be no room for the token after it
-        token_ids = example.token_ids[: max(example.positions, default=len(example.token_ids))] + list(said[:-1])
+        token_ids = example.token_ids[: max(example.positions, default=len(example.token_ids))] + list(answer_ids[:-1])
         num_decoded = example.num_question_tokens + len(token_ids) - len(example.token_ids)
         first = len(token_ids) - num_decoded
         steps = list(range(num_decoded))
         if num_steps is not None:
             length = len(example.token_ids)
-            predicting = [p - 1 for p in example.positions] or range(length - 1, length - 1 + len(said))
+            predicting = [p - 1 for p in example.positions] or range(length - 1, length - 1 + len(answer_ids))
             steps = [predicting[i] - first for i in chosen_steps(len(predicting), num_steps)]
         (output,) = self._generate([token_ids], [_greedy(example, 1, num_decoded, steps)])
         return summarise(output.outputs[0].trace or [], self._llm.config.page_size)

@@ -72,7 +72,7 @@ class RecallSuite(Suite):
     def values(self, example: Example, answer: Answer) -> list[float]:
         if not answer.token_ids:
             raise ValueError("recall needs log-probabilities of the whole vocabulary; raise --table-bytes")
-        return [float(said == wanted) for said, wanted in zip(answer.token_ids, example.wanted, strict=True)]
+        return [float(found == wanted) for found, wanted in zip(answer.token_ids, example.wanted, strict=True)]
 
     def score(self, example: Example, answer: Answer) -> dict[str, float]:
         right = self.values(example, answer)
