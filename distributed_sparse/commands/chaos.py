@@ -29,7 +29,7 @@ from distributed_sparse.commands.lifetime import FAILED, TERMINATED, USAGE
 from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.tools.chaos.faults import KINDS, parse_kinds
-from distributed_sparse.tools.chaos.processes import DRIVER, MARK, SHARD, kill_marked, left_after
+from distributed_sparse.tools.chaos.processes import DRIVER, MARK, SHARD, left_after
 from distributed_sparse.tools.chaos.soak import Soak, SoakOptions
 from distributed_sparse.tools.chaos.soak_report import SoakReport, as_dict, as_text, verdict
 from distributed_sparse.tools.common.results import plain
@@ -43,6 +43,7 @@ SPARE_NODES = 1
 """Nodes in addition to one per rank; the rank of a lost node moves there before another node is added."""
 LEAVE_TIMEOUT_S = 20.0
 """Time for processes to end after a shutdown."""
+KILL_TIMEOUT_S = 10.0
 HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 250,
@@ -201,7 +202,7 @@ def _own_ray() -> Iterator[str]:
         try:
             yield mark
         finally:
-            kill_marked(mark)
+            left_after(mark, KILL_TIMEOUT_S, kill=True)
             os.environ.clear()
             os.environ.update(before)
 

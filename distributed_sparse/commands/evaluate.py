@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.evalua
     from distributed_sparse.tools.common.results import Results
 
     try:
-        evaluation, write_plots_too = _prepare(args)
+        evaluation = _prepare(args)
         results = Results(args.output, evaluation.configuration())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -47,18 +47,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.evalua
         except (ValueError, RuntimeError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return FAILED
-        _write(args, evaluation, results, write_plots_too)
+        _write(args, evaluation, results)
     return 0
 
 
-def _prepare(args: argparse.Namespace) -> tuple[Evaluation, bool]:
-    """Check the arguments before any engine is made; return the evaluation, and whether to write plots."""
+def _prepare(args: argparse.Namespace) -> Evaluation:
+    """Make the evaluation; check all arguments before any engine is made."""
     from distributed_sparse.tools.common.figures import check_plots
     from distributed_sparse.tools.evaluation.methods import parse_methods
     from distributed_sparse.tools.evaluation.run_suite import Evaluation, RunOptions
 
-    plots = not args.no_plots
-    if plots:
+    if not args.no_plots:
         check_plots()
     config, _ = load_run_config(args.config, args.set)
     kind = SUITES[args.suite]
@@ -68,10 +67,10 @@ def _prepare(args: argparse.Namespace) -> tuple[Evaluation, bool]:
     if not texts:
         raise ValueError("--methods is missing, and the configuration has no sparse method; write --methods quest,twilight")
     methods = parse_methods(texts, args.budgets, args.sweep, (config.sparse or {}) | suite.forced)
-    return Evaluation(config, suite, methods, RunOptions(**_given(args, RunOptions))), plots
+    return Evaluation(config, suite, methods, RunOptions(**_given(args, RunOptions)))
 
 
-def _write(args: argparse.Namespace, evaluation: Evaluation, results: Results, plots: bool) -> None:
+def _write(args: argparse.Namespace, evaluation: Evaluation, results: Results) -> None:
     """Write the report, plots and `layers:` overrides; print the report."""
     from distributed_sparse.selection.base import SparseConfig
     from distributed_sparse.tools.evaluation.evaluation_plots import write_plots
@@ -82,7 +81,7 @@ def _write(args: argparse.Namespace, evaluation: Evaluation, results: Results, p
     text = report(evaluation.configuration(), suite, evaluation.methods, records)
     written = [results.directory / "report.md"]
     written[0].write_text(text, encoding="utf-8")
-    if plots:
+    if not args.no_plots:
         written += write_plots(results.directory, suite, evaluation.methods, records, evaluation.config.page_size)
     layers_file = getattr(args, "write_layers", None)
     if layers_file:

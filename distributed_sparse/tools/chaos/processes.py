@@ -29,19 +29,12 @@ def marked_processes(mark: str, names: tuple[str, ...] = ("",)) -> dict[int, str
     return found
 
 
-def left_after(mark: str, timeout: float, names: tuple[str, ...] = ("",)) -> dict[int, str]:
-    """Wait up to `timeout` seconds for the `marked_processes` to end; return those that remain."""
+def left_after(mark: str, timeout: float, names: tuple[str, ...] = ("",), kill: bool = False) -> dict[int, str]:
+    """Wait up to `timeout` seconds for the `marked_processes` to end, or kill them; return those that remain."""
     deadline = time.monotonic() + timeout
     while (left := marked_processes(mark, names)) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-    return left
-
-
-def kill_marked(mark: str, timeout: float = 10.0) -> None:
-    """Kill all marked processes; give up after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while (left := marked_processes(mark)) and time.monotonic() < deadline:
-        for pid in left:
+        for pid in left if kill else ():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(POLL_S)
+    return left

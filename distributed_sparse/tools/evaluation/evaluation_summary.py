@@ -128,8 +128,7 @@ def dense_failures(suite: Suite, records: Sequence[Record], groups: Iterable[str
     found = []
     for group in groups:
         rows = [row for unit in of_run(records, "answers", settings_key(DENSE), group) for row in unit["examples"]]
-        for task in dict.fromkeys(row["task"] for row in rows):
-            own = [row for row in rows if row["task"] == task]
+        for task, own in _by(rows, "task").items():
             score, needed = (float(np.mean(floats([of(row) for row in own]))) for of in (_score, lambda row: row.get("needed")))
             if score < needed if suite.higher_is_better else score > needed:
                 score, needed = (math.exp(value) if suite.is_log else value for value in (score, needed))

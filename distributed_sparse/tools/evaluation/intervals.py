@@ -54,7 +54,10 @@ def interval(strata: Sequence[Sequence[np.ndarray]], best: float | None = None) 
     if not values.size or not np.isfinite(values).all():
         return NO_INTERVAL
     if (values == values[0]).all():
-        return _all_alike(float(values[0]), values.size, best)
+        value, reached = float(values[0]), (1 - LEVEL) ** (1 / values.size)
+        if best is not None and value == best:
+            return Interval(reached * best, best)
+        return Interval(0.0, (1 - reached) * best) if best is not None and value == 0 else NO_INTERVAL
     if any(len(units) < 2 for units in strata):
         strata = [every]
     free = len(every) - len(strata)
@@ -70,12 +73,3 @@ def interval(strata: Sequence[Sequence[np.ndarray]], best: float | None = None) 
     outside = NormalDist().cdf(-widened)
     low, high = np.quantile(means, (outside, 1 - outside))
     return Interval(float(low), float(high)) if low < high else NO_INTERVAL  # units with equal sums show no spread
-
-
-def _all_alike(value: float, count: int, best: float | None) -> Interval:
-    reached = (1 - LEVEL) ** (1 / count)
-    if best is not None and value == best:
-        return Interval(reached * best, best)
-    if best is not None and value == 0:
-        return Interval(0.0, (1 - reached) * best)
-    return NO_INTERVAL

@@ -47,17 +47,12 @@ class Meter:
         """
         steps = list(contexts)
         self._context += sum(steps)
-        before, now = self._before, self._read()
+        now = self._read()
+        spent = {name: now[name] - self._before[name] for name in now}
         self._before = now
-        rows = now["rows"] - before["rows"]
+        rows = spent.pop("rows")
         assert rows == len(steps) * now["attended"].size, f"{rows} rows were counted in {len(steps)} decode steps"
-        return Counters(
-            steps=len(steps),
-            context=sum(steps),
-            attended=now["attended"] - before["attended"],
-            rows_sparse=now["rows_sparse"] - before["rows_sparse"],
-            bytes_read=now["bytes_read"] - before["bytes_read"],
-        )
+        return Counters(steps=len(steps), context=sum(steps), **spent)
 
     def _read(self) -> dict[str, Any]:
         model, found = self._llm.model_config, self._llm.stats()["attention"]

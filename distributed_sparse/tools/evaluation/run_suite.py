@@ -115,14 +115,12 @@ class Evaluation:
         All engines share one prefill store, so that each prompt is prefilled once for all methods: the configuration's store,
         else a folder in the results directory that is deleted at the end.
         """
-        given = self.config.prefill_store
-        with nullcontext(given) if given else TemporaryDirectory(prefix="prefill-", dir=results.directory) as folder:
-            self._prefill_store = folder
-            self._run(results)
-
-    def _run(self, results: Results) -> None:
+        given, folder = self.config.prefill_store, results.directory
         groups = list(self.groups)
-        with Progress(unit="units", total=0, line_interval_s=0.0) as progress:
+        with (
+            nullcontext(given) if given else TemporaryDirectory(prefix="prefill-", dir=folder) as self._prefill_store,
+            Progress(unit="units", total=0, line_interval_s=0.0) as progress,
+        ):
             runs: list[tuple[Settings, list[str]]] = [(settings, groups) for settings in (DENSE, *self.methods)]
             progress.total = sum(len(self._units(*run)) for run in runs)
             for settings, of_groups in runs:
