@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.evalua
             with one_ray(evaluation.config), ends_on_sigterm():  # in this order: starting Ray replaces the SIGTERM handler
                 evaluation.run(results)
         except KeyboardInterrupt:
-            print(f"interrupted; the same command goes on from {args.output}", file=sys.stderr)
+            print(f"interrupted; repeat the command to continue from {args.output}", file=sys.stderr)
             return INTERRUPTED
         except (ValueError, RuntimeError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)

@@ -38,14 +38,12 @@ def is_symbol(token: int) -> bool:
 
 def detokenize(token_ids: Iterable[int]) -> str:
     """The text that the tokenizer decodes to, markers included; needs no tokenizer."""
-    pieces = []
-    for token in token_ids:
-        if token < FIRST_SYMBOL:
-            pieces.append(bytes([token]))
-        elif token < BOS:
-            pieces.append(symbol_name(token - FIRST_SYMBOL).encode())
-        else:
-            pieces.append(MARKERS[token].encode())
+    pieces = [
+        bytes([token])
+        if token < FIRST_SYMBOL
+        else (symbol_name(token - FIRST_SYMBOL) if token < BOS else MARKERS[token]).encode()
+        for token in token_ids
+    ]
     return b"".join(pieces).decode(errors="replace")
 
 

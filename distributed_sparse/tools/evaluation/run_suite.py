@@ -227,7 +227,7 @@ class Evaluation:
                     "references": example.references,
                     "num_prompt_tokens": len(example.token_ids),
                     "num_question_tokens": example.num_question_tokens,
-                    "num_output_tokens": found.num_output_tokens,
+                    "num_output_tokens": len(found.answer.token_ids) if example.max_tokens else 0,
                     "pages": found.pages,
                     **compared(reference, found.logprobs),
                 }

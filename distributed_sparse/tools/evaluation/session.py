@@ -26,13 +26,11 @@ class Answered:
         answer: input of the suite's `score`.
         logprobs: float32 [positions, vocab], the distributions that runs are compared by; None if they do not fit into memory.
         pages: pages that the sequence held at its end.
-        num_output_tokens: tokens generated.
     """
 
     answer: Answer
     logprobs: np.ndarray | None
     pages: int
-    num_output_tokens: int
 
 
 class Session:
@@ -78,7 +76,7 @@ class Session:
             answer_ids = answer.token_ids if forced is None else forced[example.id]
             table = self._compare(example, list(answer_ids[:most_compared]))
             num_tokens = len(example.token_ids) + len(answer.token_ids) - 1
-            found.append(Answered(answer, table, self._pages(num_tokens), len(answer.token_ids)))
+            found.append(Answered(answer, table, self._pages(num_tokens)))
         return found, counters
 
     def _judge(self, examples: Sequence[Example]) -> tuple[list[Answered], Counters]:
@@ -87,7 +85,7 @@ class Session:
             logprobs, rows = self._score(example, example.token_ids, example.num_question_tokens, example.positions)
             top = () if rows is None else tuple(rows.argmax(-1).tolist())
             answer = Answer(token_ids=top, logprobs=logprobs.astype(np.float64))
-            found.append(Answered(answer, rows, self._pages(len(example.token_ids)), 0))
+            found.append(Answered(answer, rows, self._pages(len(example.token_ids))))
         counters = self._meter.measure(
             context for e in examples for context in decode_contexts(len(e.token_ids), e.num_question_tokens)
         )
