@@ -54,9 +54,8 @@ def _by_method(runs: Sequence[RunSummary], y: Callable[[RunSummary], float]) -> 
     for run in sorted(runs, key=lambda run: run.density):
         if np.isfinite(y(run)) and np.isfinite(run.density):
             found.setdefault(run.settings["method"], {})[run.run] = run
-    return {
-        method: list(of_method.values()) for method, of_method in sorted(found.items())
-    }  # sorted, so that a method keeps its colour
+    # sorted, so that a method keeps its colour
+    return {method: list(of_method.values()) for method, of_method in sorted(found.items())}
 
 
 def _score(suite: Suite, runs: list[RunSummary]) -> Figure | None:

@@ -56,7 +56,6 @@ class RunSummary:
 
     settings: Settings
     run: str
-    group: str
     num_examples: int = 0
     num_tokens: int = 0
     score: Estimate = UNKNOWN
@@ -120,7 +119,7 @@ def summarise_run(records: Sequence[Record], run: str, group: str) -> RunSummary
         return None
     settings = (answers or traces)[0]["settings"]
     dense_answers, dense_traces = (of_run(records, kind, settings_key(DENSE), group) for kind in ("answers", "trace"))
-    return RunSummary(settings, run, group, **_answers(answers, dense_answers), **_traces(traces, dense_traces))
+    return RunSummary(settings, run, **_answers(answers, dense_answers), **_traces(traces, dense_traces))
 
 
 def dense_failures(suite: Suite, records: Sequence[Record], groups: Iterable[str]) -> list[str]:
