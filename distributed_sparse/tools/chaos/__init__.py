@@ -1,1 +1,1 @@
-"""The soak: random requests under random faults, and a table of what was lost. Run by `python -m launch.chaos`."""
+"""chaos: the soak test (`python -m launch.chaos`), which sends random requests to an engine under random faults."""

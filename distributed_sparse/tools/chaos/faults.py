@@ -1,4 +1,4 @@
-"""faults: what is done to the shards of a soak, and in which order."""
+"""faults: the kinds of faults that a soak injects into shards, their order, and the injector."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ KINDS = {
     "node": "the node of one is removed, and another added later",
 }
 DURING_RECOVERY = ("kill", "kill_all")
-"""What is also done while the engine recovers from another fault."""
+"""Kinds that are also injected while the engine recovers from another fault."""
 
 
 class Nodes(Protocol):
-    """The cluster's nodes that shards live on."""
+    """The cluster nodes that shards run on."""
 
     def remove(self, node_id: str) -> None:
-        """End a node at once, and with it all that runs there."""
+        """Kill a node and all of its processes."""
 
     def add(self) -> None:
-        """A new one; returns when it is up."""
+        """Add a node; return when it is up."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Fault:
     """Seconds since the epoch."""
     during_recovery: bool
     target: str
-    """Processes, or the node, for the reader."""
+    """The killed or stopped processes, or the removed node, for people to read."""
 
 
 def parse_kinds(text: str) -> tuple[str, ...]:
-    """The kinds in "kill,stop".
+    """Parse a list such as "kill,stop".
 
     Raises:
         ValueError: an unknown kind, or none.
@@ -64,13 +64,13 @@ def parse_kinds(text: str) -> tuple[str, ...]:
 
 
 def in_turns(choices: Sequence[T], rng: random.Random) -> Iterator[T]:
-    """Without end: each choice once in random order, then each once again; so a short soak has all of them."""
+    """Yield the choices in random order, each once per round, without end; so a short soak covers all of them."""
     while True:
         yield from rng.sample(choices, len(choices))
 
 
 class Injector:
-    """Injects faults into one engine, whose processes carry a mark (`processes`)."""
+    """Injects faults into one engine, whose processes carry `mark` (see `processes`)."""
 
     def __init__(self, llm: LLM, nodes: Nodes | None, mark: str, rng: random.Random) -> None:
         self._llm = llm
@@ -79,10 +79,10 @@ class Injector:
         self._rng = rng
 
     def inject(self, kind: str, during_recovery: bool = False) -> Fault | None:
-        """Do it; None where there was nothing to do it to: in a recovery there may be no shard for a moment."""
+        """Inject one fault; None if no shard is running, as may happen briefly during a recovery."""
         if kind == "node":
             return self._remove_node(during_recovery)
-        pids = sorted(marked_processes(self._mark, (SHARD,)))  # not stats()["ranks"]: that knows none that still starts
+        pids = sorted(marked_processes(self._mark, (SHARD,)))  # stats()["ranks"] lacks shards that are still starting
         if not pids:
             return None
         if kind != "kill_all":
@@ -99,7 +99,7 @@ class Injector:
         node_id = self._rng.choice(sorted({rank["node_id"] for rank in ranks}))
         at = time.time()
         for rank in ranks:
-            if rank["node_id"] == node_id:  # as with a power cut: not only once it misses its raylet
+            if rank["node_id"] == node_id:  # at once, as in a power cut, not when they miss their raylet
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rank["pid"], signal.SIGKILL)
         self._nodes.remove(node_id)

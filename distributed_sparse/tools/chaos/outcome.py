@@ -1,4 +1,4 @@
-"""outcome: how one request of a soak ended, beside what it gives undisturbed."""
+"""outcome: how one request of a soak ended, compared with its undisturbed run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ COMPLETED, ABORTED, TIMED_OUT, LOST = "completed", "aborted", "timed out", "lost
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request's end.
+    """How one request ended.
 
     Attributes:
-        how: COMPLETED; ABORTED or TIMED_OUT, as it was asked to be; LOST: an error of the engine, or no end at all.
-        differs: its tokens are not the undisturbed run's, or where it was cut short, not their beginning.
-        tokens: received, over all samples.
-        detail: what was wrong, for the reader.
+        how: COMPLETED; ABORTED or TIMED_OUT, as its client requested; LOST: the engine reported an error, or never finished it.
+        differs: its tokens differ from the undisturbed run's, or if it was cut short, from their beginning.
+        tokens: number received, over all samples.
+        detail: what was wrong, for people to read.
     """
 
     how: str
@@ -34,18 +34,18 @@ def judge(
     may_abort: bool = False,
     may_time_out: bool = False,
 ) -> Outcome:
-    """What became of a request.
+    """Classify a request's end and compare its tokens.
 
     Args:
         expected: its undisturbed completions.
-        output: the last that was received of it, None if nothing was.
-        error: what its call raised.
-        may_abort: its client asked for its end; it may have been too late.
+        output: the last output received; None if there was none.
+        error: the exception of its call.
+        may_abort: its client aborted it or left, perhaps too late.
         may_time_out: it had a `timeout_s`.
     """
     if output is None:
-        how = ABORTED if may_abort and error is None else LOST  # left before the first token came
-        return Outcome(how, detail=error or "nothing was received of it")
+        how = ABORTED if may_abort and error is None else LOST  # the client left before the first token
+        return Outcome(how, detail=error or "no output was received")
     tokens = sum(len(completion.token_ids) for completion in output.outputs)
     error = error or output.error
     timed_out = may_time_out and error is not None and error.startswith("timeout_s=")
@@ -53,7 +53,7 @@ def judge(
     if error is not None and not timed_out:
         return Outcome(LOST, tokens=tokens, detail=error)
     if cut_short and not (may_abort or timed_out):
-        return Outcome(LOST, tokens=tokens, detail="it was aborted, and nobody had asked for it")
+        return Outcome(LOST, tokens=tokens, detail="it was aborted without a request to abort")
     how = TIMED_OUT if timed_out else ABORTED if cut_short else COMPLETED
     for right, found in zip(expected, output.outputs):
         difference = difference_of(right, found)
@@ -65,7 +65,7 @@ def judge(
 
 
 def difference_of(expected: CompletionOutput, found: CompletionOutput) -> str | None:
-    """How a completion differs; one that was cut short must be the beginning of what is expected."""
+    """How a completion differs from the expected one, or None; one that was cut short must be its beginning."""
     at = next((i for i, (a, b) in enumerate(zip(expected.token_ids, found.token_ids)) if a != b), None)
     if at is not None:
         return f"token {at} is {found.token_ids[at]}, not {expected.token_ids[at]}"

@@ -1,4 +1,4 @@
-"""Soak: keep a load running, inject faults, wait for each recovery; then see what is lost, differs, or is left behind."""
+"""soak: run a load, inject faults, wait for each recovery, and record lost and differing requests and leaked pages."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
     from distributed_sparse.llm import LLM
 
 CALM_S = (0.5, 4.0)
-"""From a recovery to the next fault."""
+"""Pause from a recovery to the next fault."""
 OVERLAPS = (True, False, False)
-"""Whether a fault is followed by another before the engine has recovered."""
+"""Whether a second fault follows before the engine has recovered; taken in turns."""
 OVERLAP_S = (0.1, 4.0)
-"""How long after the first."""
+"""From the first of two such faults to the second."""
 NEW_NODE_S = (0.0, 4.0)
-"""From the removal of a node until another is added."""
+"""From the removal of a node to the addition of another."""
 NOTICE_S = 1.0
-"""After two faults: until the Driver must have noticed the second, for the engine may already have stood again."""
+"""Time for the Driver to notice a second fault, which may come when the engine has already recovered from the first."""
 RECOVERY_TIMEOUT_S = 180.0
 DRAIN_TIMEOUT_S = 180.0
 PAGES_TIMEOUT_S = 10.0
-"""How long the requests that clients have left may hold their pages."""
+"""How long requests whose clients have left may hold pages."""
 POLL_S = 0.2
 
 
 @dataclass(frozen=True)
 class SoakOptions:
-    """What is asked of a soak."""
+    """Options of a soak."""
 
     minutes: float = 2.0
     seed: int = 0
     kinds: tuple[str, ...] = tuple(KINDS)
     clients: int = 6
     requests: int = 20
-    """Different requests in the pool."""
+    """Number of different requests in the pool."""
 
     def __post_init__(self) -> None:
         for name in ("minutes", "clients", "requests"):
@@ -51,15 +51,15 @@ class SoakOptions:
 
 
 class Soak:
-    """One soak on an engine that stands. Fills its report as it goes on, so that an interrupted one has one, too.
+    """One soak on a running engine. It fills `report` as it runs, so that an interrupted soak has a report too.
 
     Args:
-        llm: the engine, on actors whose processes carry `mark`; nobody else uses it.
-        nodes: where its shards live; None where no node can be removed.
+        llm: the engine, on actors whose processes carry `mark`; used by this soak alone.
+        nodes: the cluster of its shards; None if no node can be removed.
         mark: see `processes`.
-        options: what is asked of it.
-        report: is filled.
-        say: takes a line about each thing that happens.
+        options: duration, faults and load.
+        report: filled in place.
+        say: called with a line about each event.
     """
 
     def __init__(
@@ -72,21 +72,21 @@ class Soak:
         self._say_line = say
         self._rng = random.Random(options.seed)
         self._injector = Injector(llm, nodes, mark, self._rng)
-        self._told = 0
+        self._num_said = 0
         self._began = time.monotonic()
 
     def run(self) -> None:
-        """The whole of it; ends early where the engine does not recover.
+        """Run the soak; ends early if the engine does not recover.
 
         Raises:
-            RuntimeError: the engine could not answer the requests before anything disturbed it.
+            RuntimeError: the engine failed before any fault.
         """
         options, report = self._options, self._report
         pool = make_pool(options.requests, options.seed, self._llm.max_model_len, self._llm.config.max_num_seqs)
         settled = settle(self._llm, pool)
         report.undisturbed, report.ties = len(settled), len(pool) - len(settled)
         if not settled:
-            raise RuntimeError(f"all of the {len(pool)} requests gave other tokens when they were asked again, undisturbed")
+            raise RuntimeError(f"all {len(pool)} requests gave other tokens when repeated without faults")
         self._say(f"undisturbed: {report.undisturbed} requests, {report.ties} left out as ties")
         load = Load(self._llm, settled, options.clients, options.seed)
         self._began = time.monotonic()
@@ -95,7 +95,7 @@ class Soak:
             self._inject_faults(self._began + 60 * options.minutes)
             load.finish(DRAIN_TIMEOUT_S)
             report.seconds = time.monotonic() - self._began
-            self._look_at_the_rest()
+            self._check_pages()
         except RuntimeError as error:
             report.engine_error = str(error)
             load.finish(PAGES_TIMEOUT_S)
@@ -107,14 +107,14 @@ class Soak:
     # ---- faults
 
     def _inject_faults(self, deadline: float) -> None:
-        """Until `deadline` (`time.monotonic`). Raises RuntimeError if the engine does not recover."""
+        """Inject faults until `deadline` (`time.monotonic()`). Raises RuntimeError if the engine does not recover."""
         kinds, overlaps = in_turns(self._options.kinds, self._rng), in_turns(OVERLAPS, self._rng)
         overlapping = [kind for kind in self._options.kinds if kind in DURING_RECOVERY]
         while (pause := self._rng.uniform(*CALM_S)) < deadline - time.monotonic():
             time.sleep(pause)
             fault = self._inject(next(kinds))
             if fault is None:
-                raise RuntimeError("no shard runs")
+                raise RuntimeError("no shard is running")
             overlapped = next(overlaps) and bool(overlapping)
             if overlapped:
                 time.sleep(self._rng.uniform(*OVERLAP_S))
@@ -136,7 +136,7 @@ class Soak:
         return fault
 
     def _recovers(self, fault: Fault) -> bool:
-        """Whether the engine is not yet through with a fault."""
+        """Whether the engine has not yet finished recovering from a fault."""
         self._follow()
         later = [record for record in self._report.recoveries if record["noticed"] >= fault.at]
         return not later or later[-1]["replay_s"] is None
@@ -148,24 +148,24 @@ class Soak:
                 raise RuntimeError(f"{fault.kind} ({fault.target}): no recovery within {RECOVERY_TIMEOUT_S:g} s")
             time.sleep(POLL_S)
 
-    # ---- what the engine says
+    # ---- the engine's stats
 
     def _follow(self) -> dict[str, Any]:
-        """Take in what the engine has recorded of its recoveries."""
+        """Add the engine's new recovery records to the report; return its stats."""
         stats = self._llm.stats()
         records = {record["noticed"]: record for record in (*self._report.recoveries, *stats["recovery_log"])}
         self._report.recoveries = [records[noticed] for noticed in sorted(records)]
         finished = [r for r in self._report.recoveries if r["replay_s"] is not None]
-        for record in finished[self._told :]:
+        for record in finished[self._num_said :]:
             self._say(
                 f"recovered from: {record['cause']}; rebuilt in {record['rebuild_s']:.2f} s ({record['attempts']} attempts), "
                 f"{record['replayed_tokens']} tokens replayed in {record['replay_s']:.2f} s"
             )
-        self._told = len(finished)
+        self._num_said = len(finished)
         return stats
 
-    def _look_at_the_rest(self) -> None:
-        """With nothing asked for any more: pages that are still held."""
+    def _check_pages(self) -> None:
+        """After the last request: wait for all pages to be freed, and record those that are not."""
         deadline = time.monotonic() + PAGES_TIMEOUT_S
         while True:
             stats = self._follow()

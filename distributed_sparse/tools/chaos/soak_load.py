@@ -1,11 +1,11 @@
-"""Load: clients that ask for random requests of a pool, in several ways, until they are told to finish."""
+"""soak_load: clients that send random requests of a pool, in several ways, until `finish` or `stop`."""
 
 from __future__ import annotations
 
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from distributed_sparse.outputs import RequestOutput
 
 WAYS = {"generate": 5, "batch": 2, "stream": 5, "abort": 2, "leave": 2, "timeout": 2}
-"""How often each is taken: `generate` of one prompt or of several; `stream` to its end, until `abort`, or until the client
-leaves; and with a `timeout_s`."""
+"""Weight of each way to send a request: `generate` one prompt or several ("batch"); `stream` to the end, or until the client
+aborts or leaves; `generate` with a `timeout_s`."""
 LOST_PAUSE_S = 1.0
-"""After a lost request, so that an engine that has ended is not asked thousands of times."""
+"""Pause after a lost request, so that a dead engine does not get thousands of requests."""
 
 
 class Load:
-    """Owns the clients' threads, and the outcomes so far.
+    """The client threads and the outcomes so far.
 
     Args:
-        llm: the engine they share.
-        pool: the requests, with what is expected of each.
-        num_clients: how many ask at once.
-        seed: of what each client chooses.
+        llm: the engine that they share.
+        pool: the requests with their expected completions.
+        num_clients: number of threads.
+        seed: of the clients' random choices.
     """
 
     def __init__(self, llm: LLM, pool: Sequence[PooledRequest], num_clients: int, seed: int) -> None:
@@ -42,23 +42,23 @@ class Load:
         self._closed = False
         self._finishing = threading.Event()
         self._threads = [
-            threading.Thread(target=self._ask, args=(random.Random(f"{seed} {number}"),), name=f"client-{number}", daemon=True)
+            threading.Thread(target=self._run, args=(random.Random(f"{seed} {number}"),), name=f"client-{number}", daemon=True)
             for number in range(num_clients)
         ]
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """Of the requests that have ended."""
+        """Outcomes of the requests that have ended."""
         with self._lock:
             return list(self._outcomes)
 
     def start(self) -> None:
-        """Begin to ask."""
+        """Start the clients."""
         for thread in self._threads:
             thread.start()
 
     def finish(self, timeout: float) -> None:
-        """Ask for nothing more, and wait for what is still asked for; what has not ended within `timeout` seconds is lost."""
+        """Send no more requests and wait for those in flight; those that do not end within `timeout` seconds are lost."""
         self._finishing.set()
         deadline = time.monotonic() + timeout
         for thread in self._threads:
@@ -70,81 +70,58 @@ class Load:
             ] * self._in_flight
 
     def stop(self) -> None:
-        """Ask for nothing more, and forget what is still asked for."""
+        """Send no more requests and ignore those in flight."""
         self._finishing.set()
         with self._lock:
             self._closed = True
 
     # ---- one client
 
-    def _ask(self, rng: random.Random) -> None:
-        ways = self._ways()
+    def _run(self, rng: random.Random) -> None:
         while not self._finishing.is_set():
             (way,) = rng.choices(list(WAYS), list(WAYS.values()))
-            outcomes = ways[way](rng)
+            outcomes = self._send(way, rng)
             if any(outcome.how == LOST for outcome in outcomes):
                 self._finishing.wait(LOST_PAUSE_S)
 
-    def _ways(self) -> dict[str, Callable[[random.Random], list[Outcome]]]:
-        return {
-            "generate": self._generate, "batch": self._batch, "stream": self._stream,
-            "abort": self._abort, "leave": self._leave, "timeout": self._time_out,
-        }  # fmt: skip
-
-    def _end(self, outcomes: list[Outcome]) -> list[Outcome]:
+    def _send(self, way: str, rng: random.Random) -> list[Outcome]:
+        """Send one request, or a batch, in one of `WAYS`."""
+        count = rng.randint(2, 4) if way == "batch" else 1
+        with self._lock:
+            self._in_flight += count
+        requests = [rng.choice(self._pool) for _ in range(count)]
+        if way in ("generate", "batch", "timeout"):
+            outcomes = self._generate(requests, rng.uniform(0.05, 5.0) if way == "timeout" else None)
+        else:
+            outcomes = [self._stream(requests[0], way, rng.randint(1, 40) if way != "stream" else None)]
         with self._lock:
             if not self._closed:
-                self._in_flight -= len(outcomes)
+                self._in_flight -= count
                 self._outcomes += outcomes
         return outcomes
 
-    def _begin(self, rng: random.Random, count: int = 1) -> list[PooledRequest]:
-        with self._lock:
-            self._in_flight += count
-        return [rng.choice(self._pool) for _ in range(count)]
-
-    def _generate(self, rng: random.Random) -> list[Outcome]:
-        return self._complete(self._begin(rng))
-
-    def _batch(self, rng: random.Random) -> list[Outcome]:
-        return self._complete(self._begin(rng, rng.randint(2, 4)))
-
-    def _complete(self, asked: list[PooledRequest], timeout_s: float | None = None) -> list[Outcome]:
-        outputs: Sequence[RequestOutput | None] = [None] * len(asked)
+    def _generate(self, requests: list[PooledRequest], timeout_s: float | None) -> list[Outcome]:
+        outputs: Sequence[RequestOutput | None] = [None] * len(requests)
         error = None
         try:
-            params = [replace(one.params, timeout_s=timeout_s) for one in asked]
-            outputs = self._llm.generate([one.prompt_token_ids for one in asked], params, use_tqdm=False)
+            params = [replace(request.params, timeout_s=timeout_s) for request in requests]
+            outputs = self._llm.generate([request.prompt_token_ids for request in requests], params, use_tqdm=False)
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
-        return self._end(
-            [judge(one.expected, output, error, may_time_out=timeout_s is not None) for one, output in zip(asked, outputs)]
-        )
+        may_time_out = timeout_s is not None
+        return [judge(request.expected, output, error, may_time_out=may_time_out) for request, output in zip(requests, outputs)]
 
-    def _time_out(self, rng: random.Random) -> list[Outcome]:
-        return self._complete(self._begin(rng), timeout_s=rng.uniform(0.05, 5.0))
-
-    def _stream(self, rng: random.Random) -> list[Outcome]:
-        return self._follow(self._begin(rng)[0])
-
-    def _abort(self, rng: random.Random) -> list[Outcome]:
-        return self._follow(self._begin(rng)[0], abort_after=rng.randint(1, 40))
-
-    def _leave(self, rng: random.Random) -> list[Outcome]:
-        return self._follow(self._begin(rng)[0], leave_after=rng.randint(1, 40))
-
-    def _follow(self, asked: PooledRequest, abort_after: int | None = None, leave_after: int | None = None) -> list[Outcome]:
-        """Read a stream; abort it, or leave it, once so many updates have come."""
+    def _stream(self, request: PooledRequest, way: str, num_updates: int | None) -> Outcome:
+        """Read a stream; abort or leave it after `num_updates` updates."""
         output, error = None, None
         try:
-            stream = self._llm.stream(asked.prompt_token_ids, asked.params)
+            stream = self._llm.stream(request.prompt_token_ids, request.params)
             for count, update in enumerate(stream, start=1):
                 output = update
-                if count == abort_after:
+                if count == num_updates and way == "abort":
                     self._llm.abort(stream.request_id)
-                if count == leave_after:
+                elif count == num_updates:
                     break
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
-        may_abort = abort_after is not None or leave_after is not None
-        return self._end([judge(asked.expected, output, error, may_abort)])
+        return judge(request.expected, output, error, may_abort=num_updates is not None)

@@ -1,4 +1,4 @@
-"""report: what a soak has seen, as a table for the reader, as JSON for the record, and as a verdict."""
+"""soak_report: the record of a soak, as Markdown tables, as JSON, and as a verdict."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ SHOWN_DETAILS = 5
 
 @dataclass
 class SoakReport:
-    """All that a soak has seen so far; what is None was not looked at."""
+    """The record of a soak so far; None means not measured."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] = ()
-    """The kinds of faults that were asked for."""
+    """The requested kinds of faults."""
     undisturbed: int = 0
-    """Requests of the pool."""
+    """Requests in the pool."""
     ties: int = 0
-    """Requests that were left out of it, since two undisturbed runs differed."""
+    """Requests left out of the pool, since two runs without faults differed."""
     seconds: float = 0.0
-    """Under load."""
+    """Duration of the load."""
     outcomes: list[Outcome] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     recoveries: list[dict[str, Any]] = field(default_factory=list)
-    """`LLM.stats()["recovery_log"]`, all of it, by time."""
+    """All records of `LLM.stats()["recovery_log"]`, by time."""
     engine_error: str | None = None
     """Why the engine did not recover."""
     interrupted: bool = False
     attention: dict[str, int] = field(default_factory=dict)
     """`rows_dense` and `rows_sparse` since the last recovery."""
     leaked_pages: int | None = None
-    """Used or reserved when nothing was asked for any more."""
+    """Pages used or reserved after the last request."""
     leaked_processes: list[str] | None = None
-    """Processes, and placement groups, that were left after the engine's and the cluster's end."""
+    """Processes and placement groups that remained after the engine and the cluster shut down."""
 
 
 @dataclass(frozen=True)
 class FaultTimes:
-    """Of one kind of fault, in seconds; a fault during a recovery has no times of its own.
+    """Times of one kind of fault in seconds; faults injected during a recovery are counted, but have no times.
 
     Attributes:
-        detect: from the fault to the Driver's notice.
-        recover: from the notice until every request stood where it had been, faults during that recovery included.
+        detect: from the fault to its detection by the Driver.
+        recover: from detection until every request has been replayed, including later faults in the same recovery.
     """
 
     kind: str
@@ -62,7 +62,7 @@ class FaultTimes:
 
 
 def fault_times(faults: Sequence[Fault], recoveries: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[FaultTimes]:
-    """One per kind, and one of them all."""
+    """One entry per kind, and one for all of them."""
     found = []
     for kind in (*kinds, ALL):
         own = [fault for fault in faults if kind in (fault.kind, ALL)]
@@ -73,7 +73,7 @@ def fault_times(faults: Sequence[Fault], recoveries: Sequence[dict[str, Any]], k
             later = [record for record in recoveries if record["noticed"] >= fault.at]
             if later:
                 detect.append(later[0]["noticed"] - fault.at)
-            # a replay that another failure cuts off ends with that failure's own
+            # if another failure interrupts a replay, recovery ends with that failure's replay
             ended = next((record for record in later if record["replay_s"] is not None), None)
             if ended is not None:
                 recover.append(ended["noticed"] + ended["rebuild_s"] + ended["replay_s"] - later[0]["noticed"])
@@ -82,7 +82,7 @@ def fault_times(faults: Sequence[Fault], recoveries: Sequence[dict[str, Any]], k
 
 
 def verdict(report: SoakReport) -> list[str]:
-    """Why the soak has failed; empty if it has not. What was not looked at is no success, unless the soak was interrupted."""
+    """Why the soak failed; empty if it passed. Something not measured is a failure, unless the soak was interrupted."""
     wrong = []
     lost = sum(outcome.how == LOST for outcome in report.outcomes)
     differing = sum(outcome.differs for outcome in report.outcomes)
@@ -111,7 +111,7 @@ def verdict(report: SoakReport) -> list[str]:
 
 
 def as_text(report: SoakReport) -> str:
-    """Tables in Markdown, what was wrong in detail, and the verdict."""
+    """Markdown tables, details of what was wrong, and the verdict."""
     times = fault_times(report.faults, report.recoveries, report.kinds)
     head = ["fault", "injected", "in a recovery", "detect p50 s", "max", "recover p50 s", "max"]
     rows = [
@@ -136,7 +136,7 @@ def as_text(report: SoakReport) -> str:
 
 
 def as_dict(report: SoakReport) -> dict[str, Any]:
-    """For JSON: the counts, the times of each kind, every fault and recovery, and each outcome that was wrong."""
+    """The JSON record: counts, times by kind, every fault and recovery, and each wrong outcome."""
     return {
         "settings": report.settings,
         "counts": _counts(report),

@@ -1,4 +1,4 @@
-"""workload: the pool of requests of a soak, and what each of them gives when nothing disturbs it."""
+"""soak_workload: the pool of requests of a soak, and their completions without faults."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 CONTEXT_LENGTHS = (48, 96, 160, 300, 500, 900, 1500, 2500)
 MAX_TOKENS = (4, 24, 64, 128)
 TEMPERATURES = (2.0, 4.0)
-"""The recall model is so sure of its answers that at 1.5 all samples are the same."""
+"""Range of sampling temperatures; at 1.5 all samples of the recall model are still the same."""
 TOKENS_PER_FACT = 12
-"""Prompts are recall questions, with a fact for so many tokens of text."""
+"""Prompts are recall questions; the text has one fact per this many tokens."""
 
 
 @dataclass
 class PooledRequest:
-    """A request that is asked again and again; `expected` holds its undisturbed completions, in index order."""
+    """A request that clients repeat; `expected` holds its undisturbed completions, in index order."""
 
     prompt_token_ids: list[int]
     params: SamplingParams
@@ -32,11 +32,13 @@ class PooledRequest:
 
 
 def make_pool(size: int, seed: int, max_model_len: int, max_num_seqs: int) -> list[PooledRequest]:
-    """Requests for the recall model: long and short prompts, few and many tokens; half of them sampled, up to three samples
-    from one prompt, half greedy, every other one of those up to a stop token. All have a seed, so each has one right answer.
+    """Make requests for the recall model, with short and long prompts and few and many tokens.
+
+    Half are sampled, with up to three samples; half are greedy, and every other greedy one has a stop token. All have a seed,
+    so that each has one right answer.
 
     Raises:
-        ValueError: `max_model_len` has no room for the shortest.
+        ValueError: `max_model_len` is too small for the shortest.
     """
     lengths = [length for length in CONTEXT_LENGTHS if length + max(MAX_TOKENS) <= max_model_len]
     if not lengths:
@@ -65,26 +67,23 @@ def make_pool(size: int, seed: int, max_model_len: int, max_num_seqs: int) -> li
 
 
 def settle(llm: LLM, pool: Sequence[PooledRequest]) -> list[PooledRequest]:
-    """The requests of the pool with their undisturbed completions: those that give the same ones in two other batches.
+    """Run the pool twice in different batches; return the requests whose completions agree, with these as `expected`.
 
-    In float32 a tie between two tokens may fall either way, as the rows beside it in a batch change the last bit.
+    In float32 a tie between two tokens may be resolved either way, since other sequences in the batch change the last bit.
 
     Raises:
-        RuntimeError: the engine could not answer one.
+        RuntimeError: a request ended in an error.
     """
-    orders = [list(pool), list(reversed(pool))]
     runs = []
-    for order in orders:
-        outputs = llm.generate(
-            [list(asked.prompt_token_ids) for asked in order], [asked.params for asked in order], use_tqdm=False
-        )
+    for order in (list(pool), list(reversed(pool))):
+        outputs = llm.generate([list(r.prompt_token_ids) for r in order], [r.params for r in order], use_tqdm=False)
         errors = [output.error for output in outputs if output.error is not None]
         if errors:
             raise RuntimeError(f"undisturbed, {len(errors)} of {len(order)} requests ended in an error: {errors[0]}")
         runs.append(outputs)
     settled = []
-    for asked, first, second in zip(pool, runs[0], reversed(runs[1]), strict=True):
+    for request, first, second in zip(pool, runs[0], reversed(runs[1]), strict=True):
         if [completion.token_ids for completion in first.outputs] == [completion.token_ids for completion in second.outputs]:
-            asked.expected = first.outputs
-            settled.append(asked)
+            request.expected = first.outputs
+            settled.append(request)
     return settled

@@ -1,1 +1,1 @@
-"""What a long run leaves behind: finished units, tables and plots."""
+"""common: what several tools share: load, latencies, results, tables, figures."""

@@ -1,4 +1,4 @@
-"""environment: the machine, versions, commit and command that a result is recorded with."""
+"""environment: the machine, package versions, commit and command recorded with a result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions, git commit and command."""
+    """Machine, package versions, git commit and command, as plain JSON."""
     import torch
 
     program = Path(sys.argv[0]).stem
@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree, "+" behind it if code differs from it; None outside a checkout."""
+    """The source tree's commit, with "+" if tracked files outside results/ and docs/ differ; None outside a checkout."""
     root = Path(__file__).resolve().parents[3]
 
     def git(*arguments: str) -> str:
@@ -44,7 +44,7 @@ def git_commit() -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux gives it."""
+    """The processor's model name from /proc/cpuinfo."""
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor()

@@ -1,4 +1,4 @@
-"""figures: matplotlib figures without a screen. matplotlib is the extra `eval`; nothing here runs without it."""
+"""figures: matplotlib figures without a display; they need the extra `eval`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
 
 
 def check_plots() -> None:
-    """Raise ValueError, with the remedy, where matplotlib is missing."""
+    """Raise ValueError, with the remedy, if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib, which is not installed; run pip install -e '.[eval]', or add --no-plots")
 
 
 def new_figure(width: float = 6.4, height: float = 4.2, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of inches, and its axes side by side."""
+    """Make a figure of `width` x `height` inches with `columns` axes side by side."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")  # no pyplot: it would keep figures and pick a screen
+    figure = Figure(figsize=(width, height), layout="constrained")  # pyplot would keep figures and choose a display
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
 def plain_log_axis(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Make an axis logarithmic, with ticks such as 0.1 0.2 0.5 instead of 10^-1."""
+    """Make an axis logarithmic with plain tick labels, such as 0.1 0.2 0.5."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set(**{f"{which}scale": "log"})

@@ -1,4 +1,4 @@
-"""latency: TTFT, TPOT and ITL of requests from the times at which their tokens arrived; `vllm bench serve`'s definitions."""
+"""latency: TTFT, TPOT and ITL from the arrival times of tokens, defined as in `vllm bench serve`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 
 @dataclass
 class RequestTimes:
-    """One request as its client saw it; times in seconds of one process's `time.monotonic()`.
+    """One request as seen by its client; times are seconds of `time.monotonic()` in one process.
 
     Attributes:
-        sent: just before it was submitted.
-        arrivals: when each update with tokens arrived (one update per token, unless updates were late).
-        token_ids: all tokens.
+        sent: time just before submission.
+        arrivals: time of each update with tokens (one update per token, unless updates were late).
+        token_ids: all output tokens.
         num_prompt_tokens: tokens of its prompt.
     """
 
@@ -27,27 +27,27 @@ class RequestTimes:
 
     @property
     def ttft(self) -> float:
-        """Sent to first token."""
+        """Time to first token: from `sent` to the first token."""
         return self.arrivals[0] - self.sent
 
     @property
     def tpot(self) -> float | None:
-        """First token to last, per token after the first; None with fewer than two tokens."""
+        """Time per output token after the first; None with fewer than two tokens."""
         count = len(self.token_ids)
         return (self.arrivals[-1] - self.arrivals[0]) / (count - 1) if count > 1 else None
 
     @property
     def itl(self) -> list[float]:
-        """The gaps between arrivals."""
+        """Inter-token latencies: the gaps between arrivals."""
         return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:])]
 
 
 def latencies(requests: Sequence[RequestTimes]) -> dict[str, Any]:
-    """What the requests took together.
+    """Latencies and throughput over all requests.
 
     Returns:
-        "ttft_ms", "tpot_ms" (over requests) and "itl_ms" (over all gaps), each {"mean", "median", "p99"}, None where there is
-        none; "duration_s" from the first request sent to the last token; "requests_per_s", "output_tokens_per_s",
+        "ttft_ms", "tpot_ms" (over requests) and "itl_ms" (over all gaps), each {"mean", "median", "p99"}, or None without
+        values; "duration_s" from the first request sent to the last token; "requests_per_s", "output_tokens_per_s",
         "total_tokens_per_s" (prompts included).
     """
     duration = max(request.arrivals[-1] for request in requests) - min(request.sent for request in requests)
@@ -65,7 +65,7 @@ def latencies(requests: Sequence[RequestTimes]) -> dict[str, Any]:
 
 
 def spread_ms(seconds: Sequence[float]) -> dict[str, float] | None:
-    """Mean, median and 99th percentile (linear between neighbours, as numpy's) in ms."""
+    """Mean, median and 99th percentile (numpy's linear interpolation) in ms; None without values."""
     if not seconds:
         return None
     ms = np.asarray(seconds) * 1e3

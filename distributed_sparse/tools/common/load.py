@@ -1,4 +1,4 @@
-"""load: requests sent to an engine, so many in flight at a time, by one thread."""
+"""load: send requests to an engine from one thread, with a fixed number in flight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Arrivals(Updates):
-    """Updates with the times at which they arrived, taken on the receiver's thread: reading them late changes nothing."""
+    """Updates with their arrival times, taken on the receiver's thread, so that late reading does not change them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Arrivals(Updates):
         super().put(update)
 
     def next(self) -> tuple[float, RequestUpdate]:
-        """The next update and when it arrived; waits for it."""
+        """Wait for the next update; return its arrival time and the update."""
         update = self.get()
         return self._times.get(), update
 
@@ -38,13 +38,13 @@ def send(
     concurrency: int,
     on_update: Callable[[int, RequestUpdate], None] | None = None,
 ) -> list[RequestTimes]:
-    """Run all requests, `concurrency` of them at a time; what each of them got, in their order.
+    """Run all requests, `concurrency` at a time; return their times and tokens in the given order.
 
     Args:
-        on_update: told each update, with its request's number in the list.
+        on_update: called with (index of the request, update).
 
     Raises:
-        EngineError: the engine refused or failed one; the others are aborted.
+        EngineError: the engine refused or failed a request; the others are aborted.
     """
     numbers = {request.request_id: number for number, request in enumerate(requests)}
     found: dict[int, RequestTimes] = {}

@@ -1,4 +1,4 @@
-"""margin: by how much a token was chosen. Equal computations in another order may choose otherwise only where it is tiny."""
+"""margin: score difference of the best two tokens. Summation order may change the chosen token only if it is tiny."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.shard.sampler import Draws, gumbel, mask_logits
 
 TIE = 1e-4
-"""In float32 a margin below it is a tie: GEMMs and all-reduces sum in other orders at another number of ranks."""
+"""Margins below this are ties in float32: GEMMs and all-reduces sum in another order at another number of ranks."""
 
 
 def relative_margin(logits: Tensor, params: SamplingParams, sample_index: int, position: int) -> float:
-    """Distance of the two best scores, Gumbel noise included when sampling, over the logits' standard deviation.
+    """Difference of the best two scores, with Gumbel noise if sampling, over the logits' standard deviation.
 
     Args:
-        logits: float32 [V], or log-probabilities, which differ from them by a constant.
+        logits: float32 [V], or log-probabilities, which differ by a constant.
         params: greedy, or with a seed.
-        sample_index: of the request's samples.
-        position: of the token that was chosen, in its sequence.
+        sample_index: index of the sample within its request.
+        position: of the chosen token in its sequence.
     """
     scores = logits[None]
     if not params.greedy:
-        assert params.seed is not None, "without a seed nobody knows the noise"
+        assert params.seed is not None, "the noise is reproducible only with a seed"
         setup = SlotSetup(
             slot=0,
             prompt_length=1,
@@ -45,7 +45,7 @@ def relative_margin(logits: Tensor, params: SamplingParams, sample_index: int, p
 
 
 def first_difference(expected: list[int], found: list[int]) -> int | None:
-    """Index of the first token that differs; None where all are equal."""
+    """Index of the first token that differs; None if the lists are equal."""
     if expected == found:
         return None
     pairs = zip(expected, found)

@@ -1,4 +1,4 @@
-"""Results: what a long run has finished, one JSON line per unit of work, so that an interrupted one can go on."""
+"""results: the finished units of a long run, one JSON line each, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Record = dict[str, Any]
 
 
 class Results:
-    """The directory of one run. It owns `results.jsonl`; one process at a time.
+    """The directory of one run; `results.jsonl` in it is locked, so that one process at a time writes.
 
     Args:
-        directory: is made where there is none.
-        configuration: what decides on the numbers, plain JSON; a directory of another one is refused.
+        directory: created if it does not exist.
+        configuration: everything that the numbers depend on, plain JSON; it must equal that of the existing directory.
 
     Raises:
-        ValueError: the directory belongs to another configuration or another process, or holds a line that is no JSON.
+        ValueError: the directory has another configuration, another process uses it, or a line is not JSON.
     """
 
     def __init__(self, directory: str | Path, configuration: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ class Results:
             if there.get(name) != here.get(name):
                 raise ValueError(
                     f"{self.directory} holds results of {name}={shown(there.get(name))}, and this run has "
-                    f"{name}={shown(here.get(name))}; give another --output, or the same settings to go on"
+                    f"{name}={shown(here.get(name))}; give another --output, or the same settings to continue"
                 )
 
     def _read(self) -> list[Record]:
@@ -69,7 +69,7 @@ class Results:
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            logger.warning("%s ends in half a line, which is dropped; its unit is run again", self.directory / RESULTS)
+            logger.warning("%s ends in half a line, which is dropped; its unit will be run again", self.directory / RESULTS)
             self._file.truncate(whole)
         records = []
         for number, line in enumerate(content[:whole].decode().splitlines(), 1):
@@ -83,15 +83,15 @@ class Results:
         return key in self.records
 
     def append(self, record: Record) -> None:
-        """Keep one finished unit, named by its "key"; it is on disk when this returns."""
+        """Write one finished unit, identified by its "key"; it is on disk when this returns."""
         line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.records[record["key"]] = json.loads(line)  # as a later run will read it
+        self.records[record["key"]] = json.loads(line)  # as a later run reads it
 
     def save_reference(self, key: str, logprobs: np.ndarray) -> None:
-        """Keep an array that later runs are compared with."""
+        """Write an array that later runs are compared with."""
         path = self._reference(key)
         path.parent.mkdir(exist_ok=True)
         written = path.with_suffix(".tmp")
@@ -100,7 +100,7 @@ class Results:
         written.replace(path)
 
     def reference(self, key: str) -> np.ndarray | None:
-        """An array that was kept, or None."""
+        """Read the array of `save_reference`; None if there is none."""
         path = self._reference(key)
         return np.load(path, allow_pickle=False) if path.exists() else None
 
@@ -118,10 +118,10 @@ class Results:
 
 
 def plain(value: Any, digits: int | None = 6) -> Any:
-    """The value in types that JSON has: arrays as lists, what is not finite as None.
+    """Convert a value to JSON types: arrays become lists, and nan and infinity None.
 
     Args:
-        digits: significant ones of a float; None: all.
+        digits: significant digits of floats; None: all.
     """
     if isinstance(value, dict):
         return {str(key): plain(item, digits) for key, item in value.items()}
@@ -139,7 +139,7 @@ def plain(value: Any, digits: int | None = 6) -> Any:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots."""
+    """Flatten nested mappings; keys are joined by dots."""
     if not isinstance(value, dict):
         return {prefix: value}
     found: dict[str, Any] = {}

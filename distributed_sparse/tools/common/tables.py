@@ -1,4 +1,4 @@
-"""Markdown tables, and numbers in them."""
+"""tables: Markdown tables, and the numbers in them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
+    """A Markdown table; the first column is aligned left, the others right."""
     rule = [":--", *("--:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (head, rule, *rows))
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number with so many digits behind the point; a dash where there is none."""
+    """A number with `digits` decimals; "-" for nan."""
     if math.isnan(value):
         return "-"
     return "inf" if math.isinf(value) else f"{value:.{digits}f}"
 
 
 def small(value: float) -> str:
-    """A number that may be very small."""
+    """A number with four decimals, or in scientific notation if it is below 1e-3."""
     return number(value, 4) if math.isnan(value) or math.isinf(value) or value >= 1e-3 or value == 0 else f"{value:.1e}"
 
 

@@ -1,1 +1,1 @@
-"""Tasks that tell whether a sparse method still finds what the answer needs."""
+"""evaluation: task suites that compare sparse methods with dense attention."""

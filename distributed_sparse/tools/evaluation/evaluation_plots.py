@@ -1,11 +1,11 @@
-"""PNG plots of an evaluation. matplotlib is the extra `eval`; nothing here runs without it."""
+"""evaluation_plots: PNG plots of an evaluation; they need the extra `eval` (matplotlib)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,14 +19,13 @@ from distributed_sparse.tools.evaluation.suite import Suite
 from distributed_sparse.trace import MASSES
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 def write_plots(
     directory: Path, suite: Suite, methods: Sequence[Settings], records: Sequence[Record], page_size: int
 ) -> list[Path]:
-    """Every plot that the records allow, by group; the files."""
+    """Write every plot for which there are records, by group; return the files."""
     written = []
     for group in dict.fromkeys(record["group"] for record in records):
         runs = [run for block in summarise_group(records, methods, group, page_size) for run in block]
@@ -49,22 +48,18 @@ def write_plots(
     return written
 
 
-def _whole_numbers(axes: Axes, axis: Literal["both", "x"]) -> None:
-    """Ticks at layers and heads only."""
-    axes.locator_params(axis=axis, integer=True)
-
-
 def _by_method(runs: Sequence[RunSummary], y: Callable[[RunSummary], float]) -> dict[str, list[RunSummary]]:
-    """The runs in which `y` was measured, none twice, by method in the order of their density."""
+    """The distinct runs in which `y` was measured, by method, sorted by density."""
     found: dict[str, dict[str, RunSummary]] = {}
     for run in sorted(runs, key=lambda run: run.density):
         if np.isfinite(y(run)) and np.isfinite(run.density):
             found.setdefault(run.settings["method"], {})[run.run] = run
-    return {method: list(of_method.values()) for method, of_method in sorted(found.items())}  # so colours repeat
+    # sorted, so that a method keeps its colour
+    return {method: list(of_method.values()) for method, of_method in sorted(found.items())}
 
 
 def _score(suite: Suite, runs: list[RunSummary]) -> Figure | None:
-    """Score against density, a line for each method."""
+    """Score over density, a line for each method."""
     by_method = _by_method(runs, lambda run: run.score.mean)
     if not by_method:
         return None
@@ -79,7 +74,7 @@ def _score(suite: Suite, runs: list[RunSummary]) -> Figure | None:
 
 
 def _agreement(runs: list[RunSummary], own: set[str]) -> Figure | None:
-    """Top-1 agreement with dense against bytes read over dense's, with intervals; the methods' own runs are named."""
+    """Top-1 agreement with dense over the share of dense's bytes, with intervals; the methods' own runs are labelled."""
     by_method = _by_method(runs, lambda run: run.top1.mean)
     if not by_method:
         return None
@@ -119,7 +114,7 @@ def _density(runs: list[RunSummary]) -> Figure | None:
         image = axes.imshow(density, vmin=0, vmax=1, aspect="auto", origin="lower", cmap="viridis")
         axes.set_title(name, fontsize=8)
         axes.set(xlabel="KV head", ylabel="layer")
-        _whole_numbers(axes, "both")
+        axes.locator_params(integer=True)
     figure.colorbar(image, ax=places, label="density")
     return figure
 
@@ -133,13 +128,13 @@ def _mass(runs: list[RunSummary]) -> Figure | None:
     for name, mass in shown:
         axes.plot(mass, marker="o", label=name)
     axes.set(xlabel="layer", ylabel="captured softmax mass", ylim=(0, 1.05))
-    _whole_numbers(axes, "x")
+    axes.locator_params(axis="x", integer=True)
     axes.legend(fontsize=8)
     return figure
 
 
 def _tokens(records: Sequence[Record], group: str) -> Figure | None:
-    """Tokens that hold a mass, by layer: mean over heads and steps, and the range of the heads' means."""
+    """Tokens that hold a share of the mass, by layer: mean over heads and steps, and the range of the heads' means."""
     needed = tokens_needed(records, group)
     if needed is None:
         return None
@@ -151,13 +146,13 @@ def _tokens(records: Sequence[Record], group: str) -> Figure | None:
         axes.fill_between(layers, of_heads.min(1), of_heads.max(1), alpha=0.15, color=line.get_color())
     axes.set(xlabel="layer", ylabel="tokens needed (band: from head to head)")
     plain_log_axis(axes, "y")
-    _whole_numbers(axes, "x")
+    axes.locator_params(axis="x", integer=True)
     axes.legend(fontsize=8)
     return figure
 
 
 def _error(records: Sequence[Record], methods: Sequence[Settings], group: str) -> Figure | None:
-    """Error against entropy, a cloud for each run."""
+    """Error over entropy, a scatter plot for each run."""
     figure, (axes,) = new_figure()
     dense = of_run(records, "trace", settings_key(DENSE), group)
     for settings in methods:

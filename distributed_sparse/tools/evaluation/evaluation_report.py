@@ -1,9 +1,9 @@
-"""The report: an evaluation's results as Markdown tables, each method with its controls at equal density."""
+"""evaluation_report: an evaluation's results as Markdown tables, each method with its controls at equal density."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distributed_sparse.tools.common.results import Record
@@ -22,37 +22,41 @@ from distributed_sparse.tools.evaluation.profile_report import profile_sections
 from distributed_sparse.tools.evaluation.suite import Suite
 
 REACHED = 0.95
-"""Share of right answers at which a recall budget is enough."""
+"""Share of right answers at which a recall budget suffices."""
 
 LEGEND = """\
 Every run went through the engine. Prompts were prefilled densely up to the question; the question's tokens (at most
 {question}) and the answer's were decoded one by one, so the method read the question too.
 
 - examples, tokens: prompts, and their tokens that were judged or generated. In brackets: 95% bootstrap intervals over
-  {units}, resampled within each task or text: what others of the same tasks and texts may give.
-  Where all numbers are 0, or all are the best, the interval is the rule of three's.
+  {units}, resampled within each task or text; they cover other examples of the same tasks and texts.
+  If all numbers are 0, or all are the best possible, the interval is the rule of three's.
 - against dense: {change}, on the same {pairs}.
-- bytes / dense: K, V and metadata that a decode step reads, over those of the dense run's steps (the engine's own count).
-- top-1: how often the most likely token is the dense run's; KL: KL(dense || run) of the next-token distribution in nats; both
-  after the same tokens in both runs.
-- density: tokens attended / tokens in context, in the layers that select; attended: tokens per row (step, layer, KV head)
+- bytes / dense: K, V and metadata that a decode step reads, relative to the dense run (the engine's counters).
+- top-1: share of positions with the dense run's most likely token; KL: KL(dense || run) of the next-token distribution in
+  nats; both runs are given the same tokens.
+- density: tokens attended / tokens in context, in the layers that select; attended: tokens per (step, layer, KV head) row
   there.
-- held: KV bytes, and bytes of what the method keeps beside them, of the pages of the longest example's sequence; read: bytes
-  of K, V and metadata per decode step of one sequence. Over all ranks and layers, MB = 10^6 bytes.
+- held: bytes of KV, and of the method's metadata, in the pages of the longest example's sequence; read: bytes of K, V and
+  metadata per decode step of one sequence. Over all ranks and layers, MB = 10^6 bytes.
 - error: relative L2 error of a head's attention output against dense over the same cache, mean / 90th percentile; mass:
   softmax mass that was read, mean / 10th percentile. Of traced steps, over the query heads of the layers that select;
-  heads whose dense output is zero but for rounding have no error.
+  heads whose dense output is zero up to rounding have no error.
 - sparse rows, and why the others were dense: the layer is dense (`dense_layers`, `layers`), the context is below
-  `min_context`, or the row read its whole context (the budget covers it, or the method chose all of it). Shares of all rows.
-- Rows that begin with `=` are controls with the token budget that the run above them attended on average.
+  `min_context`, or the row read its whole context (the budget covers it, or the method selected all of it). Shares of all rows.
+- Lines that begin with `=` are controls; their token budget is what the run above them attended on average.
 - `-`: not measured (evicting methods cannot be traced; for KL, log-probabilities of the whole vocabulary must fit into
   memory), or no interval."""
 
 
 def report(configuration: dict[str, Any], suite: Suite, methods: Sequence[Settings], records: Sequence[Record]) -> str:
-    """The Markdown text. `methods`: settings of the runs to show, beside dense and their controls."""
+    """The report in Markdown. `methods`: settings of the runs to show, in addition to dense and the controls."""
     engine, options = configuration["engine"], configuration[suite.name]
-    settings = ", ".join(f"{name}={_option(value)}" for name, value in options.items() if _is_shown(name, value))
+    settings = ", ".join(
+        f"{name}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+        for name, value in options.items()
+        if value not in (None, (), []) and not name.endswith("sha256")
+    )
     parts = [
         f"# {suite.name}: {engine['model']}",
         f"tensor_parallel_size={engine['tensor_parallel_size']}, dtype={engine['dtype']}, device={engine['device']}, "
@@ -60,28 +64,25 @@ def report(configuration: dict[str, Any], suite: Suite, methods: Sequence[Settin
     ]
     if suite.traces_only:
         return "\n\n".join([*parts, *profile_sections(methods, records)]) + "\n"
-    groups = list(dict.fromkeys(record["group"] for record in records))
     page_size = engine["page_size"]
     sections, question = [], 0
-    for group in groups:
+    for group in dict.fromkeys(record["group"] for record in records):
         blocks = summarise_group(records, methods, group, page_size)
         question = max([question, *(run.question_tokens for block in blocks for run in block)])
         sections += [f"## {group}", *(f"**{failure}**" for failure in dense_failures(suite, records, [group]))]
         sections += _group_sections(suite, blocks)
         sections += _missing_controls(records, blocks, group, page_size)
-    return "\n\n".join([*parts, _legend(suite, question), *sections]) + "\n"
-
-
-def _legend(suite: Suite, question: int) -> str:
     units = {0: "examples", 1: "judged positions"}.get(suite.block, f"blocks of {suite.block} judged positions")
-    change = f"{suite.score_label} over the dense run's, less one" if suite.is_log else "score less the dense run's"
-    return LEGEND.format(question=question, units=units, change=change, pairs="positions" if suite.block else "examples")
+    change = f"{suite.score_label} over the dense run's, minus one" if suite.is_log else "score minus the dense run's"
+    pairs = "positions" if suite.block else "examples"
+    legend = LEGEND.format(question=question, units=units, change=change, pairs=pairs)
+    return "\n\n".join([*parts, legend, *sections]) + "\n"
 
 
 def summarise_group(
     records: Sequence[Record], methods: Sequence[Settings], group: str, page_size: int
 ) -> list[list[RunSummary]]:
-    """The dense run, then each method followed by its controls; runs that are not there are left out."""
+    """The dense run, then each method followed by its controls; runs without records are left out."""
     dense = summarise_run(records, settings_key(DENSE), group)
     blocks = [[dense]] if dense else []
     for settings in methods:
@@ -101,103 +102,82 @@ def _wanted_controls(records: Sequence[Record], settings: Settings, group: str, 
 
 def _group_sections(suite: Suite, blocks: list[list[RunSummary]]) -> list[str]:
     labelled = [(f"{'= ' if place else ''}{run.label}", run) for block in blocks for place, run in enumerate(block)]
-    parts = [_quality_table(suite, labelled), *gains(suite, blocks)]
+    parts = [_table(labelled, _quality_columns(suite)), *gains(suite, blocks)]
     if suite.name == "recall":
         parts.append(_smallest_budgets(blocks))
     for what, of in (("task", lambda run: run.task_scores), ("depth", lambda run: run.depth_scores)):
         columns = list(dict.fromkeys(key for _, run in labelled for key in of(run)))
         if len(columns) > 1:
-            rows = [[name, *(_estimate(of(run).get(key, UNKNOWN), suite, 1) for key in columns)] for name, run in labelled]
+            rows = [[name, *(_score(of(run).get(key, UNKNOWN), suite, 1) for key in columns)] for name, run in labelled]
             first = labelled[0][1]
             parts.append(
                 f"{suite.score_label} by {what}, {first.num_examples} examples and {first.num_tokens} tokens in all\n\n"
-                + table([what, *map(_column, columns)], rows)
+                + table([what, *(f"{key:g}" if isinstance(key, float) else key for key in columns)], rows)
             )
-    return [*parts, _attention_table(labelled), _rows_table(labelled)]
+    return [*parts, _table(labelled, ATTENTION_COLUMNS), _table(labelled, ROWS_COLUMNS)]
 
 
-def _is_shown(name: str, value: Any) -> bool:
-    return value not in (None, (), []) and not name.endswith("sha256")
-
-
-def _option(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _column(key: Any) -> str:
-    return f"{key:g}" if isinstance(key, float) else str(key)
-
-
-def _estimate(estimate: Estimate, suite: Suite, digits: int = 3) -> str:
-    """A score with its interval, as a table shows it."""
-    mean, low, high = (math.exp(value) if suite.is_log else value for value in (estimate.mean, *estimate.interval))
-    digits = 2 if suite.is_log else digits
-    return _bracketed(number(mean, digits), number(low, digits), number(high, digits))
+def _score(estimate: Estimate, suite: Suite, digits: int = 3) -> str:
+    """A score with its interval."""
+    return _bracketed(estimate, lambda value: number(math.exp(value), 2) if suite.is_log else number(value, digits))
 
 
 def _change(estimate: Estimate, suite: Suite) -> str:
-    if suite.is_log:
-        mean, low, high = (100 * math.expm1(value) for value in (estimate.mean, *estimate.interval))
-        return _bracketed(*(f"{value:+.1f}%" if math.isfinite(value) else number(value) for value in (mean, low, high)))
-    mean, low, high = estimate.mean, *estimate.interval
-    return _bracketed(*(f"{value:+.3f}" if math.isfinite(value) else number(value) for value in (mean, low, high)))
+    """A difference from the dense run with its interval, signed; in per cent if the score is a logarithm."""
+
+    def shown(value: float) -> str:
+        if not math.isfinite(value):
+            return number(value)
+        return f"{100 * math.expm1(value):+.1f}%" if suite.is_log else f"{value:+.3f}"
+
+    return _bracketed(estimate, shown)
 
 
-def _bracketed(mean: str, low: str, high: str) -> str:
+def _bracketed(estimate: Estimate, shown: Callable[[float], str]) -> str:
+    mean, low, high = map(shown, (estimate.mean, *estimate.interval))
     return mean if low == "-" else f"{mean} [{low}, {high}]"
 
 
-def _quality_table(suite: Suite, labelled: list[tuple[str, RunSummary]]) -> str:
-    head = ["run", "examples", "tokens", suite.score_label, "against dense", "bytes / dense", "top-1", "KL"]
-    rows = []
-    for name, run in labelled:
-        # a run that read all of every context is dense attention itself: nothing about it is an estimate
-        top1, kl, change = (Estimate(of.mean) if run.sparse_share == 0 else of for of in (run.top1, run.kl, run.change))
-        rows.append(
-            [
-                name,
-                str(run.num_examples),
-                str(run.num_tokens),
-                _estimate(run.score, suite),
-                "-" if run.settings == DENSE else _change(change, suite),
-                number(run.read_share),
-                _bracketed(*(number(value) for value in (top1.mean, *top1.interval))),
-                _bracketed(*(small(value) for value in (kl.mean, *kl.interval))),
-            ]
-        )
-    return table(head, rows)
+def _table(labelled: list[tuple[str, RunSummary]], columns: dict[str, Callable[[RunSummary], str]]) -> str:
+    """A table with one line per run; `columns`: heading -> cell of a run."""
+    rows = [[name, str(run.num_examples), *(cell(run) for cell in columns.values())] for name, run in labelled]
+    return table(["run", "examples", *columns], rows)
 
 
-def _attention_table(labelled: list[tuple[str, RunSummary]]) -> str:
-    head = ["run", "examples", "density", "attended", "held KV MB", "held metadata MB", "read MB / step", "error", "mass"]
-    rows = [
-        [
-            name,
-            str(run.num_examples),
-            number(run.density),
-            number(run.attended, 0),
-            megabytes(run.held_kv),
-            megabytes(run.held_metadata),
-            megabytes(run.read_per_step),
-            f"{small(run.error)} / {small(run.error_p90)}",
-            f"{number(run.mass)} / {number(run.mass_p10)}",
-        ]
-        for name, run in labelled
-    ]
-    return table(head, rows)
+def _quality_columns(suite: Suite) -> dict[str, Callable[[RunSummary], str]]:
+    def compared(run: RunSummary, estimate: Estimate) -> Estimate:
+        # a run that read every context entirely is dense attention itself, so it has no interval
+        return Estimate(estimate.mean) if run.sparse_share == 0 else estimate
+
+    return {
+        "tokens": lambda run: str(run.num_tokens),
+        suite.score_label: lambda run: _score(run.score, suite),
+        "against dense": lambda run: "-" if run.settings == DENSE else _change(compared(run, run.change), suite),
+        "bytes / dense": lambda run: number(run.read_share),
+        "top-1": lambda run: _bracketed(compared(run, run.top1), number),
+        "KL": lambda run: _bracketed(compared(run, run.kl), small),
+    }
 
 
-def _rows_table(labelled: list[tuple[str, RunSummary]]) -> str:
-    head = ["run", "examples", "sparse rows", "dense: layer", "dense: min_context", "dense: whole context read"]
-    rows = []
-    for name, run in labelled:
-        shares = run.dense_shares or dict.fromkeys(("sparse", "layers", "short", "whole"), math.nan)
-        rows.append([name, str(run.num_examples), *(number(shares[key]) for key in ("sparse", "layers", "short", "whole"))])
-    return table(head, rows)
+ATTENTION_COLUMNS: dict[str, Callable[[RunSummary], str]] = {
+    "density": lambda run: number(run.density),
+    "attended": lambda run: number(run.attended, 0),
+    "held KV MB": lambda run: megabytes(run.held_kv),
+    "held metadata MB": lambda run: megabytes(run.held_metadata),
+    "read MB / step": lambda run: megabytes(run.read_per_step),
+    "error": lambda run: f"{small(run.error)} / {small(run.error_p90)}",
+    "mass": lambda run: f"{number(run.mass)} / {number(run.mass_p10)}",
+}
+ROWS_COLUMNS: dict[str, Callable[[RunSummary], str]] = {
+    "sparse rows": lambda run: number(run.dense_shares.get("sparse", math.nan)),
+    "dense: layer": lambda run: number(run.dense_shares.get("layers", math.nan)),
+    "dense: min_context": lambda run: number(run.dense_shares.get("short", math.nan)),
+    "dense: whole context read": lambda run: number(run.dense_shares.get("whole", math.nan)),
+}
 
 
 def _missing_controls(records: Sequence[Record], blocks: list[list[RunSummary]], group: str, page_size: int) -> list[str]:
-    """A line for each method whose controls were not run, all or some of them, and why."""
+    """A line for each method some of whose controls were not run, with the reason."""
     lines = []
     for own, *controls in blocks:
         if own.settings["method"] == "dense":
@@ -214,7 +194,7 @@ def _missing_controls(records: Sequence[Record], blocks: list[list[RunSummary]],
 
 
 def gains(suite: Suite, blocks: list[list[RunSummary]]) -> list[str]:
-    """A line for each adaptive method: what it gains over Quest at equal density, a loss with its sign."""
+    """A line for each adaptive method: its gain over Quest at equal density, negative for a loss."""
     lines = []
     for own, *controls in blocks:
         quest = next((run for run in controls if run.settings["method"] == "quest"), None)

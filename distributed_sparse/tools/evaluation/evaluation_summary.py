@@ -1,4 +1,4 @@
-"""RunSummary: the units of one run and one group as the numbers of one table row."""
+"""evaluation_summary: the records of one run and group as the numbers of one table row (`RunSummary`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distributed_sparse.tools.evaluation.suite import Suite
 NAN = math.nan
 DENSE: Settings = {"method": "dense"}
 NOISE = 0.05
-"""Relative error of dense attention itself above which an output is rounding noise; bfloat16's is below .01."""
+"""If dense attention's own relative error exceeds this, the output is rounding noise; bfloat16's error is below .01."""
 
 
 @dataclass(frozen=True)
@@ -33,30 +33,29 @@ UNKNOWN = Estimate()
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run of one group; nan where a number was not measured.
+    """One run of one group; nan means not measured.
 
     Attributes:
-        num_examples, num_tokens: examples, and tokens that were judged or generated.
+        num_examples, num_tokens: examples, and their judged or generated tokens.
         score: mean over the tasks of each task's mean.
-        change: the same of the score less the dense run's, position by position or example by example.
-        task_scores: by task, where examples have one.
-        depth_scores: depth -> mean score, where examples have one.
+        change: the same of the differences from the dense run's score, paired by position or example.
+        task_scores: by task, if examples have one.
+        depth_scores: by depth, if examples have one.
         density: tokens attended over tokens in context, mean over the layers that select.
         layer_density: float64 [layers, kv_heads].
-        attended: mean tokens per row of the layers that select.
+        attended: mean tokens per (step, layer, KV head) row of the layers that select.
         sparse_share: share of those layers' rows that read less than their context.
-        dense_shares: why the other rows of all layers read the whole context: {"layers": the layer is dense, "short": the
-            context is below min_context, "whole": the budget covers the context, or the method chose all of it}, and "sparse".
+        dense_shares: shares of all layers' rows: "sparse", and those that read the whole context because the layer is dense
+            ("layers"), the context is below min_context ("short"), or the budget covers it or all was selected ("whole").
         held_kv, held_metadata: bytes that the longest example's sequence holds, over all ranks.
-        read_per_step: bytes that one sequence's decode step reads, over all ranks.
-        read_share: of the bytes that the dense run's steps read.
+        read_per_step: bytes that a decode step of one sequence reads, over all ranks.
+        read_share: `read_per_step` over the dense run's.
         error, error_p90, mass, mass_p10: relative L2 error and captured softmax mass per query head in the layers that select.
-        kl, top1: against the dense run: nats, and share of equal most likely tokens; `compared` positions.
+        kl, top1: compared with the dense run at `compared` positions: nats, and share of equal most likely tokens.
     """
 
     settings: Settings
     run: str
-    group: str
     num_examples: int = 0
     num_tokens: int = 0
     score: Estimate = UNKNOWN
@@ -88,12 +87,12 @@ class RunSummary:
 
 
 def of_run(records: Iterable[Record], kind: str, run: str, group: str) -> list[Record]:
-    """The units of one kind of a run's group."""
+    """The records of one kind ("answers", "trace") of a run and group."""
     return [r for r in records if (r["kind"], r["run"], r["group"]) == (kind, run, group)]
 
 
 def attended_of(records: Iterable[Record], run: str, group: str) -> float | None:
-    """Mean tokens per row that a run attended in the layers that select; None where it was dense, or is not there."""
+    """Mean tokens per row that a run attended in the layers that select; None if it read everything, or has no records."""
     units = of_run(records, "answers", run, group)
     if not units:
         return None
@@ -114,22 +113,21 @@ def _attention(units: Sequence[Record]) -> tuple[int, int, int]:
 
 
 def summarise_run(records: Sequence[Record], run: str, group: str) -> RunSummary | None:
-    """The summary of one run and group; None where it has no units."""
+    """Summarise one run and group; None if it has no records."""
     answers, traces = (of_run(records, kind, run, group) for kind in ("answers", "trace"))
     if not answers and not traces:
         return None
     settings = (answers or traces)[0]["settings"]
     dense_answers, dense_traces = (of_run(records, kind, settings_key(DENSE), group) for kind in ("answers", "trace"))
-    return RunSummary(settings, run, group, **_answers(answers, dense_answers), **_traces(traces, dense_traces))
+    return RunSummary(settings, run, **_answers(answers, dense_answers), **_traces(traces, dense_traces))
 
 
 def dense_failures(suite: Suite, records: Sequence[Record], groups: Iterable[str]) -> list[str]:
-    """A warning for each group and task in which dense attention itself answers so badly that no method can be judged."""
+    """A warning for each group and task in which dense attention itself scores too low to compare methods."""
     found = []
     for group in groups:
         rows = [row for unit in of_run(records, "answers", settings_key(DENSE), group) for row in unit["examples"]]
-        for task in dict.fromkeys(row["task"] for row in rows):
-            own = [row for row in rows if row["task"] == task]
+        for task, own in _by(rows, "task").items():
             score, needed = (float(np.mean(floats([of(row) for row in own]))) for of in (_score, lambda row: row.get("needed")))
             if score < needed if suite.higher_is_better else score > needed:
                 score, needed = (math.exp(value) if suite.is_log else value for value in (score, needed))
@@ -191,7 +189,7 @@ def _answers(units: Sequence[Record], dense: Sequence[Record]) -> dict[str, Any]
 
 
 def _values(row: Record) -> list[float]:
-    """What an example's score is the mean of (`Suite.values`); results of earlier versions have the score alone."""
+    """The example's `Suite.values`; records of earlier versions have the score alone."""
     return [NAN if value is None else value for value in row.get("values", [_score(row)])]
 
 
@@ -205,7 +203,7 @@ def _by(examples: Sequence[Record], name: str) -> dict[Any, list[Record]]:
 def _estimate(
     strata: Iterable[Sequence[Record]], values: Callable[[Record], Sequence[float]], block: int, best: float | None
 ) -> Estimate:
-    """The mean over strata of each one's mean, with its interval."""
+    """The mean over strata of each stratum's mean, with its interval."""
     units = [[unit for row in rows for unit in units_of(values(row), block)] for rows in strata]
     arrays = [np.concatenate(of_stratum) for of_stratum in units]
     means = [float(array.mean()) for array in arrays if array.size]
@@ -229,13 +227,13 @@ def _traces(units: Sequence[Record], dense: Sequence[Record]) -> dict[str, Any]:
 
 
 def errors(unit: Record, dense: Sequence[Record]) -> np.ndarray:
-    """A trace's relative errors [steps, L, H_q], nan where there is nothing to be near to.
+    """A trace's relative errors [steps, L, H_q]; nan for heads without a meaningful one.
 
-    A head whose output is 0 but for rounding (its attention rests on a token without a value) has no relative error: there
-    even the dense run's own exceeds `NOISE`.
+    A head whose output is 0 up to rounding (it attends to a token whose value is 0) has no relative error: even the dense run's
+    own error exceeds `NOISE` there.
 
     Args:
-        dense: the dense run's traces, among them that of the same example.
+        dense: the dense run's traces, including that of the same example.
     """
     error = floats(unit["trace"]["relative_error"])
     for other in dense:
@@ -246,5 +244,5 @@ def errors(unit: Record, dense: Sequence[Record]) -> np.ndarray:
 
 
 def floats(values: Any) -> np.ndarray:
-    """Nested lists in which None stands for nan, as float64."""
+    """Nested lists as a float64 array; None becomes nan."""
     return np.array(values, dtype=np.float64)

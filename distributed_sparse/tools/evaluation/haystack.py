@@ -1,12 +1,15 @@
-"""Haystack: sentences of no importance to a given length in tokens, with needles put in at given depths."""
+"""haystack: filler sentences up to a length in tokens, with needles inserted at given depths."""
 
 from __future__ import annotations
 
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
+
+from distributed_sparse.tools.evaluation.files import read_text
 
 _PLACES = "harbour mill orchard station library garden bridge market chapel workshop quarry lighthouse".split()  # noqa: SIM905
 _THINGS = "lantern kettle ladder basket mirror blanket hammer bucket ribbon teapot saddle drum".split()  # noqa: SIM905
@@ -31,7 +34,7 @@ _TIMES = (
 
 
 def filler_sentences(seed: int) -> list[str]:
-    """A few thousand sentences about nothing, none twice in a row; they hold no digits and no needle's words."""
+    """4,000 random sentences without digits and without words of any needle."""
     rng = random.Random(seed)
     sentences = []
     for _ in range(4000):
@@ -41,7 +44,7 @@ def filler_sentences(seed: int) -> list[str]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, white space folded; each ends in . ! or ? before white space."""
+    """Split a text after `.`, `!` or `?` followed by white space; fold white space within each sentence."""
     return [" ".join(piece.split()) for piece in re.split(r"(?<=[.!?])\s+", text) if piece.strip()]
 
 
@@ -49,46 +52,49 @@ def read_sentences(path: str | Path) -> list[str]:
     """The sentences of a text file, white space folded.
 
     Raises:
-        ValueError: it cannot be read, or holds fewer than ten sentences.
+        ValueError: the file cannot be read, or holds fewer than ten sentences.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"haystack_file={str(path)!r} cannot be read ({error}); give a UTF-8 text file") from None
-    sentences = split_sentences(text)
+    sentences = split_sentences(read_text("haystack_file", path, "a UTF-8 text file"))
     if len(sentences) < 10:
         raise ValueError(f"haystack_file={str(path)!r} has {len(sentences)} sentences; give a longer text, such as an essay")
     return sentences
 
 
-class Haystack:
-    """Sentences in a fixed order, again from the start where they run out."""
+def with_needles(sentences: Sequence[str], needles: Sequence[tuple[float, str]], count: int, offset: int = 0) -> str:
+    """Join `count` sentences, each needle at its depth.
 
-    def __init__(self, sentences: Sequence[str]) -> None:
-        self._sentences = sentences
+    Args:
+        sentences: repeated from the start when they run out.
+        needles: (depth, sentence): depth 0 is before the first sentence, 1 after the last; equal depths keep their order.
+        offset: index of the first sentence used, modulo the number of sentences.
+    """
+    start = offset % len(sentences)
+    hay = list(islice(cycle(sentences), start, start + count))
+    pieces, used = [], 0
+    for depth, needle in sorted(needles, key=lambda needle: needle[0]):
+        place = round(depth * count)
+        pieces += [*hay[used:place], needle]
+        used = place
+    return " ".join([*pieces, *hay[used:]])
 
-    def with_needles(self, needles: Sequence[tuple[float, str]], count: int, offset: int = 0) -> str:
-        """`count` sentences with each needle at its depth.
 
-        Args:
-            needles: (depth, sentence): 0 stands before the first sentence, 1 behind the last; equal depths keep their order.
-            offset: the first sentence of the haystack that is used.
-        """
-        start = offset % len(self._sentences)
-        hay = list(islice(cycle(self._sentences), start, start + count))
-        pieces, used = [], 0
-        for depth, needle in sorted(needles, key=lambda needle: needle[0]):
-            place = round(depth * count)
-            pieces += [*hay[used:place], needle]
-            used = place
-        return " ".join([*pieces, *hay[used:]])
+def different(draw: Callable[[], str], count: int) -> list[str]:
+    """`count` different values of `draw`, in the order drawn."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[draw()] = None
+    return list(found)
 
 
 def fit(measure: Callable[[int], int], length: int, what: str) -> int:
-    """The largest count whose prompt has at most `length` tokens; `measure` grows with the count, near enough.
+    """The largest count whose prompt has at most `length` tokens.
+
+    Args:
+        measure: count -> tokens of the prompt; non-decreasing, near enough.
+        what: begins the error.
 
     Raises:
-        ValueError: a count of 0 is already too long.
+        ValueError: the prompt of count 0 is already longer than `length`.
     """
     shortest = measure(0)
     if shortest > length:
@@ -96,18 +102,10 @@ def fit(measure: Callable[[int], int], length: int, what: str) -> int:
     probe = 64
     of_one = max(measure(probe) - shortest, 1) / probe
     low, high = 0, max(1, int((length - shortest) / of_one))
-    step = max(1, high // 64)  # the estimate is near: widen slowly
+    step = max(1, high // 64)  # the estimate is close: widen slowly
     while measure(high) <= length:
         low, high, step = high, high + step, 2 * step
-    floor = high - step
-    while floor > low and measure(floor) > length:
+    while (floor := high - step) > low and measure(floor) > length:
         high, step = floor, 2 * step
-        floor -= step
     low = max(low, floor)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if measure(middle) <= length:
-            low = middle
-        else:
-            high = middle
-    return low
+    return low + bisect_right(range(low + 1, high), length, key=measure)

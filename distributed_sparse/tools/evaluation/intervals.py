@@ -1,9 +1,10 @@
-"""Bootstrap intervals of means over numbers that depend on their neighbours.
+"""intervals: bootstrap intervals of means over correlated numbers.
 
 Neighbouring tokens of a text are not independent, so whole units are resampled with replacement: blocks of consecutive
 positions, or whole examples. Each task (or text) keeps its number of units, so an interval covers other positions or examples
-of the same tasks, not other tasks. Percentile intervals are too narrow for few units; theirs are widened by sqrt(n / (n - s))
-and from a normal to a t distribution (Hesterberg, The American Statistician 69(4), 2015, "expanded percentile interval").
+of the same tasks, not other tasks. Percentile intervals of few units are too narrow; for n units in s tasks they are widened by
+sqrt(n / (n - s)) and from a normal to a t distribution (Hesterberg, The American Statistician 69(4), 2015, "expanded percentile
+interval").
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
-    """Ends of a 95% interval; nan where it cannot be told."""
+    """Ends of a 95% interval; nan if it is undefined."""
 
     low: float
     high: float
@@ -30,7 +31,7 @@ NO_INTERVAL = Interval(math.nan, math.nan)
 
 
 def units_of(values: Sequence[float], block: int) -> list[np.ndarray]:
-    """The numbers of one example, in position order, as units of about `block` neighbours; 0: one unit."""
+    """Split one example's numbers, in position order, into units of about `block` neighbours; 0: one unit."""
     array = np.array(values, dtype=np.float64)
     return np.array_split(array, max(1, round(array.size / block))) if block and array.size else [array]
 
@@ -38,13 +39,13 @@ def units_of(values: Sequence[float], block: int) -> list[np.ndarray]:
 def interval(strata: Sequence[Sequence[np.ndarray]], best: float | None = None) -> Interval:
     """The interval of the mean over strata of each stratum's mean.
 
-    Where all numbers are alike a bootstrap sees no spread. If they are all 0 or all `best`, the interval is that of n trials
-    that all went one way, .05 ** (1 / n) of `best` (the rule of three: about 3 / n away from it), else there is none.
+    If all numbers are equal, the bootstrap shows no spread. If they are all 0 or all `best`, the interval is that of n equal
+    Bernoulli outcomes: one end is .05 ** (1 / n) of `best` (the rule of three: about 3 / n away); otherwise it is undefined.
 
     Args:
-        strata: for each task or text, its units; each unit float64 [positions]. Strata are resampled apart, unless one has a
-            single unit: then all units are one stratum.
-        best: of numbers in 0..best, the highest.
+        strata: for each task or text, its units; each unit float64 [positions]. Strata are resampled separately; if one has a
+            single unit, all units are one stratum.
+        best: the highest possible number, if the numbers are in 0..best.
     """
     strata = [list(filter(np.size, units)) for units in strata]
     strata = [units for units in strata if units]
@@ -53,7 +54,10 @@ def interval(strata: Sequence[Sequence[np.ndarray]], best: float | None = None) 
     if not values.size or not np.isfinite(values).all():
         return NO_INTERVAL
     if (values == values[0]).all():
-        return _all_alike(float(values[0]), values.size, best)
+        value, reached = float(values[0]), (1 - LEVEL) ** (1 / values.size)
+        if best is not None and value == best:
+            return Interval(reached * best, best)
+        return Interval(0.0, (1 - reached) * best) if best is not None and value == 0 else NO_INTERVAL
     if any(len(units) < 2 for units in strata):
         strata = [every]
     free = len(every) - len(strata)
@@ -68,13 +72,4 @@ def interval(strata: Sequence[Sequence[np.ndarray]], best: float | None = None) 
     widened = normal * math.sqrt(len(every) / free) * (1 + (normal**2 + 1) / (4 * free))
     outside = NormalDist().cdf(-widened)
     low, high = np.quantile(means, (outside, 1 - outside))
-    return Interval(float(low), float(high)) if low < high else NO_INTERVAL  # units that are alike in sum show no spread
-
-
-def _all_alike(value: float, count: int, best: float | None) -> Interval:
-    reached = (1 - LEVEL) ** (1 / count)
-    if best is not None and value == best:
-        return Interval(reached * best, best)
-    if best is not None and value == 0:
-        return Interval(0.0, (1 - reached) * best)
-    return NO_INTERVAL
+    return Interval(float(low), float(high)) if low < high else NO_INTERVAL  # units with equal sums show no spread

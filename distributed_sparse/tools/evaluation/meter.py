@@ -1,4 +1,4 @@
-"""Meter: what a piece of work cost an engine's attention, from the engine's own counters."""
+"""meter: the decode attention of a piece of work, from the engine's counters."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Counters:
     """Decode attention of one piece of work.
 
     Attributes:
-        steps: decode steps, each of one sequence.
+        steps: decode steps; a step of a batch counts once per sequence.
         context: tokens in context, summed over the steps.
         attended: int64 [layers, kv_heads] tokens attended, summed over the steps.
-        rows_sparse: rows (one step, layer and KV head) that read less than their context.
+        rows_sparse: (step, layer, KV head) rows that read less than their context.
         bytes_read: of K, V and metadata, over all ranks.
     """
 
@@ -32,7 +32,7 @@ class Counters:
 
 
 class Meter:
-    """Reads an engine's counters between pieces of work. Nobody else may use the engine meanwhile."""
+    """Reads an engine's counters between pieces of work; needs exclusive use of the engine."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -40,24 +40,19 @@ class Meter:
         self._before = self._read()
 
     def measure(self, contexts: Iterable[int]) -> Counters:
-        """The counters since the last call.
+        """The counters since the last call, or since construction.
 
         Args:
-            contexts: of every decode step in between, the tokens in its context.
+            contexts: tokens in context of every decode step since then.
         """
         steps = list(contexts)
         self._context += sum(steps)
-        before, now = self._before, self._read()
+        now = self._read()
+        spent = {name: now[name] - self._before[name] for name in now}
         self._before = now
-        rows = now["rows"] - before["rows"]
+        rows = spent.pop("rows")
         assert rows == len(steps) * now["attended"].size, f"{rows} rows were counted in {len(steps)} decode steps"
-        return Counters(
-            steps=len(steps),
-            context=sum(steps),
-            attended=now["attended"] - before["attended"],
-            rows_sparse=now["rows_sparse"] - before["rows_sparse"],
-            bytes_read=now["bytes_read"] - before["bytes_read"],
-        )
+        return Counters(steps=len(steps), context=sum(steps), **spent)
 
     def _read(self) -> dict[str, Any]:
         model, found = self._llm.model_config, self._llm.stats()["attention"]
@@ -72,13 +67,13 @@ class Meter:
 
 
 def decode_contexts(prompt_length: int, num_question_tokens: int, num_output_tokens: int = 0) -> list[int]:
-    """Tokens in context at every decode step of a request: of its question's tokens, then of all outputs but the last."""
+    """Tokens in context at each decode step of a request: one per question token, then one per output except the last."""
     first = prompt_length - num_question_tokens + 1
     return list(range(first, prompt_length + max(num_output_tokens, 1)))
 
 
 def page_bytes(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Bytes of one page over all ranks and layers: {"kv", "metadata"}, from `LLM.stats()["ranks"]`."""
+    """Bytes of one page over all ranks and layers, {"kv", "metadata"}; `ranks` is `LLM.stats()["ranks"]`."""
     found = {"kv": 0.0, "metadata": 0.0}
     for rank in ranks:
         share = rank["cache_bytes"] / (rank["cache_bytes"] + rank["metadata_bytes"])
@@ -88,6 +83,6 @@ def page_bytes(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def pages_held(num_tokens: int, page_size: int, evict_window: tuple[int, int] | None) -> int:
-    """Pages that one sequence holds in decode with so many tokens; `evict_window` (sink, recent) where others are evicted."""
+    """Pages that a sequence of `num_tokens` holds in decode; an evicting method keeps `evict_window` = (sink, recent) pages."""
     pages = -(-num_tokens // page_size)
     return pages if evict_window is None else min(pages, sum(evict_window))

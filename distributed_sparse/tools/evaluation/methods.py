@@ -1,4 +1,4 @@
-"""The methods that an evaluation compares: what the user asked for, and the controls that belong to each."""
+"""methods: the methods that an evaluation compares, parsed from the command line, and the controls of each."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from distributed_sparse.config import EngineConfig
 from distributed_sparse.selection import layer_configs, policy_class, resolve_sparse_config
 from distributed_sparse.selection.base import SparseConfig
 from distributed_sparse.selection.dense import DenseConfig
@@ -21,24 +20,24 @@ Settings = dict[str, Any]
 """A `sparse:` section."""
 
 COMMON = ("dense_layers", "min_context", "sink_pages", "recent_pages")
-"""Keys that every method has: the configuration's hold for all of them."""
+"""Keys of every method; the configuration's values apply to all methods."""
 CONTROLS = ("window", "random", "oracle_topk")
 
 
 def parse_methods(
     texts: Sequence[str], budgets: Sequence[int] = (), sweeps: Sequence[str] = (), base: Mapping[str, Any] | None = None
 ) -> list[Settings]:
-    """The settings of every run that the user asked for, in order, none twice.
+    """Parse `--methods`, `--budgets` and `--sweep` into the settings of each run, in order, without duplicates.
 
     Args:
         texts: each a comma-separated list of names ("quest,twilight"), or a YAML object ("{method: vattention, epsilon: 0.05}")
             or list of objects and names.
-        budgets: a run for each, of every method that has a token_budget and does not set its own.
-        sweeps: "twilight.p=0.85,0.95": a run for each value, and for each combination of several sweeps of one method.
-        base: the configuration's `sparse:` section: its common keys hold for all methods, the others for its own.
+        budgets: one run for each, of every method that has a token_budget and does not set its own.
+        sweeps: "twilight.p=0.85,0.95": one run for each value; several sweeps of one method are combined.
+        base: the configuration's `sparse:` section; its common keys apply to all methods, the others to its own method.
 
     Raises:
-        ValueError: a method, key, value, budget or sweep that does not hold.
+        ValueError: a wrong method, key, value, budget or sweep.
     """
     base = base or {}
     swept = _parse_sweeps(sweeps)
@@ -47,7 +46,9 @@ def parse_methods(
     for given in _given(texts):
         settings = _with_base(given, base)
         seen.add(settings["method"])
-        for values in _combinations(swept.get(settings["method"], {})):
+        own_sweeps = swept.get(settings["method"], {})
+        for chosen in itertools.product(*own_sweeps.values()):
+            values = dict(zip(own_sweeps, chosen))
             for budget in _budgets(settings | values, budgets, explicit="token_budget" in given | values):
                 one = settings | values | budget
                 resolve_sparse_config(one)
@@ -60,16 +61,10 @@ def parse_methods(
 
 def _given(texts: Sequence[str]) -> Iterator[Settings]:
     for text in texts:
-        if text.lstrip().startswith(("{", "[")):
-            try:
-                parsed = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(
-                    f"--methods {text!r} is not YAML ({error}); write '{{method: quest, token_budget: 64}}'"
-                ) from None
-            items: list[Any] = parsed if isinstance(parsed, list) else [parsed]
-        else:
-            items = [name.strip() for name in text.split(",") if name.strip()]
+        try:  # names and objects separated by commas are a YAML list without its brackets
+            items = yaml.safe_load(text if text.lstrip().startswith("[") else f"[{text}]")
+        except yaml.YAMLError as error:
+            raise ValueError(f"--methods {text!r} is not YAML ({error}); write '{{method: quest, token_budget: 64}}'") from None
         for item in items:
             settings = {"method": item} if isinstance(item, str) else item
             if not isinstance(settings, dict) or not isinstance(settings.get("method"), str):
@@ -92,24 +87,19 @@ def _parse_sweeps(sweeps: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     return found
 
 
-def _combinations(values: dict[str, list[Any]]) -> Iterator[Settings]:
-    for chosen in itertools.product(*values.values()):
-        yield dict(zip(values, chosen))
-
-
 def _with_base(given: Settings, base: Mapping[str, Any]) -> Settings:
-    """What a method inherits of the configuration's section."""
+    """Settings with the keys that the method inherits from the configuration's section."""
     own = base
     if base.get("method") != given["method"]:
         config = policy_class(given["method"]).config_class
-        # a method with a default of its own (tova's sink_pages) takes no other value
+        # a method whose default differs (tova's sink_pages) accepts only that value
         common = [key for key in COMMON if getattr(config, key) == getattr(SparseConfig, key)]
         own = {key: base[key] for key in common if key in base}
     return {"method": given["method"], **{key: value for key, value in own.items() if key != "method"}, **given}
 
 
 def _budgets(settings: Settings, budgets: Sequence[int], explicit: bool) -> list[Settings]:
-    """The token budgets to run, as settings; one without any for a method that has none."""
+    """The token budgets to run, as settings; [{}] for a method without one."""
     if not hasattr(policy_class(settings["method"]).config_class, "token_budget"):
         return [{}]
     if explicit or not budgets:
@@ -120,10 +110,10 @@ def _budgets(settings: Settings, budgets: Sequence[int], explicit: bool) -> list
 
 
 def controls_of(settings: Settings, attended: float, page_size: int) -> list[Settings]:
-    """The controls that attend as many tokens as a run of `settings` did; of a method without a budget, Quest, too.
+    """The controls that attend as many tokens as a run of `settings` did; for a method without a budget, Quest too.
 
     Args:
-        attended: mean tokens per row that the run attended, in the layers that select; rounded up to whole pages.
+        attended: mean tokens that a (sequence, KV head) row attended in the layers that select; rounded up to whole pages.
     """
     common = {key: settings[key] for key in COMMON if key in settings}
     names = CONTROLS if has_budget(settings) else ("quest", *CONTROLS)
@@ -136,30 +126,24 @@ def controls_of(settings: Settings, attended: float, page_size: int) -> list[Set
 
 
 def has_budget(settings: Settings) -> bool:
-    """Whether a method is told how many tokens to attend; an adaptive one finds out itself."""
+    """Whether the method has a fixed `token_budget`; adaptive methods do not."""
     return "token_budget" in settings
 
 
-def check_runs(config: EngineConfig, runs: Iterable[Settings], num_layers: int) -> None:
-    """Refuse, before any engine is made, settings that do not hold for the model and page size."""
-    for settings in runs:
-        layer_configs(resolve_sparse_config(settings), num_layers, config.page_size)
-
-
 def selecting_layers(settings: Settings, num_layers: int, page_size: int) -> list[int]:
-    """The layers that select; the others are dense whatever the method is. All of them for `dense`."""
+    """The layers that select; the others are dense with any method. All layers for `dense`."""
     configs = layer_configs(resolve_sparse_config(settings), num_layers, page_size)
     found = [layer for layer, config in enumerate(configs) if not isinstance(config, DenseConfig)]
     return found or list(range(num_layers))
 
 
 def settings_key(settings: Settings) -> str:
-    """A short name that tells settings apart, whatever the order of their keys."""
+    """A short unique name of settings, independent of the order of their keys."""
     return f"{settings['method']}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]}"
 
 
 def label(settings: Settings) -> str:
-    """How a table names a run: `quest 128`, `vattention epsilon=0.05`."""
+    """A run's name in tables: `quest 128`, `vattention epsilon=0.05`."""
     own = [f"{key}={value}" for key, value in settings.items() if key not in ("method", "token_budget", "layers", *COMMON)]
     own += ["layers"] if settings.get("layers") else []
     budget = [str(settings["token_budget"])] if has_budget(settings) else []

@@ -1,4 +1,4 @@
-"""What a profile says of a checkpoint: tokens that hold the mass, their overlap from step to step, errors by entropy."""
+"""profile_report: tokens that hold the softmax mass, their overlap from step to step, and errors by entropy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ QUARTERS = 4
 class Needed:
     """Tokens that hold the masses .5, .9, .95 and .99 in the dense run, over steps and query heads.
 
-    mean, p90, most: float64 [layers, 4]; heads: float64 [layers, H_q, 4] means over the steps; entropy: float64 [layers] nats.
+    Attributes:
+        mean, p90, most: float64 [layers, 4].
+        heads: float64 [layers, H_q, 4], means over the steps.
+        entropy: float64 [layers], nats.
     """
 
     mean: np.ndarray
@@ -35,7 +38,7 @@ class Needed:
 
 
 def tokens_needed(records: Sequence[Record], group: str) -> Needed | None:
-    """Of a group; None where the dense run was not traced."""
+    """The numbers of one group; None if the dense run was not traced."""
     traces = [unit["trace"] for unit in of_run(records, "trace", settings_key(DENSE), group)]
     if not traces:
         return None
@@ -47,7 +50,7 @@ def tokens_needed(records: Sequence[Record], group: str) -> Needed | None:
 
 
 def profile_sections(methods: Sequence[Settings], records: Sequence[Record]) -> list[str]:
-    """The report's sections for every group."""
+    """The report's sections of all groups."""
     parts = [
         "The last tokens of every text were decoded one by one, and each step's attention was compared with dense attention "
         "over the same cache."
@@ -97,13 +100,13 @@ def _overlap_table(traced: dict[str, list[Record]]) -> str:
             for of in ("jaccard", "kept")
         ]
         rows.append([name, *cells])
-    return "How much of what a step reads the step before it had read: means over steps, layers and KV heads\n\n" + table(
+    return "Share of a step's reads that the previous step had read too: means over steps, layers and KV heads\n\n" + table(
         head, rows
     )
 
 
 def rows_by_entropy(units: Sequence[Record], dense: Sequence[Record]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(entropy, relative error, density) of every query head's row that has an error (`summary.errors`), by entropy."""
+    """(entropy, relative error, density) of each (step, layer, query head) with an error (see `errors`), sorted by entropy."""
     entropy = np.concatenate([floats(unit["trace"]["entropy"]).ravel() for unit in units])
     error = np.concatenate([errors(unit, dense).ravel() for unit in units])
     density = np.concatenate([_density(unit["trace"]).ravel() for unit in units])
@@ -113,7 +116,7 @@ def rows_by_entropy(units: Sequence[Record], dense: Sequence[Record]) -> tuple[n
 
 
 def _density(trace: dict[str, Any]) -> np.ndarray:
-    """Share of the context that a query head's row read, [steps, L, H_q]."""
+    """Share of the context that each query head read, [steps, L, H_q]."""
     attended = floats(trace["attended"])
     group_size = floats(trace["entropy"]).shape[2] // attended.shape[2]
     context = np.array(trace["positions"], dtype=np.float64)[:, None, None] + 1
@@ -132,15 +135,16 @@ def _error_table(traced: dict[str, list[Record]], dense: list[Record]) -> str:
         whole = small(float(error.mean())) if error.size else "-"
         rows.append([name, number(float(density.mean()) if density.size else math.nan), *quarters, whole])
     return (
-        "Relative L2 error of a head's output by the entropy H (nats, mean of the quarter) of its softmax: where attention is "
+        "Relative L2 error of a head's output by the entropy H (nats, mean of the quarter) of its softmax: if attention is "
         "flat, top-k misses mass that a sample estimates\n\n" + table(head, rows)
     )
 
 
 def layer_budgets(needed: Needed, page_size: int, dense_layers: int, forced_pages: int) -> list[dict[str, Any]]:
-    """`layers:` overrides: for each layer from `dense_layers` on, the tokens that hold .95 of the mass in nine rows of ten.
+    """`layers:` overrides with the tokens that hold .95 of the mass in 90% of a layer's (step, query head) rows.
 
-    Whole pages, at least the forced ones; neighbours with equal budgets share an entry.
+    Budgets are whole pages, at least `forced_pages`. The first `dense_layers` layers are left out; neighbouring layers with
+    equal budgets share an entry.
     """
     wanted = needed.p90[:, MASSES.index(0.95)]
     budgets = [max(math.ceil(tokens / page_size), forced_pages) * page_size for tokens in wanted]
@@ -154,9 +158,9 @@ def layer_budgets(needed: Needed, page_size: int, dense_layers: int, forced_page
 
 
 def write_layers(path: str | Path, overrides: Sequence[dict[str, Any]], group: str) -> None:
-    """Write `layers:` overrides as YAML, to be put below `sparse:`."""
+    """Write `layers:` overrides as YAML to insert below `sparse:`."""
     text = yaml.safe_dump({"layers": list(overrides)}, sort_keys=False)
     head = (
-        f"# Tokens that hold .95 of the softmax mass in nine rows of ten ({group}), in whole pages: what exact top-k needs.\n"
+        f"# Tokens that hold .95 of the softmax mass in 90% of the rows ({group}), in whole pages: the need of exact top-k.\n"
     )
     Path(path).write_text(head + text, encoding="utf-8")

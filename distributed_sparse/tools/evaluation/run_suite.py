@@ -1,15 +1,15 @@
-"""Evaluation: every run of a suite, one engine after the other, each finished unit kept at once."""
+"""run_suite: all runs of a suite, one engine after the other; each finished unit is written at once."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -24,7 +24,6 @@ from distributed_sparse.tools.evaluation.evaluation_summary import DENSE, attend
 from distributed_sparse.tools.evaluation.meter import decode_contexts
 from distributed_sparse.tools.evaluation.methods import (
     Settings,
-    check_runs,
     controls_of,
     label,
     selecting_layers,
@@ -40,35 +39,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DECIDING = (
-    "model",
-    "tokenizer",
-    "tensor_parallel_size",
-    "max_model_len",
-    "dtype",
-    "device",
-    "seed",
-    "load_format",
-    "page_size",
-)
-"""Keys of the engine's configuration that numbers depend on."""
+ENGINE = ("model", "tokenizer", "tensor_parallel_size", "max_model_len", "dtype", "device", "seed", "load_format", "page_size")
+"""Keys of the engine's configuration that the numbers depend on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a suite is run, whatever it asks."""
+    """Options of a run that do not depend on the suite; annotated as in `Suite`."""
 
-    batch: int = field(default=8, metadata={"help": "examples that are answered together, and kept together"})
-    trace_examples: int = field(default=2, metadata={"help": "examples of a group whose attention is compared with dense"})
-    trace_steps: int = field(default=4, metadata={"help": "steps of each of them, of those that say the answer"})
-    kl_tokens: int = field(default=32, metadata={"help": "tokens of a generated answer whose distributions are compared"})
-    table_bytes: int = field(
-        default=2 << 30, metadata={"help": "most memory for log-probabilities over the whole vocabulary; above it no KL"}
-    )
-    controls: bool = field(
-        default=True,
-        metadata={"help": "run window, random and oracle_topk at each run's density, and quest for methods without a budget"},
-    )
+    batch: Annotated[int, "examples that are answered and written together"] = 8
+    trace_examples: Annotated[int, "examples of a group whose attention is compared with dense"] = 2
+    trace_steps: Annotated[int, "traced steps of each of them, among those that predict the answer"] = 4
+    kl_tokens: Annotated[int, "tokens of a generated answer whose distributions are compared"] = 32
+    table_bytes: Annotated[int, "most memory for log-probabilities over the whole vocabulary; above it no KL"] = 2 << 30
+    controls: Annotated[
+        bool, "run window, random and oracle_topk at each run's density, and quest for methods without a budget"
+    ] = True
 
     def __post_init__(self) -> None:
         check_int("batch", self.batch, 1, remedy="give the number of examples")
@@ -78,17 +64,17 @@ class RunOptions:
 
 
 class Evaluation:
-    """One suite on one model: dense first, then the methods, then the controls at the density that each method had.
+    """One suite on one model: dense first, then the methods, then the controls at each method's density.
 
     Args:
-        config: the engine; its `sparse` section is replaced by each run's.
-        suite: what is asked.
+        config: the engine; each run replaces its `sparse` section.
+        suite: makes and scores the examples.
         methods: settings of the runs; dense is added.
-        options: how.
-        open_engine: makes an engine; one is open at a time.
+        options: batch size, traces, comparisons and controls.
+        open_engine: makes an engine; one is open at a time. None: `LLM.from_config`.
 
     Raises:
-        ValueError: settings that do not hold for the model, or a suite that has no examples for it.
+        ValueError: settings do not fit the model, or the suite cannot make examples for it.
     """
 
     def __init__(
@@ -105,9 +91,9 @@ class Evaluation:
         tokenizer = load_tokenizer(config.tokenizer or str(path))
         max_model_len = resolve_max_model_len(config.max_model_len, self.model_config)
         self.model = EvaluatedModel(config.model, self.model_config.vocab_size, max_model_len, tokenizer)
-        self.dense = DENSE
         self.methods = [settings for settings in methods if settings["method"] != "dense"]
-        check_runs(config, self.methods, self.model_config.num_hidden_layers)
+        for settings in self.methods:  # raises ValueError before any engine is made
+            layer_configs(resolve_sparse_config(settings), self.model_config.num_hidden_layers, config.page_size)
         self.groups: dict[str, list[Example]] = {}
         for example in suite.examples(self.model):
             self.groups.setdefault(example.group, []).append(example)
@@ -117,33 +103,31 @@ class Evaluation:
         self._open_engine = open_engine
 
     def configuration(self) -> dict[str, Any]:
-        """What the numbers depend on beside each run's settings: the identity of a results directory."""
+        """What the numbers depend on besides each run's settings; identifies a results directory."""
         options = asdict(self.options)
         del options["controls"]
-        engine = {name: value for name, value in asdict(self.config).items() if name in DECIDING}
+        engine = {name: value for name, value in asdict(self.config).items() if name in ENGINE}
         return {"suite": self.suite.name, self.suite.name: self.suite.options(), "engine": engine, "options": options}
 
     def run(self, results: Results) -> None:
-        """Do what `results` lacks. Each unit is kept as soon as it is finished.
+        """Run the units that `results` lacks, and write each as soon as it is finished.
 
-        All engines share one prefill store, so that a prompt is prefilled once and not by every method: the configuration's,
+        All engines share one prefill store, so that each prompt is prefilled once for all methods: the configuration's store,
         else a folder in the results directory that is deleted at the end.
         """
-        given = self.config.prefill_store
-        with nullcontext(given) if given else TemporaryDirectory(prefix="prefill-", dir=results.directory) as folder:
-            self._prefill_store = folder
-            self._run(results)
-
-    def _run(self, results: Results) -> None:
+        given, folder = self.config.prefill_store, results.directory
         groups = list(self.groups)
-        with Progress(unit="units", total=0, line_interval_s=0.0) as progress:
-            runs: list[tuple[Settings, list[str]]] = [(settings, groups) for settings in (self.dense, *self.methods)]
+        with (
+            nullcontext(given) if given else TemporaryDirectory(prefix="prefill-", dir=folder) as self._prefill_store,
+            Progress(unit="units", total=0, line_interval_s=0.0) as progress,
+        ):
+            runs: list[tuple[Settings, list[str]]] = [(settings, groups) for settings in (DENSE, *self.methods)]
             progress.total = sum(len(self._units(*run)) for run in runs)
             for settings, of_groups in runs:
                 self._complete(settings, of_groups, results, progress)
-                if settings == self.dense:
+                if settings == DENSE:
                     for failure in dense_failures(self.suite, list(results.records.values()), groups):
-                        logger.warning("%s", failure)  # before the hours that the methods take
+                        logger.warning("%s", failure)  # at once: the methods may take hours
             controls = self._controls(results)
             done = {(settings_key(settings), group) for settings, of_groups in runs for group in of_groups}
             controls = [(s, [g for g in gs if (settings_key(s), g) not in done]) for s, gs in controls]
@@ -154,7 +138,7 @@ class Evaluation:
     # ---- the plan
 
     def _controls(self, results: Results) -> list[tuple[Settings, list[str]]]:
-        """Each control once, with the groups that it is wanted for."""
+        """Each control once, with the groups that need it."""
         if self.suite.traces_only or not self.options.controls:
             return []
         found: dict[str, tuple[Settings, list[str]]] = {}
@@ -178,48 +162,51 @@ class Evaluation:
             if not self.suite.traces_only:
                 for number, start in enumerate(range(0, len(examples), size)):
                     found.append((f"{run}/answers/{group}/{number}", "answers", group, examples[start : start + size]))
-            for example in self._traced(examples) if self._can_trace(settings) else []:
+            for example in self._traced(settings, examples):
                 found.append((f"{run}/trace/{group}/{example.id}", "trace", group, [example]))
         return found
 
-    def _traced(self, examples: list[Example]) -> list[Example]:
+    def _traced(self, settings: Settings, examples: list[Example]) -> list[Example]:
+        """The examples to trace; none for methods that evict pages, where dense attention is no longer computable."""
+        if resolve_sparse_config(settings).evict_window(self.config.page_size) is not None:
+            return []
         if self.suite.traces_only:
             return examples
         count = min(self.options.trace_examples, len(examples)) if self.options.trace_steps else 0
         return [examples[i * len(examples) // count] for i in range(count)]
-
-    def _can_trace(self, settings: Settings) -> bool:
-        """Dense attention can be compared with only where no page has been freed."""
-        return resolve_sparse_config(settings).evict_window(self.config.page_size) is None
 
     # ---- the work
 
     def _complete(self, settings: Settings, groups: Sequence[str], results: Results, progress: Progress) -> None:
         units = self._units(settings, groups)
         progress.set_description(label(settings), refresh=False)
-        progress.initial += (done := sum(key in results for key, *_ in units))  # finished earlier, in no time
+        progress.initial += (done := sum(key in results for key, *_ in units))  # by an earlier call: not part of the rate
         progress.n += done
         missing = [unit for kind in ("answers", "trace") for unit in units if unit[1] == kind and unit[0] not in results]
         if not missing:
             return
-        with self._session(settings, trace=any(kind == "trace" for _, kind, _, _ in missing)) as session:
+        from distributed_sparse import LLM
+
+        trace = any(kind == "trace" for _, kind, _, _ in missing)
+        config = dataclasses.replace(self.config, sparse=settings, trace=trace, prefill_store=self._prefill_store)
+        layers = selecting_layers(settings, self.model_config.num_hidden_layers, self.config.page_size)
+        with (self._open_engine or LLM.from_config)(config) as llm:
+            session = Session(llm, self.options.table_bytes)
             for key, kind, group, examples in missing:
-                work = self._answer if kind == "answers" else self._trace
                 record = {"key": key, "kind": kind, "run": settings_key(settings), "settings": settings, "group": group}
-                results.append(record | work(session, settings, examples, results))
+                record["selecting_layers"] = layers
+                if kind == "answers":
+                    record |= self._answer(session, settings, examples, layers, results)
+                else:
+                    record |= self._trace(session, examples[0], results)
+                results.append(record)
                 progress.set_postfix_str(f"{group}, {kind} of {', '.join(example.id for example in examples)}", refresh=False)
                 progress.update()
 
-    @contextmanager
-    def _session(self, settings: Settings, trace: bool) -> Iterator[Session]:
-        from distributed_sparse import LLM
-
-        config = dataclasses.replace(self.config, sparse=settings, trace=trace, prefill_store=self._prefill_store)
-        with (self._open_engine or LLM.from_config)(config) as llm:
-            yield Session(llm, self.options.table_bytes)
-
-    def _answer(self, session: Session, settings: Settings, examples: list[Example], results: Results) -> Record:
-        is_dense = settings == self.dense
+    def _answer(
+        self, session: Session, settings: Settings, examples: list[Example], layers: list[int], results: Results
+    ) -> Record:
+        is_dense = settings == DENSE
         forced = None if is_dense else {example.id: self._dense_answer(example, results) for example in examples}
         answered, counters = session.answer(examples, forced, self.options.kl_tokens)
         rows = []
@@ -240,7 +227,7 @@ class Evaluation:
                     "references": example.references,
                     "num_prompt_tokens": len(example.token_ids),
                     "num_question_tokens": example.num_question_tokens,
-                    "num_output_tokens": found.num_output_tokens,
+                    "num_output_tokens": len(found.answer.token_ids) if example.max_tokens else 0,
                     "pages": found.pages,
                     **compared(reference, found.logprobs),
                 }
@@ -249,35 +236,26 @@ class Evaluation:
             "examples": rows,
             "counters": dataclasses.asdict(counters),
             "page_bytes": session.page_bytes,
-            "selecting_layers": self._selecting(settings),
-            "short_rows": self._short_rows(settings, rows),
+            "short_rows": self._short_rows(settings, layers, rows),
             "block": self.suite.block,
             "best": self.suite.best,
         }
 
-    def _trace(self, session: Session, settings: Settings, examples: list[Example], results: Results) -> Record:
-        (example,) = examples
-        said = self._dense_answer(example, results) if example.max_tokens else ()
+    def _trace(self, session: Session, example: Example, results: Results) -> Record:
+        answer_ids = self._dense_answer(example, results) if example.max_tokens else ()
         steps = None if self.suite.traces_only else self.options.trace_steps
-        return {
-            "example": example.id,
-            "trace": session.trace(example, said, steps),
-            "selecting_layers": self._selecting(settings),
-        }
+        return {"example": example.id, "trace": session.trace(example, answer_ids, steps)}
 
-    def _selecting(self, settings: Settings) -> list[int]:
-        return selecting_layers(settings, self.model_config.num_hidden_layers, self.config.page_size)
-
-    def _short_rows(self, settings: Settings, rows: Sequence[Record]) -> int:
-        """Rows of the selecting layers that are dense since their context is below `min_context`."""
+    def _short_rows(self, settings: Settings, layers: list[int], rows: Sequence[Record]) -> int:
+        """Number of (step, layer, KV head) rows of the selecting `layers` whose context is below `min_context`."""
         num_layers, heads = self.model_config.num_hidden_layers, self.model_config.num_key_value_heads
         configs = layer_configs(resolve_sparse_config(settings), num_layers, self.config.page_size)
         names = ("num_prompt_tokens", "num_question_tokens", "num_output_tokens")
         contexts = np.array([length for row in rows for length in decode_contexts(*(row[name] for name in names))])
-        return heads * sum(int((contexts < configs[layer].min_context).sum()) for layer in self._selecting(settings))
+        return heads * sum(int((contexts < configs[layer].min_context).sum()) for layer in layers)
 
     def _dense_answer(self, example: Example, results: Results) -> list[int]:
-        """What the dense run, which comes first, said to an example."""
+        """The dense run's answer to an example; the dense run comes first."""
         number = self.groups[example.group].index(example) // self.options.batch
-        record = results.records[f"{settings_key(self.dense)}/answers/{example.group}/{number}"]
+        record = results.records[f"{settings_key(DENSE)}/answers/{example.group}/{number}"]
         return next(row["token_ids"] for row in record["examples"] if row["id"] == example.id)

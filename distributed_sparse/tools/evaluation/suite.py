@@ -1,4 +1,4 @@
-"""Suite: what a task asks of a model (`Example`) and how it judges what came back (`Answer`)."""
+"""suite: what a task suite gives a model to answer (`Example`), and how it scores the result (`Answer`)."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with its question at the end.
+    """One prompt that ends with its question; its answer is generated, or judged in the prompt itself.
 
     Attributes:
         id: unique within the suite's examples.
-        group: examples of one group are averaged into one row of the report, and controls get one budget for it.
+        group: the examples of a group are averaged into one row of the report, and share the budget of each control.
         token_ids: the prompt.
-        num_question_tokens: so many last tokens are read by sparse decode, one per step; >= 1.
-        max_tokens: tokens to generate; 0 where the prompt itself holds what is judged.
-        positions: of such a prompt, the tokens that are judged: token p is what the model says after token p - 1. Each lies
-            behind at least one question token.
-        wanted: the token ids that are right there.
+        num_question_tokens: number of last prompt tokens that sparse decode reads, one per step; >= 1.
+        max_tokens: tokens to generate; 0 if the prompt is judged.
+        positions: of a judged prompt, indices of the judged tokens; token p is predicted after token p - 1. Each has at least
+            one question token before it.
+        wanted: the right token ids at `positions`.
         references: of a generated answer, the right texts.
-        meta: what the suite's `score` needs besides, plain JSON.
+        meta: further input of the suite's `score`, plain JSON.
     """
 
     id: str
@@ -54,13 +54,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to an `Example`.
+    """A model's answer to an `Example`.
 
     Attributes:
         text: the generated text, "" without a tokenizer.
-        token_ids: the generated tokens; of a judged prompt, the most likely token at each of `positions`. Empty where the
-            whole vocabulary did not fit into memory.
-        logprobs: float [positions] natural log-probability of the prompt's own tokens there.
+        token_ids: the generated tokens; of a judged prompt, the most likely token at each of `positions`, or empty if the
+            whole vocabulary's log-probabilities did not fit into memory.
+        logprobs: of a judged prompt, float [positions]: natural log-probability of the prompt's own token there.
     """
 
     text: str = ""
@@ -70,69 +70,75 @@ class Answer:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """What a suite may know of the model. `tokenizer` is None where the checkpoint has none; `name` is for messages."""
+    """The model's properties that examples depend on. `tokenizer` is None if the checkpoint has none; errors use `name`."""
 
     name: str
     vocab_size: int
     max_model_len: int
     tokenizer: PreTrainedTokenizerFast | None = None
 
-    def need_tokenizer(self, suite: str, remedy: str) -> PreTrainedTokenizerFast:
-        """The tokenizer. Raises ValueError, with the remedy, where there is none."""
+    def need_tokenizer(
+        self, suite: str, remedy: str = "give one with --set tokenizer=FOLDER, or use the suites recall or agreement"
+    ) -> PreTrainedTokenizerFast:
+        """Return the tokenizer. Raises ValueError, with the remedy, if there is none."""
         if self.tokenizer is None:
             raise ValueError(f"{suite} is made of text, and {self.name!r} has no tokenizer; {remedy}")
         return self.tokenizer
 
 
 class Suite(ABC):
-    """A task family. Subclasses are dataclasses: their fields are the suite's options, of the command line too."""
+    """A task suite.
+
+    Subclasses are dataclasses. Their fields are the suite's options, on the command line too: a field's type is
+    `Annotated[type, help]`, or `Annotated[type, help, "+"]` for an option with several values separated by spaces.
+    """
 
     name: ClassVar[str]
     score_label: ClassVar[str]
-    """What `score` counts, for a table's head."""
+    """Table heading of `score`."""
     higher_is_better: ClassVar[bool] = True
     is_log: ClassVar[bool] = False
     """`score` is a logarithm: tables show its exponential, and differences as ratios."""
     best: ClassVar[float | None] = 100.0
-    """The score of right answers alone, where 0 is that of wrong ones; None: not bounded."""
+    """`score` if all answers are right, where 0 means that all are wrong; None: `score` is not bounded."""
     block: ClassVar[int] = 0
-    """Judged positions of an example that intervals resample together; 0: all of them, as one answer depends on itself."""
+    """Neighbouring judged positions that the bootstrap resamples together; 0: the whole example, as its parts correlate."""
     least_of_dense: ClassVar[float] = 50.0
     """See `needed`."""
     traces_only: ClassVar[bool] = False
-    """Nothing is answered: only traces are taken."""
+    """No answers: only traces are taken."""
     default_methods: ClassVar[tuple[str, ...]] = ()
-    """As on the command line; empty: the configuration's own method."""
+    """Default of `--methods`; empty: the configuration's method."""
     forced: ClassVar[dict[str, Any]] = {}
-    """Common settings that hold for every method, whatever the configuration says."""
+    """Settings that override the configuration's for every method."""
 
     @abstractmethod
     def examples(self, model: EvaluatedModel) -> list[Example]:
-        """The examples, the same in every call.
+        """Make the examples; every call returns the same ones.
 
         Raises:
-            ValueError: an option does not hold for this model; names the remedy.
+            ValueError: an option is wrong, or does not fit this model; names the remedy.
         """
 
     @abstractmethod
     def score(self, example: Example, answer: Answer) -> dict[str, float]:
-        """The numbers of one answer: "score" first, others beside it; nan where one cannot be told."""
+        """Score one answer: "score", and further numbers; nan if one is not defined."""
 
     def values(self, example: Example, answer: Answer) -> Sequence[float]:
-        """What "score" is the mean of: one number for each judged position, or one for the whole answer."""
+        """The numbers whose mean is "score": one for each judged position, or one for the whole answer."""
         return [self.score(example, answer)["score"]]
 
     def needed(self, example: Example) -> float:
-        """The score that dense attention must reach, on average, for methods to be judged by theirs."""
+        """The least mean score of dense attention at which methods can be compared."""
         return self.least_of_dense
 
     def options(self) -> dict[str, Any]:
-        """What decides on the examples, plain JSON: results of other options do not go into the same directory."""
+        """What the examples depend on, plain JSON; a results directory holds results of one set of options."""
         return asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass
 
 
 def check_lengths(suite: str, lengths: Sequence[int], longest_output: int, model: EvaluatedModel, least: int = 1) -> None:
-    """Refuse lengths that are no positive numbers, or that the model has no room for."""
+    """Raise ValueError if there are no lengths, or one is below `least` or over `max_model_len` with its answer."""
     if not lengths:
         raise ValueError(f"{suite}: lengths is empty; give lengths in tokens")
     for length in lengths:
@@ -146,7 +152,7 @@ def check_lengths(suite: str, lengths: Sequence[int], longest_output: int, model
 
 
 def check_names(suite: str, what: str, given: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse an empty list of names, and an unknown name."""
+    """Raise ValueError if there are no names, or one is not known."""
     if not given:
         raise ValueError(f"{suite}: {what}={shown(given)} is empty; use some of {', '.join(known)}")
     for name in given:

@@ -1,7 +1,7 @@
-"""Scores of a generated text against references, each in 0..1.
+"""text_metrics: scores of a generated text against references, each in 0..1.
 
-The metrics are LongBench's (Bai et al., arXiv 2308.14508), written anew. ROUGE-L is the F1 of the longest common
-subsequence of words, without the `rouge` package; Chinese is cut into characters, without the `jieba` package.
+They reimplement LongBench's (Bai et al., arXiv 2308.14508). ROUGE-L is the F1 of the longest common subsequence of words,
+without the `rouge` package; Chinese is split into characters, without the `jieba` package.
 """
 
 from __future__ import annotations
@@ -17,24 +17,19 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def substring_share(text: str, references: Sequence[str]) -> float:
-    """Share of the references that occur in the text, whatever their case (RULER, arXiv 2404.06654)."""
+    """Share of the references that occur in the text, ignoring case (RULER, arXiv 2404.06654)."""
     lowered = text.lower()
     return sum(reference.lower() in lowered for reference in references) / len(references)
 
 
-def substring_any(text: str, references: Sequence[str]) -> float:
-    """1 where one of the references occurs in the text, whatever its case (RULER's metric of question answering)."""
-    return float(substring_share(text, references) > 0)
-
-
 def english_words(text: str) -> list[str]:
-    """Words without case, punctuation and articles (SQuAD's normalisation)."""
+    """Lower-case words without punctuation and articles (SQuAD's normalisation)."""
     bare = "".join(char for char in text.lower() if char not in string.punctuation)
     return _ARTICLES.sub(" ", bare).split()
 
 
 def chinese_characters(text: str) -> list[str]:
-    """Characters without case, white space and punctuation of any script."""
+    """Lower-case characters without white space and punctuation of any script."""
     return [char for char in text.lower() if not char.isspace() and unicodedata.category(char)[0] not in "PS"]
 
 
@@ -55,15 +50,13 @@ def rouge_l(predicted: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def classification(text: str, wanted: str, classes: Sequence[str]) -> float:
-    """1 / (classes named in the text) where the wanted one is named; a class whose name is part of the wanted one's does not
-    count as another.
-    """
+    """1 / (number of classes in the text) if the wanted one is among them, else 0; substrings of its name do not count."""
     named = [name for name in classes if name in text and not (name != wanted and name in wanted)]
     return 1 / len(named) if wanted in named else 0.0
 
 
 def retrieval(text: str, wanted: str) -> float:
-    """Share of the numbers in the text that are the wanted paragraph's ("Paragraph 12", "段落12").
+    """Share of the numbers in the text that equal the wanted paragraph's ("Paragraph 12", "段落12").
 
     Raises:
         ValueError: `wanted` holds no number.
@@ -75,12 +68,12 @@ def retrieval(text: str, wanted: str) -> float:
 
 
 def count(text: str, wanted: str) -> float:
-    """Share of the numbers in the text that are the wanted one."""
+    """Share of the numbers in the text that equal the wanted one."""
     numbers = re.findall(r"\d+", text)
     return numbers.count(str(wanted)) / len(numbers) if numbers else 0.0
 
 
 def code_similarity(text: str, wanted: str) -> float:
-    """How alike the first line of code and the wanted line are: 2 x matching characters / all characters."""
+    """Similarity of the text's first line of code and the wanted line: 2 x matching characters / all characters."""
     lines = [line for line in text.lstrip("\n").split("\n") if not any(mark in line for mark in ("`", "#", "//"))]
     return difflib.SequenceMatcher(None, lines[0] if lines else "", wanted, autojunk=False).ratio()

@@ -1,4 +1,4 @@
-"""A request's traced steps as one record: arrays by step, layer and head."""
+"""trace_summary: a request's traced steps as one record of arrays by step, layer and head."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from distributed_sparse.trace import LayerTrace, TraceStep
 
 
 def chosen_steps(num_steps: int, wanted: int) -> list[int]:
-    """`wanted` of `num_steps` decode steps, spread evenly, the last one among them."""
+    """Indices of `wanted` of `num_steps` decode steps, evenly spread, including the last."""
     if wanted >= num_steps:
         return list(range(num_steps))
     return sorted({round((i + 1) * num_steps / wanted) - 1 for i in range(wanted)})
 
 
 def summarise(steps: Sequence[TraceStep], page_size: int) -> dict[str, Any]:
-    """What a record keeps of traced steps.
+    """Convert traced steps to arrays.
 
     Returns:
         positions [S]; captured_mass, relative_error, entropy [S, L, H_q]; tokens_for_mass [S, L, H_q, 4];
-        attended [S, L, H_kv]; overlap: {"tokens", "pages"}, each {"jaccard", "kept"}: [L, H_kv], means over the steps that
-        follow the one before them directly (empty lists where there are none).
+        attended [S, L, H_kv]; overlap: {"tokens", "pages"}, each {"jaccard", "kept"}: [L, H_kv], means over pairs of
+        consecutive steps (empty lists if there are none).
     """
 
     def stacked(name: str) -> np.ndarray:
@@ -50,7 +50,7 @@ def _overlap(steps: Sequence[TraceStep], page_size: int) -> dict[str, Any]:
 
 
 def _of_layer(one: LayerTrace, two: LayerTrace, size: int) -> list[tuple[float, float]]:
-    """Per KV head: |both| / |either|, and the share of the later step's that the earlier one had read."""
+    """Per KV head: |both| / |either|, and the share of the later step's reads that the earlier step had read too."""
     found = []
     for before, after in zip(one.indices, two.indices):
         earlier, later = np.unique(before // size), np.unique(after // size)

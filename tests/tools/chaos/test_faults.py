@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from distributed_sparse.tools.chaos.faults import KINDS, Injector, in_turns, parse_kinds
-from distributed_sparse.tools.chaos.processes import SHARD, kill_marked, left_after, marked_processes
+from distributed_sparse.tools.chaos.processes import SHARD, left_after, marked_processes
 from tests.support.patience import WAIT_S
 from tests.support.soaked_engine import Processes
 
@@ -117,6 +117,6 @@ def test_processes_are_found_by_their_mark_and_can_be_ended(processes: Processes
     own, driver, other = processes.start(OWN), processes.start(OWN, name="raylet"), processes.start(OTHER)
     assert marked_processes(OWN) == {own.pid: f"{SHARD} 60", driver.pid: "raylet 60"}
     assert left_after(OWN, 0.0, (SHARD,)) == {own.pid: f"{SHARD} 60"}
-    kill_marked(OWN)
+    left_after(OWN, WAIT_S, kill=True)
     assert own.wait(5) == driver.wait(5) == -signal.SIGKILL
     assert left_after(OWN, 0.0) == {} and other.poll() is None

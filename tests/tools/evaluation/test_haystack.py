@@ -6,25 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from distributed_sparse.tools.evaluation.haystack import Haystack, filler_sentences, fit, read_sentences
+from distributed_sparse.tools.evaluation.haystack import filler_sentences, fit, read_sentences, with_needles
 
 HAY = [f"Sentence {name}." for name in ("one", "two", "three", "four")]
 
 
 @pytest.mark.parametrize(("depth", "place"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
 def test_a_needle_stands_behind_its_share_of_the_sentences(depth: float, place: int) -> None:
-    text = Haystack(HAY).with_needles([(depth, "NEEDLE.")], 8)
+    text = with_needles(HAY, [(depth, "NEEDLE.")], 8)
     assert text.replace("Sentence ", "").split().index("NEEDLE.") == place
 
 
 def test_needles_stand_in_the_order_of_their_depths() -> None:
-    text = Haystack(HAY).with_needles([(0.9, "LAST."), (0.1, "FIRST."), (0.1, "SECOND.")], 20)
+    text = with_needles(HAY, [(0.9, "LAST."), (0.1, "FIRST."), (0.1, "SECOND.")], 20)
     assert text.index("FIRST.") < text.index("SECOND.") < text.index("LAST.")
     assert text.count("Sentence") == 20
 
 
 def test_sentences_start_again_where_they_run_out() -> None:
-    assert Haystack(HAY).with_needles([], 6, offset=3) == "Sentence four. " + " ".join([*HAY, HAY[0]])
+    assert with_needles(HAY, [], 6, offset=3) == "Sentence four. " + " ".join([*HAY, HAY[0]])
 
 
 def test_filler_differs_by_seed_and_holds_no_digits() -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from distributed_sparse.tools.evaluation.recall import RecallPrompt, make_majority_prompts, make_prompts, score
+from distributed_sparse.tools.evaluation.recall import RecallPrompt, make_majority_prompts, make_prompts
 from distributed_sparse.tools.evaluation.recall_model import save_recall_checkpoint
 from distributed_sparse.tools.evaluation.recall_vocabulary import (
     ASK,
@@ -22,6 +22,7 @@ from distributed_sparse.tools.evaluation.recall_vocabulary import (
     NUM_SYMBOLS,
 )
 from tests.support.grids import corners
+from tests.support.recall_score import score
 
 PAGE_SIZE = 16
 DENSE_LAYERS = 2

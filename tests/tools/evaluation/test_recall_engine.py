@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from distributed_sparse import SamplingParams
-from distributed_sparse.tools.evaluation.recall import make_majority_prompts, make_prompts, make_quiz, score, score_quiz
+from distributed_sparse.tools.evaluation.recall import make_majority_prompts, make_prompts, make_quiz, score_quiz
 from distributed_sparse.tools.evaluation.recall_model import save_recall_checkpoint
 from tests.support.engine import make_llm
 from tests.support.grids import corners
+from tests.support.recall_score import score
 
 ENGINE = {"device": "cpu", "max_model_len": 4200, "max_num_seqs": 4, "kv_cache_memory_bytes": 128 << 20}
 

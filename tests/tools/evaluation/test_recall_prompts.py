@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from distributed_sparse.outputs import Logprob
-from distributed_sparse.tools.evaluation.recall import make_majority_prompts, make_prompts, make_quiz, score, score_quiz
+from distributed_sparse.tools.evaluation.recall import make_majority_prompts, make_prompts, make_quiz, score_quiz
 from distributed_sparse.tools.evaluation.recall_model import save_recall_checkpoint
 from distributed_sparse.tools.evaluation.recall_vocabulary import (
     ASK,
@@ -98,16 +98,6 @@ def test_the_majority_has_the_most_mentions():
         assert sum(count for count, _ in counts) == 60
         assert counts[-1] == (24, prompt.answer_ids[0])
         assert counts[-2][0] == 9
-
-
-def test_the_score_counts_symbols_at_their_place():
-    prompts = make_prompts(num_facts=16, context_length=400, num_queries=2, seed=1, answer_length=3)
-    right, wrong = prompts[0].answer_ids, [EOS]
-    assert score(prompts, [prompts[0].answer_ids, prompts[1].answer_ids]).accuracy == 1.0
-    assert score(prompts, [[*right, EOS], wrong]) == (3, 6)
-    assert score(prompts, [right[1:], []]) == (0, 6)
-    with pytest.raises(ValueError, match="2 prompts but 1 outputs"):
-        score(prompts, [right])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The suites by name."""
+"""suites: the suites by name."""
 
 from distributed_sparse.tools.evaluation.suite import Suite
 from distributed_sparse.tools.evaluation.suites.agreement import AgreementSuite

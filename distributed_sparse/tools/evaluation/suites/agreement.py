@@ -1,4 +1,4 @@
-"""agreement: the last tokens of real texts, decoded sparsely: perplexity, and how near the method stays to dense attention."""
+"""agreement: the last tokens of real texts decoded sparsely; perplexity, and agreement with dense attention."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from distributed_sparse.tools.evaluation.files import digest
 from distributed_sparse.tools.evaluation.suite import Answer, EvaluatedModel, Example, Suite, check_lengths
@@ -18,9 +18,9 @@ from distributed_sparse.utils.validation import check_int
 
 @dataclass(frozen=True, kw_only=True)
 class AgreementSuite(Suite):
-    """Perplexity of real text, top-1 agreement and KL against dense, beside the bytes read.
+    """Perplexity of real text, top-1 agreement and KL against dense, and the bytes read.
 
-    Every token is given (teacher-forced); the last `decoded` ones of a window are predicted by sparse decode. Windows of
+    Every token is given (teacher-forced); sparse decode predicts the last `decoded` tokens of a window. Windows of
     different lengths end at the same token, so every length predicts the same tokens.
     """
 
@@ -31,15 +31,11 @@ class AgreementSuite(Suite):
     best: ClassVar[float | None] = None
     block: ClassVar[int] = 32
 
-    text: tuple[str, ...] = field(
-        default=(), metadata={"help": "UTF-8 text files (default: Python's language reference and source)", "nargs": "+"}
-    )
-    token_ids: tuple[str, ...] = field(
-        default=(), metadata={"help": "JSON files, each a list of token ids, instead of text", "nargs": "+"}
-    )
-    lengths: tuple[int, ...] = field(default=(4096,), metadata={"help": "tokens of a window"})
-    decoded: int = field(default=256, metadata={"help": "last tokens of a window that are predicted by sparse decode"})
-    windows: int = field(default=1, metadata={"help": "windows of each text, spread evenly"})
+    text: Annotated[tuple[str, ...], "UTF-8 text files (default: Python's language reference and source)", "+"] = ()
+    token_ids: Annotated[tuple[str, ...], "JSON files, each a list of token ids, instead of text", "+"] = ()
+    lengths: Annotated[tuple[int, ...], "tokens of a window"] = (4096,)
+    decoded: Annotated[int, "last tokens of a window that are predicted by sparse decode"] = 256
+    windows: Annotated[int, "windows of each text, spread evenly"] = 1
 
     def examples(self, model: EvaluatedModel) -> list[Example]:
         check_int("agreement: windows", self.windows, 1, remedy="give a number of windows")
@@ -72,7 +68,7 @@ class AgreementSuite(Suite):
         )
 
     def values(self, example: Example, answer: Answer) -> Sequence[float]:
-        """Nats of each predicted token."""
+        """Negative log-probability of each predicted token, in nats."""
         assert answer.logprobs is not None
         return [-float(value) for value in answer.logprobs]
 
@@ -90,7 +86,7 @@ class AgreementSuite(Suite):
 
 
 def _guess(before: Sequence[int], after: Sequence[int]) -> float:
-    """Nats per token of `after` for one who knows only how often each token stands in `before` (one is added to each count)."""
+    """Nats per token of `after` under the token frequencies of `before`, add-one smoothed."""
     counts = Counter(before)
     total = len(before) + len({*before, *after})
     return -sum(math.log((counts[token] + 1) / total) for token in after) / len(after)

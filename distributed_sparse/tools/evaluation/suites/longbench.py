@@ -1,17 +1,18 @@
-"""longbench: LongBench v1 (Bai et al., arXiv 2308.14508), for those who have its data: one JSONL file per dataset."""
+"""longbench: LongBench v1 (Bai et al., arXiv 2308.14508) from the user's copy of its data, one JSONL file per dataset."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from distributed_sparse.client.tokenizer import encode_prompt
 from distributed_sparse.tools.evaluation.files import digest
 from distributed_sparse.tools.evaluation.prompt import encode_question
 from distributed_sparse.tools.evaluation.suite import Answer, EvaluatedModel, Example, Suite, check_names
-from distributed_sparse.tools.evaluation.suites.longbench_datasets import DATASETS, Dataset, read_templates
+from distributed_sparse.tools.evaluation.suites.longbench_datasets import DATASETS, read_templates
 from distributed_sparse.utils.validation import check_int, shown
 
 FIELDS = ("input", "context", "answers")
@@ -25,35 +26,31 @@ class LongBenchSuite(Suite):
     score_label: ClassVar[str] = "LongBench metric (0-100)"
     least_of_dense: ClassVar[float] = 10.0  # a good model's F1 or ROUGE-L is often 20 to 30
 
-    data: str = field(default="", metadata={"help": "folder with LongBench's JSONL files, as hotpotqa.jsonl"})
-    datasets: tuple[str, ...] = field(default=(), metadata={"help": "datasets (default: all that the folder has)"})
-    templates: str | None = field(
-        default=None, metadata={"help": "the benchmark's dataset2prompt.json (default: the folder's; without one, own words)"}
-    )
-    limit: int | None = field(default=None, metadata={"help": "examples per dataset (default: all)"})
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "tokens of a prompt, cut in the middle (default: 31500, or what the model has room for)"},
-    )
-    max_question_tokens: int = field(default=1024, metadata={"help": "tokens of a question that are decoded, at most"})
-    chat: bool = field(
-        default=False, metadata={"help": "the tokenizer's chat template, for the datasets that LongBench uses it"}
-    )
+    data: Annotated[str, "folder with LongBench's JSONL files, as hotpotqa.jsonl"] = ""
+    datasets: Annotated[tuple[str, ...], "datasets (default: all in the folder)"] = ()
+    templates: Annotated[
+        str | None, "the benchmark's dataset2prompt.json (default: the folder's, else this project's own wording)"
+    ] = None
+    limit: Annotated[int | None, "examples per dataset (default: all)"] = None
+    max_length: Annotated[
+        int | None, "tokens of a prompt, cut in the middle (default: 31500, or what the model has room for)"
+    ] = None
+    max_question_tokens: Annotated[int, "tokens of a question that are decoded, at most"] = 1024
+    chat: Annotated[bool, "use the tokenizer's chat template for the datasets for which LongBench does"] = False
 
     def examples(self, model: EvaluatedModel) -> list[Example]:
-        model.need_tokenizer(self.name, "give one with --set tokenizer=FOLDER, or use the suites recall or agreement")
+        model.need_tokenizer(self.name)
         if self.limit is not None:
             check_int("longbench: limit", self.limit, 1, remedy="leave it out to take all examples")
         check_int("longbench: max_question_tokens", self.max_question_tokens, 1, remedy="give a number of tokens")
         templates = read_templates(self.templates, Path(self.data))
         found = []
         for name, path in self._files().items():
-            dataset = DATASETS[name]
-            template = templates.get(name, dataset.template)
+            template = templates.get(name, DATASETS[name].template)
             for number, row in enumerate(_rows(path)):
                 if number == self.limit:
                     break
-                found.append(self._example(model, name, dataset, template, number, row))
+                found.append(self._example(model, name, template, number, row))
         return found
 
     def _files(self) -> dict[str, Path]:
@@ -63,7 +60,7 @@ class LongBenchSuite(Suite):
             raise ValueError(f"longbench: data={self.data!r} is no folder; give --data DIR with LongBench's JSONL files")
         there = {}
         for name in DATASETS:
-            for path in (folder / f"{name}_e.jsonl", folder / f"{name}.jsonl"):  # LongBench-E only where LongBench is not
+            for path in (folder / f"{name}_e.jsonl", folder / f"{name}.jsonl"):  # LongBench's file overrides LongBench-E's
                 if path.is_file():
                     there[name] = path
         if self.datasets:
@@ -76,9 +73,8 @@ class LongBenchSuite(Suite):
             raise ValueError(f"longbench: {self.data!r} has none of {', '.join(f'{name}.jsonl' for name in DATASETS)}")
         return there
 
-    def _example(
-        self, model: EvaluatedModel, name: str, dataset: Dataset, template: str, number: int, row: dict[str, Any]
-    ) -> Example:
+    def _example(self, model: EvaluatedModel, name: str, template: str, number: int, row: dict[str, Any]) -> Example:
+        dataset = DATASETS[name]
         before, _, question = template.partition("{context}")
         before, question = before + row["context"], question.replace("{input}", row["input"])
         room = model.max_model_len - dataset.max_tokens
@@ -94,14 +90,17 @@ class LongBenchSuite(Suite):
 
         token_ids, num_question = encoded(before)
         if len(token_ids) > limit:
-            shortened = cut_middle(
-                model.tokenizer, before, lambda text: len(encoded(text)[0]), limit, f"longbench: {name} {number}"
+            token_ids, num_question = encoded(
+                cut_middle(model.tokenizer, before, lambda text: len(encoded(text)[0]), limit, f"longbench: {name} {number}")
             )
-            token_ids, num_question = encoded(shortened)
-        meta = {"task": name, "all_classes": row.get("all_classes") or [], "length": row.get("length")}
-        references = tuple(map(str, row["answers"]))
         return Example(
-            f"{name}-{number}", "LongBench", token_ids, num_question, dataset.max_tokens, references=references, meta=meta
+            f"{name}-{number}",
+            "LongBench",
+            token_ids,
+            num_question,
+            dataset.max_tokens,
+            references=tuple(map(str, row["answers"])),
+            meta={"task": name, "all_classes": row.get("all_classes") or [], "length": row.get("length")},
         )
 
     def score(self, example: Example, answer: Answer) -> dict[str, float]:
@@ -128,21 +127,21 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def cut_middle(tokenizer: Any, text: str, length_of: Callable[[str], int], limit: int, what: str) -> str:
-    """`text` without its middle, so that `length_of` it is at most `limit`.
+    """Cut the middle out of `text`, so that `length_of(text)` is at most `limit` tokens.
 
-    LongBench keeps as much of a prompt's start as of its end; the question stands at the end and stays whole.
+    As in LongBench, the prompt keeps as many tokens of its start as of its end; the question at the end stays whole.
 
     Raises:
         ValueError: the rest of the prompt alone is too long.
     """
     rest = length_of("")
-    token_ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    token_ids = encode_prompt(tokenizer, text, add_special_tokens=False)
     keep = limit - rest
     while keep >= 0:
         head = min((limit + 1) // 2, keep)
         tail = keep - head
         shortened = tokenizer.decode(token_ids[:head]) + (tokenizer.decode(token_ids[-tail:]) if tail else "")
-        over = length_of(shortened) - limit  # a cut may fall within a character or a word
+        over = length_of(shortened) - limit  # above 0 where a cut splits a character or a word
         if over <= 0:
             return shortened
         keep -= over

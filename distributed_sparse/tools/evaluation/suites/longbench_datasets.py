@@ -1,13 +1,14 @@
-"""LongBench's datasets: how each is asked, how long its answers are, and how they are judged."""
+"""longbench_datasets: how each dataset of LongBench is asked, how long its answers are, and how they are scored."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distributed_sparse.tools.evaluation import text_metrics
+from distributed_sparse.tools.evaluation.files import read_json
 from distributed_sparse.tools.evaluation.text_metrics import chinese_characters, english_words, f1, rouge_l
 from distributed_sparse.utils.validation import shown
 
@@ -17,8 +18,14 @@ Metric = Callable[[str, str, Sequence[str]], float]
 
 @dataclass(frozen=True)
 class Dataset:
-    """`template`: own words, used where the benchmark's are not at hand. `first_line`: only that of an answer counts.
-    `chat`: whether LongBench puts the prompt into a chat template."""
+    """One dataset.
+
+    Attributes:
+        template: this project's wording, used without the benchmark's templates.
+        max_tokens: of an answer.
+        first_line: whether only the first line of an answer is scored.
+        chat: whether LongBench puts the prompt into a chat template.
+    """
 
     template: str
     max_tokens: int
@@ -27,65 +34,46 @@ class Dataset:
     chat: bool = True
 
 
-def _qa(text: str, wanted: str, _: Sequence[str]) -> float:
-    return f1(english_words(text), english_words(wanted))
+def _metric(score: Callable[[Any, Any], float], split: Callable[[str], Any] = str) -> Metric:
+    """A metric without classes: `score` of both texts after `split`."""
+    return lambda text, wanted, _: score(split(text), split(wanted))
 
 
-def _qa_chinese(text: str, wanted: str, _: Sequence[str]) -> float:
-    return f1(chinese_characters(text), chinese_characters(wanted))
+_QA, _QA_CHINESE = _metric(f1, english_words), _metric(f1, chinese_characters)
+_SUMMARY = _metric(rouge_l, lambda text: text.lower().split())
+_SUMMARY_CHINESE = _metric(rouge_l, chinese_characters)
+_COUNT, _RETRIEVAL = _metric(text_metrics.count), _metric(text_metrics.retrieval)
+_CODE = _metric(text_metrics.code_similarity)
 
-
-def _summary(text: str, wanted: str, _: Sequence[str]) -> float:
-    return rouge_l(text.lower().split(), wanted.lower().split())
-
-
-def _summary_chinese(text: str, wanted: str, _: Sequence[str]) -> float:
-    return rouge_l(chinese_characters(text), chinese_characters(wanted))
-
-
-def _count(text: str, wanted: str, _: Sequence[str]) -> float:
-    return text_metrics.count(text, wanted)
-
-
-def _retrieval(text: str, wanted: str, _: Sequence[str]) -> float:
-    return text_metrics.retrieval(text, wanted)
-
-
-def _code(text: str, wanted: str, _: Sequence[str]) -> float:
-    return text_metrics.code_similarity(text, wanted)
-
-
-_QUESTION = (
-    "Read the following and answer the question after it, as briefly as possible.\n\n{context}\n\nQuestion: {input}\nAnswer:"
-)
-_QUESTION_CHINESE = "请阅读下面的材料，然后简短地回答问题。\n\n{context}\n\n问题：{input}\n回答："
-_SUMMARY = "Read the following.\n\n{context}\n\nSummarise it in one page.\n\nSummary:"
-_CODE = "Continue this code with one line.\n{context}{input}\nNext line:\n"
+_ASK = "Read the following and answer the question after it, as briefly as possible.\n\n{context}\n\nQuestion: {input}\nAnswer:"
+_ASK_CHINESE = "请阅读下面的材料，然后简短地回答问题。\n\n{context}\n\n问题：{input}\n回答："
+_ASK_SUMMARY = "Read the following.\n\n{context}\n\nSummarise it in one page.\n\nSummary:"
+_ASK_CODE = "Continue this code with one line.\n{context}{input}\nNext line:\n"
 
 DATASETS: dict[str, Dataset] = {
-    "narrativeqa": Dataset(_QUESTION, 128, _qa),
-    "qasper": Dataset(_QUESTION, 128, _qa),
-    "multifieldqa_en": Dataset(_QUESTION, 64, _qa),
-    "multifieldqa_zh": Dataset(_QUESTION_CHINESE, 64, _qa_chinese),
-    "hotpotqa": Dataset(_QUESTION, 32, _qa),
-    "2wikimqa": Dataset(_QUESTION, 32, _qa),
-    "musique": Dataset(_QUESTION, 32, _qa),
-    "dureader": Dataset(_QUESTION_CHINESE, 128, _summary_chinese),
-    "gov_report": Dataset(_SUMMARY, 512, _summary),
-    "qmsum": Dataset(_QUESTION, 512, _summary),
-    "multi_news": Dataset(_SUMMARY, 512, _summary),
-    "vcsum": Dataset("请阅读下面的会议记录。\n\n{context}\n\n请写出会议总结：", 512, _summary_chinese),
+    "narrativeqa": Dataset(_ASK, 128, _QA),
+    "qasper": Dataset(_ASK, 128, _QA),
+    "multifieldqa_en": Dataset(_ASK, 64, _QA),
+    "multifieldqa_zh": Dataset(_ASK_CHINESE, 64, _QA_CHINESE),
+    "hotpotqa": Dataset(_ASK, 32, _QA),
+    "2wikimqa": Dataset(_ASK, 32, _QA),
+    "musique": Dataset(_ASK, 32, _QA),
+    "dureader": Dataset(_ASK_CHINESE, 128, _SUMMARY_CHINESE),
+    "gov_report": Dataset(_ASK_SUMMARY, 512, _SUMMARY),
+    "qmsum": Dataset(_ASK, 512, _SUMMARY),
+    "multi_news": Dataset(_ASK_SUMMARY, 512, _SUMMARY),
+    "vcsum": Dataset("请阅读下面的会议记录。\n\n{context}\n\n请写出会议总结：", 512, _SUMMARY_CHINESE),
     "trec": Dataset(
         "Tell the type of the last question, as in the examples.\n\n{context}\n{input}",
         64, text_metrics.classification, first_line=True, chat=False,
     ),
     "triviaqa": Dataset(
         "Answer from the last passage, as briefly as in the examples.\n\n{context}\n\n{input}",
-        32, _qa, first_line=True, chat=False,
+        32, _QA, first_line=True, chat=False,
     ),
     "samsum": Dataset(
         "Summarise the last dialogue in a few short sentences, as in the examples.\n\n{context}\n\n{input}",
-        128, _summary, first_line=True, chat=False,
+        128, _SUMMARY, first_line=True, chat=False,
     ),
     "lsht": Dataset(
         "请像例子一样判断最后一条新闻的类别。\n\n{context}\n{input}",
@@ -93,27 +81,30 @@ DATASETS: dict[str, Dataset] = {
     ),
     "passage_count": Dataset(
         "Some of these paragraphs are repeated.\n\n{context}\n\nHow many different paragraphs are there? Only the number: ",
-        32, _count,
+        32, _COUNT,
     ),
     "passage_retrieval_en": Dataset(
         "Here are numbered paragraphs.\n\n{context}\n\nThis is the abstract of one of them:\n\n{input}\n\n"
         'Of which? Answer as in "Paragraph 1".\n\nAnswer: ',
-        32, _retrieval,
+        32, _RETRIEVAL,
     ),
     "passage_retrieval_zh": Dataset(
         "下面是编号的段落。\n\n{context}\n\n这是其中一段的摘要：\n\n{input}\n\n是哪一段？请按“段落1”的格式回答。\n\n答案：",
-        32, _retrieval,
+        32, _RETRIEVAL,
     ),
-    "lcc": Dataset(_CODE, 64, _code, chat=False),
-    "repobench-p": Dataset(_CODE, 64, _code, chat=False),
+    "lcc": Dataset(_ASK_CODE, 64, _CODE, chat=False),
+    "repobench-p": Dataset(_ASK_CODE, 64, _CODE, chat=False),
 }  # fmt: skip
 
 
 def read_templates(file: str | None, folder: Path) -> dict[str, str]:
-    """The benchmark's own prompts: of `file`, else of `dataset2prompt.json` in the data's folder or in `config/` beside it.
+    """Read the benchmark's own prompts from `file`, else from `dataset2prompt.json`.
+
+    Args:
+        folder: the data's; without `file`, it, its `config/` and the `config/` beside it are searched in this order.
 
     Returns:
-        dataset -> template; empty where there is no file.
+        dataset -> template; empty if there is no file.
 
     Raises:
         ValueError: the file cannot be read, or holds no templates.
@@ -126,10 +117,7 @@ def read_templates(file: str | None, folder: Path) -> dict[str, str]:
     path = next((place for place in places if file or place.is_file()), None)
     if path is None:
         return {}
-    try:
-        templates = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"longbench: templates={str(path)!r} cannot be read ({error}); give dataset2prompt.json") from None
+    templates = read_json("longbench: templates", path, "dataset2prompt.json")
     if not isinstance(templates, dict) or not all(isinstance(t, str) and "{context}" in t for t in templates.values()):
         raise ValueError(f"longbench: templates={str(path)!r} holds {shown(templates)}; give dataset2prompt.json")
     return templates

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
-from distributed_sparse.tools.evaluation.haystack import Haystack, fit
-from distributed_sparse.tools.evaluation.prompt import encode_question
+from distributed_sparse.tools.evaluation.haystack import with_needles
+from distributed_sparse.tools.evaluation.prompt import encode_fitted
 from distributed_sparse.tools.evaluation.suite import Answer, EvaluatedModel, Example, Suite, check_lengths
 from distributed_sparse.tools.evaluation.suites.needle import check_depths
 from distributed_sparse.tools.evaluation.text_metrics import substring_share
@@ -25,46 +25,41 @@ _QUESTION, _CUE = "\n\nWhat is the pass key?", " The pass key is"
 
 @dataclass(frozen=True, kw_only=True)
 class PasskeySuite(Suite):
-    """The score is the share of keys that the answer holds, x 100."""
+    """The score is the share of keys that occur in the answer, x 100."""
 
     name: ClassVar[str] = "passkey"
     score_label: ClassVar[str] = "keys found (0-100)"
 
-    lengths: tuple[int, ...] = field(default=(4096,), metadata={"help": "tokens of a prompt, at most"})
-    depths: tuple[float, ...] = field(default=(0.0, 0.25, 0.5, 0.75, 1.0), metadata={"help": "where the key stands, 0 to 1"})
-    samples: int = field(default=2, metadata={"help": "keys per length and depth"})
-    max_tokens: int = field(default=16, metadata={"help": "tokens of an answer"})
-    chat: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template"})
-    seed: int = field(default=0, metadata={"help": "chooses the keys"})
+    lengths: Annotated[tuple[int, ...], "tokens of a prompt, at most"] = (4096,)
+    depths: Annotated[tuple[float, ...], "where the key stands, 0 to 1"] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    samples: Annotated[int, "keys per length and depth"] = 2
+    max_tokens: Annotated[int, "tokens of an answer"] = 16
+    chat: Annotated[bool, "put prompts into the tokenizer's chat template"] = False
+    seed: Annotated[int, "chooses the keys"] = 0
 
     def examples(self, model: EvaluatedModel) -> list[Example]:
-        tokenizer = model.need_tokenizer(
-            self.name, "give one with --set tokenizer=FOLDER, or use the suites recall or agreement"
-        )
+        tokenizer = model.need_tokenizer(self.name)
         check_lengths(self.name, self.lengths, self.max_tokens, model)
         check_depths(self.name, self.depths)
         check_int("passkey: samples", self.samples, 1, remedy="give the number of keys per length and depth")
-        haystack, found = Haystack(_NOISE), []
-        for length in self.lengths:
-            for depth in self.depths:
-                for number in range(self.samples):
-                    name = f"{length}-{depth:g}-{number}"
-                    key = str(random.Random(f"{self.seed} {name}").randint(10_000, 99_999))
-                    needle = f"The pass key is {key}. Remember it: {key} is the pass key."
+        return [
+            self._example(tokenizer, length, depth, number)
+            for length in self.lengths
+            for depth in self.depths
+            for number in range(self.samples)
+        ]
 
-                    def encoded(count: int, needle: str = needle, depth: float = depth) -> tuple[list[int], int]:
-                        text = haystack.with_needles([(depth, needle)], count)
-                        return encode_question(tokenizer, _INTRODUCTION + text, _QUESTION, self.chat, cue=_CUE)
+    def _example(self, tokenizer: Any, length: int, depth: float, number: int) -> Example:
+        name = f"{length}-{depth:g}-{number}"
+        key = str(random.Random(f"{self.seed} {name}").randint(10_000, 99_999))
+        needle = (depth, f"The pass key is {key}. Remember it: {key} is the pass key.")
 
-                    count = fit(lambda count, encoded=encoded: len(encoded(count)[0]), length, self.name)  # type: ignore[misc]
-                    token_ids, num_question = encoded(count)
-                    found.append(
-                        Example(
-                            name, f"{length} tokens", token_ids, num_question, self.max_tokens, references=(key,),
-                            meta={"depth": depth},
-                        )
-                    )  # fmt: skip
-        return found
+        def before(count: int) -> str:
+            return _INTRODUCTION + with_needles(_NOISE, [needle], count)
+
+        token_ids, num_question = encode_fitted(tokenizer, before, _QUESTION, _CUE, self.chat, length, self.name)
+        group, meta = f"{length} tokens", {"depth": depth}
+        return Example(name, group, token_ids, num_question, self.max_tokens, references=(key,), meta=meta)
 
     def score(self, example: Example, answer: Answer) -> dict[str, float]:
         return {"score": 100 * substring_share(answer.text, example.references)}

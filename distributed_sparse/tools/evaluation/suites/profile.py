@@ -1,10 +1,10 @@
-"""profile: what attention looks like on this checkpoint: how many tokens matter, and for how long they do."""
+"""profile: how many tokens hold the attention mass of a checkpoint, and how much they change from step to step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from distributed_sparse.tools.evaluation.files import digest
 from distributed_sparse.tools.evaluation.haystack import filler_sentences
@@ -17,24 +17,24 @@ from distributed_sparse.utils.validation import check_int
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileSuite(Suite):
-    """Nothing is answered: the last `steps` tokens of each text are decoded, and all of them traced in every layer."""
+    """No answers: the last `steps` tokens of each text are decoded, and every step is traced in every layer."""
 
     name: ClassVar[str] = "profile"
     score_label: ClassVar[str] = ""
     traces_only: ClassVar[bool] = True
     default_methods: ClassVar[tuple[str, ...]] = (
-        "oracle_topk",  # the best that top-k can be
-        "{method: vattention, selector: oracle, top_k_fraction: 0.0}",  # a sample beside sinks and window
-        "{method: vattention, selector: oracle}",  # both
+        "oracle_topk",  # exact top-k: the upper bound of top-k methods
+        "{method: vattention, selector: oracle, top_k_fraction: 0.0}",  # a sample, sinks and window
+        "{method: vattention, selector: oracle}",  # exact top-k and a sample
     )
-    forced: ClassVar[dict[str, Any]] = {"dense_layers": 0}  # every layer is looked at
+    forced: ClassVar[dict[str, Any]] = {"dense_layers": 0}  # trace every layer as sparse
 
-    text: str | None = field(default=None, metadata={"help": "UTF-8 text file (default: generated filler)"})
-    token_ids: str | None = field(default=None, metadata={"help": "JSON file with a list of token ids, instead of a text"})
-    lengths: tuple[int, ...] = field(default=(4096,), metadata={"help": "tokens of a text"})
-    samples: int = field(default=2, metadata={"help": "texts per length"})
-    steps: int = field(default=8, metadata={"help": "last tokens that are decoded and traced, at least 2 to see overlap"})
-    seed: int = field(default=0, metadata={"help": "chooses generated text"})
+    text: Annotated[str | None, "UTF-8 text file (default: generated filler)"] = None
+    token_ids: Annotated[str | None, "JSON file with a list of token ids, instead of a text"] = None
+    lengths: Annotated[tuple[int, ...], "tokens of a text"] = (4096,)
+    samples: Annotated[int, "texts per length"] = 2
+    steps: Annotated[int, "last tokens that are decoded and traced, at least 2 to measure overlap"] = 8
+    seed: Annotated[int, "chooses generated text"] = 0
 
     def examples(self, model: EvaluatedModel) -> list[Example]:
         check_int("profile: samples", self.samples, 1, remedy="give a number of texts per length")
@@ -47,16 +47,14 @@ class ProfileSuite(Suite):
         ]
 
     def _texts(self, model: EvaluatedModel, length: int) -> list[list[int]]:
-        if self.text is None and self.token_ids is None:
-            if model.vocab_size == VOCAB_SIZE:  # the recall checkpoint: filler alone would show nothing of what it does
-                return [_quiz(length, self.seed + number) for number in range(self.samples)]
-            if model.tokenizer is not None:
-                return self._windows(_filler(model, self.samples * length, self.seed), length)
-        files = ([path] if path else [] for path in (self.text, self.token_ids))
-        (given,) = read_texts(model, self.name, *files).values()
-        return self._windows(given, length)
-
-    def _windows(self, text: TokenText, length: int) -> list[list[int]]:
+        generated = self.text is None and self.token_ids is None
+        if generated and model.vocab_size == VOCAB_SIZE:  # the recall checkpoint attends only to facts, which filler lacks
+            return [_quiz(length, self.seed + number) for number in range(self.samples)]
+        if generated and model.tokenizer is not None:
+            text = _filler(model, self.samples * length, self.seed)
+        else:
+            files = ([path] if path else [] for path in (self.text, self.token_ids))
+            (text,) = read_texts(model, self.name, *files).values()
         return [text.window(start, length) for start in text.starts(length, self.samples, self.name)]
 
     def score(self, example: Example, answer: Answer) -> dict[str, float]:
@@ -67,7 +65,7 @@ class ProfileSuite(Suite):
 
 
 def _filler(model: EvaluatedModel, length: int, seed: int) -> TokenText:
-    """Generated sentences of at least `length` tokens."""
+    """Generate sentences of at least `length` tokens."""
     text, found = "", TokenText([], [])
     while len(found.token_ids) < length:
         text += " ".join(filler_sentences(seed)) + " "
@@ -77,6 +75,6 @@ def _filler(model: EvaluatedModel, length: int, seed: int) -> TokenText:
 
 
 def _quiz(length: int, seed: int) -> list[int]:
-    """A recall document whose last tokens ask for its facts, one fact in 32 tokens."""
+    """A recall document with one fact per 32 tokens, whose last tokens are questions about them."""
     questions = max(1, min(8, length // 64))
     return make_quiz(max(3, min(256, length // 32)), length, min(questions, max(3, length // 32)), seed=seed).token_ids

@@ -1,11 +1,11 @@
-"""recall: facts planted in a text, asked for by symbol, on the checkpoint that is built for it (`recall_model.py`)."""
+"""recall: questions about facts planted in a text, for the checkpoint that `recall_model.py` builds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-from distributed_sparse.tools.evaluation.recall import QUESTION_LENGTH, RecallQuiz, make_majority_prompts, make_quiz
+from distributed_sparse.tools.evaluation.recall import QUESTION_LENGTH, make_majority_prompts, make_quiz
 from distributed_sparse.tools.evaluation.recall_vocabulary import VOCAB_SIZE
 from distributed_sparse.tools.evaluation.suite import Answer, EvaluatedModel, Example, Suite, check_lengths, check_names
 from distributed_sparse.utils.validation import check_int
@@ -15,7 +15,7 @@ TASKS = ("one-hop", "two-hop", "majority")
 
 @dataclass(frozen=True, kw_only=True)
 class RecallSuite(Suite):
-    """Each question is one answer symbol, judged right after it; many questions share a document, but a majority's."""
+    """Each question has one answer symbol, judged right after it. Questions share a document, except majority questions."""
 
     name: ClassVar[str] = "recall"
     score_label: ClassVar[str] = "right answers (0-1)"
@@ -23,15 +23,15 @@ class RecallSuite(Suite):
     block: ClassVar[int] = 1  # questions about one document do not depend on each other
     least_of_dense: ClassVar[float] = 0.5
 
-    tasks: tuple[str, ...] = field(default=TASKS, metadata={"help": "some of one-hop, two-hop, majority"})
-    lengths: tuple[int, ...] = field(default=(4096,), metadata={"help": "tokens of a document with its questions"})
-    facts: int = field(default=256, metadata={"help": "facts in a document"})
-    questions: int = field(default=40, metadata={"help": "questions about each document"})
-    documents: int = field(default=1, metadata={"help": "documents per task and length"})
-    majority_questions: int = field(default=8, metadata={"help": "majority questions per length, each with its own document"})
-    mentions: int = field(default=96, metadata={"help": "mentions of a majority question's key"})
-    share: float = field(default=0.4, metadata={"help": "of them that the answer follows"})
-    seed: int = field(default=0, metadata={"help": "chooses texts, facts and questions"})
+    tasks: Annotated[tuple[str, ...], "some of one-hop, two-hop, majority"] = TASKS
+    lengths: Annotated[tuple[int, ...], "tokens of a document with its questions"] = (4096,)
+    facts: Annotated[int, "facts in a document"] = 256
+    questions: Annotated[int, "questions about each document"] = 40
+    documents: Annotated[int, "documents per task and length"] = 1
+    majority_questions: Annotated[int, "majority questions per length, each with its own document"] = 8
+    mentions: Annotated[int, "mentions of a majority question's key"] = 96
+    share: Annotated[float, "share of the mentions that the answer follows"] = 0.4
+    seed: Annotated[int, "chooses texts, facts and questions"] = 0
 
     def examples(self, model: EvaluatedModel) -> list[Example]:
         check_names(self.name, "tasks", self.tasks, TASKS)
@@ -50,7 +50,7 @@ class RecallSuite(Suite):
         if task == "majority":
             prompts = make_majority_prompts(length, self.majority_questions, self.mentions, self.share, self.seed)
             return [
-                # the answer stands behind the question, so that what the model says before it can be read
+                # the answer follows the question in the prompt, so that the prediction before it can be judged
                 Example(
                     f"{task}-{length}-{i}",
                     group,
@@ -61,22 +61,19 @@ class RecallSuite(Suite):
                 )
                 for i, prompt in enumerate(prompts)
             ]
-        hops = TASKS.index(task) + 1
-        quizzes = [
-            make_quiz(self.facts, length, self.questions, hops, self.seed + 1000 * number) for number in range(self.documents)
-        ]
-        return [_of_quiz(f"{task}-{length}-{number}", group, quiz) for number, quiz in enumerate(quizzes)]
+        found = []
+        for i in range(self.documents):
+            quiz = make_quiz(self.facts, length, self.questions, TASKS.index(task) + 1, self.seed + 1000 * i)
+            positions, wanted = tuple(quiz.answer_positions), tuple(quiz.answer_ids)
+            name = f"{task}-{length}-{i}"
+            found.append(Example(name, group, quiz.token_ids, quiz.num_quiz_tokens, positions=positions, wanted=wanted))
+        return found
 
     def values(self, example: Example, answer: Answer) -> list[float]:
         if not answer.token_ids:
             raise ValueError("recall needs log-probabilities of the whole vocabulary; raise --table-bytes")
-        return [float(said == wanted) for said, wanted in zip(answer.token_ids, example.wanted, strict=True)]
+        return [float(found == wanted) for found, wanted in zip(answer.token_ids, example.wanted, strict=True)]
 
     def score(self, example: Example, answer: Answer) -> dict[str, float]:
         right = self.values(example, answer)
         return {"score": sum(right) / len(right)}
-
-
-def _of_quiz(name: str, group: str, quiz: RecallQuiz) -> Example:
-    positions, wanted = tuple(quiz.answer_positions), tuple(quiz.answer_ids)
-    return Example(name, group, quiz.token_ids, quiz.num_quiz_tokens, positions=positions, wanted=wanted)

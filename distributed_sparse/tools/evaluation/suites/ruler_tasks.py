@@ -1,7 +1,7 @@
-"""The thirteen tasks of RULER (Hsieh et al., arXiv 2404.06654): prompts of any size, and the right answers.
+"""ruler_tasks: the thirteen tasks of RULER (Hsieh et al., arXiv 2404.06654), prompts of any size with the right answers.
 
 Templates, parameters and the order of random draws are those of github.com/NVIDIA/RULER (scripts/synthetic.yaml and
-scripts/data/synthetic/); its templates are kept to the letter, for scores to be comparable.
+scripts/data/synthetic/). The templates are verbatim, so that scores are comparable.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from distributed_sparse.tools.evaluation.haystack import split_sentences
+from distributed_sparse.tools.evaluation.haystack import different, split_sentences
 from distributed_sparse.tools.evaluation.suites.ruler_texts import Question, RulerTexts
 
 NIAH = (
@@ -53,19 +53,19 @@ QA = (
 NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 DEPTHS = [round(100 * i / 39) for i in range(40)]
-"""Per cent of an essay haystack's sentences; each needle's depth is drawn from these."""
+"""Needle depths to draw from, in per cent of an essay haystack's sentences."""
 
 NUM_HOPS = 4
 SHOT_LENGTH = 500
 """Tokens of vt's example of an answer, at most."""
 FWE_TOKENS = 50
 SHORT = 4096
-"""Below this length, cwe's words stand less often."""
+"""Below this length in tokens, cwe's words occur less often."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`before + question + cue` is what the model goes on with; the cue is the start of its answer."""
+    """The model continues `before + question + cue`; the cue begins its answer."""
 
     before: str
     question: str
@@ -79,12 +79,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """One example of a task, but for the size of its haystack.
+    """One example of a task, without the size of its haystack.
 
     Attributes:
-        name: what its random draws depend on, beside `seed`.
+        name: seeds the random draws, together with `seed`.
         length: tokens of prompt and answer, at most.
-        number: of the example, from 0 on.
+        number: index of the example.
         shot_noises: size of vt's example of an answer; see `tracking_shot`.
     """
 
@@ -99,7 +99,7 @@ class Sample:
         return random.Random(f"{self.seed} {self.name}")
 
     def shuffle(self, values: list[str]) -> list[str]:
-        """Shuffled alike in all samples."""
+        """Shuffle in place, with the same generator state in all samples."""
         random.Random(self.seed).shuffle(values)
         return values
 
@@ -109,12 +109,12 @@ class RulerTask:
     """A task.
 
     Attributes:
-        make: (sample, count) -> prompt. It grows with `count`, and is the smallest that there is at 0.
+        make: (sample, count) -> prompt. It grows with `count`, and is smallest at 0.
         max_tokens: tokens of an answer.
-        most: the largest count that there is text for.
+        most: the largest count for which the texts suffice.
         needs: the attributes of `RulerTexts` that it reads.
-        any_reference: one right answer is enough; otherwise the score is the share of them.
-        most_samples: how many samples there are.
+        any_reference: one right answer scores 1; otherwise the score is the share of right answers.
+        most_samples: the number of samples available.
     """
 
     make: Callable[[Sample, int], Prompt]
@@ -130,20 +130,11 @@ def _filled(kind: tuple[str, str], context: str, references: Sequence[str], **va
     return Prompt(before.format(**values) + context, question.format(**values), kind[1].format(**values), tuple(references))
 
 
-def _different(draw: Callable[[], str], count: int) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[draw()] = None
-    return list(found)
-
-
 # ---- niah: needles in a haystack
 
 
 def niah(sample: Sample, count: int, *, haystack: str, keys: str, values: str, num_k: int, num_v: int, num_q: int) -> Prompt:
-    """`num_k` keys with `num_v` values each, hidden in noise, in essays, or among needles that nobody asks for; `num_q` keys
-    are asked for.
-    """
+    """Hide `num_k` keys with `num_v` values each in noise, in essays, or among other needles; ask for `num_q` keys."""
     rng, used = sample.rng(), set[str]()
 
     def draw(kind: str) -> str:
@@ -165,7 +156,7 @@ def niah(sample: Sample, count: int, *, haystack: str, keys: str, values: str, n
     if haystack == "essay":
         context = _in_essays(rng, sample.texts.essay_words, count, needles)
     else:
-        count += len(needles)  # each stands before a sentence of its own
+        count += len(needles)  # so that each needle precedes a sentence of its own
         hay = [NOISE] * count if haystack == "noise" else [needle(draw(keys), draw(values)) for _ in range(count)]
         for place, one in zip(sorted(rng.sample(range(count), len(needles)), reverse=True), needles, strict=True):
             hay.insert(place, one)
@@ -188,7 +179,7 @@ _KINDS: dict[str, Callable[[random.Random, RulerTexts], str]] = {
 
 
 def _in_essays(rng: random.Random, words: Sequence[str], count: int, needles: Sequence[str]) -> str:
-    """The first `count` words of the essays, again from the start where they run out, with needles between sentences."""
+    """The first `count` words of the essays, repeated when they run out, with needles between sentences."""
     rounds, rest = divmod(count, len(words))
     sentences = split_sentences(" ".join([*words] * rounds + [*words[:rest]]))
     places = sorted(int(len(sentences) * (depth / 100)) for depth in rng.sample(DEPTHS, len(needles)))
@@ -203,8 +194,8 @@ def _in_essays(rng: random.Random, words: Sequence[str], count: int, needles: Se
 
 
 def _tracking(rng: random.Random, places: random.Random, letters: int, noises: int) -> Prompt:
-    """A chain of variables, each set to the one before it; which hold the first one's value?"""
-    names = _different(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters)), NUM_HOPS + 1)
+    """A chain of variables, each set to the one before it; ask which hold the first one's value."""
+    names = different(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters)), NUM_HOPS + 1)
     value = str(rng.randrange(10_000, 99_999))
     chain = [f"VAR {names[0]} = {value}", *(f"VAR {name} = VAR {of} " for of, name in itertools.pairwise(names))]
     hay = [NOISE] * (noises + len(chain))
@@ -214,12 +205,12 @@ def _tracking(rng: random.Random, places: random.Random, letters: int, noises: i
 
 
 def tracking_shot(rng: random.Random, seed: int, noises: int) -> Prompt:
-    """vt's example of an answer: shorter names, and the chain at the same places in all samples."""
+    """vt's example of an answer: names are shorter, and the chain is at the same places in all samples."""
     return _tracking(rng, random.Random(seed), 3, noises)
 
 
 def variable_tracking(sample: Sample, count: int) -> Prompt:
-    """The chain, after an example of an answer."""
+    """A chain to track, after an example of an answer."""
     rng = sample.rng()
     asked = _tracking(rng, rng, 5, count)
     shot = tracking_shot(rng, sample.seed, sample.shot_noises)
@@ -231,7 +222,7 @@ def variable_tracking(sample: Sample, count: int) -> Prompt:
 
 
 def _numbered_words(sample: Sample, rng: random.Random, count: int, often: int, rarely: int) -> Prompt:
-    """Ten words stand `often` times in a shuffled list, `count - 10` others `rarely`."""
+    """A shuffled list in which ten words occur `often` times and `count - 10` others `rarely` times."""
     drawn = rng.sample(sample.texts.words, count)
     listed = sample.shuffle(drawn[:10] * often + drawn[10:] * rarely)
     return _filled(CWE, _enumerated(listed), drawn[:10])
@@ -242,7 +233,7 @@ def _enumerated(words: Sequence[str]) -> str:
 
 
 def common_words(sample: Sample, count: int) -> Prompt:
-    """A list of words, after an example of an answer: a shorter list with other words."""
+    """A list of words, after an example with a shorter list of other words."""
     rng, short = sample.rng(), sample.length < SHORT
     shot = _numbered_words(sample, rng, *((20, 3, 1) if short else (40, 10, 3)))
     asked = _numbered_words(sample, rng, count + 10, *((6, 1) if short else (30, 3)))
@@ -254,9 +245,9 @@ def common_words(sample: Sample, count: int) -> Prompt:
 
 
 def frequent_words(sample: Sample, count: int) -> Prompt:
-    """Words of a code, the n-th one in proportion to n ** -2; the first is dots, and the next three are asked for."""
-    rng, num_words = sample.rng(), count + 80  # from 74 on, rank 4 stands more often than rank 5
-    vocabulary = _different(
+    """Coded words, the n-th in proportion to n ** -2; the first is dots, and the question asks for the next three."""
+    rng, num_words = sample.rng(), count + 80  # from 74 on, rank 4 occurs more often than rank 5
+    vocabulary = different(
         lambda: "".join(rng.choices(string.ascii_lowercase, k=6)), max(5, (sample.length - FWE_TOKENS) // 50)
     )
     vocabulary = sample.shuffle(sorted(vocabulary))
@@ -270,7 +261,7 @@ def frequent_words(sample: Sample, count: int) -> Prompt:
 
 
 def answer_question(sample: Sample, count: int, of: str) -> Prompt:
-    """A question's documents, then related ones, then others, shuffled."""
+    """A question about documents: its own, then related ones, then others, shuffled."""
     rng, given = sample.rng(), sample.texts.question_set(of)
     question = given.questions[sample.number]
     numbers = _documents(rng, question, count + len(question.documents), len(given.documents))
@@ -280,7 +271,7 @@ def answer_question(sample: Sample, count: int, of: str) -> Prompt:
 
 
 def _documents(rng: random.Random, question: Question, count: int, total: int) -> list[int]:
-    """`count` documents; where there are not so many, all of them, again from the first one on."""
+    """Indices of `count` documents; if there are fewer, all of them, repeated from the first."""
     if count >= total:
         return [i % total for i in range(count)]
     own, related = [*question.documents], [*question.related]

