@@ -18,14 +18,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from distributed_sparse.cache import AppendRuns
 from distributed_sparse.kernels.huge_pages import zeros
 from distributed_sparse.kernels.layer.linear import linear
 from distributed_sparse.kernels.layer.rms_norm import add_rms_norm
 from distributed_sparse.selection.base import Policy, attend_selection
 from distributed_sparse.selection.dense import DenseConfig, DensePolicy
 from distributed_sparse.shard.collectives.collectives import Collectives
-from distributed_sparse.tools.bench.layer import Inputs, LayerSettings, make_inputs
+from distributed_sparse.tools.bench.layer import Inputs, LayerSettings, make_inputs, newest_runs
 from distributed_sparse.tools.bench.timing import Times, time_in_turn
 from distributed_sparse.tools.planner.hardware import MEASURED, Hardware, Interconnect, Protocol, Rate
 from distributed_sparse.tools.planner.launches import dense_launches
@@ -198,14 +197,7 @@ def _run(
 def _measure(ranks: list[RankCostModel], context: int, batch: int, collectives: Collectives) -> Found:
     rank = ranks[0]
     kinds = tuple(dict.fromkeys(kind for each in ranks for policy in each.policies for kind in policy.metadata))
-    settings = LayerSettings(
-        context=context,
-        batch=batch,
-        num_heads=rank.sizes.num_attention_heads,
-        num_kv_heads=rank.geometry.num_kv_heads,
-        head_dim=rank.geometry.head_dim,
-        page_size=rank.geometry.page_size,
-    )
+    settings = LayerSettings.of(rank.geometry, context, batch)
     collectives.barrier()
     reading = _reading()
     collectives.barrier()
@@ -305,10 +297,7 @@ def _small_operations(rank: RankCostModel, one: Inputs) -> Rate:
     gate, norm = torch.ones(batch, sizes.intermediate_size, dtype=dtype), torch.ones(model.hidden_size, dtype=dtype)
     k, v = one.k[:, :, -1].contiguous(), one.v[:, :, -1]
     angle = torch.zeros(batch, model.head_dim // 2)
-    newest = one.batch.context_lens.long() - 1
-    rows = torch.arange(batch, dtype=torch.int32)
-    page = one.batch.page_table.gather(1, (newest // geometry.page_size)[:, None])[:, 0]
-    runs = AppendRuns(page, rows, (newest % geometry.page_size).int(), torch.ones_like(rows))
+    runs = newest_runs(one)
 
     def layer(number: int) -> None:
         one.cache.rotary_append(one.q, k, v, angle, angle, runs)

@@ -1,4 +1,4 @@
-"""Every kernel as something that can be timed: its inputs, the bytes that it must move, and its float64 reference."""
+"""The kernels that are timed: their inputs, the bytes that they must move, and their float64 references."""
 
 from __future__ import annotations
 
@@ -37,4 +37,4 @@ OPS: dict[str, type[Op]] = {
         PrefillAttend,
     )
 }
-"""By name, in the order of the table."""
+"""Op by name, in the order of the printed table."""
