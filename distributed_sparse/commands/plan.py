@@ -10,44 +10,48 @@ Bytes are exact: the engine's counters say the same. Times follow from them and 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE
-from distributed_sparse.config import set_override
+from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.tools.bench.bench_report import print_table, write_json
+from distributed_sparse.tools.common.figures import check_plots
 from distributed_sparse.tools.planner.hardware import MEASURED, PRESETS, Hardware, Interconnect, Protocol, Rate, preset
-from distributed_sparse.utils.validation import check_choice, check_dtype, check_float, shown
+from distributed_sparse.utils.validation import check_choice, check_dtype, check_float
 
 if TYPE_CHECKING:  # what brings torch is imported where it is called, so that --help is quick
     from distributed_sparse.model.config import ModelConfig
     from distributed_sparse.tools.planner.plan import Grid, HardwareOf
     from distributed_sparse.tools.planner.rank import RankCostModel
 
-COLUMNS = {
-    "method": "{}",
-    "TP": "{}",
-    "context": "{}",
-    "batch": "{}",
-    "weights_GB": "{:.2f}",
-    "KV_GB": "{:.2f}",
-    "scored_GB": "{:.3f}",
-    "written_MB": "{:.2f}",
-    "held_GB": "{:.1f}",
-    "fits": "{}",
-    "max_batch": "{}",
-    "reduce_MB": "{:.2f}",
-    "reduce_ms": "{:.2f}",
-    "limit_ms": "{:.2f}",
-    "tpot_ms": "{:.2f}",
-    "limit": "{:.2f}x",
-    "speedup": "{:.2f}x",
-    "": "{}",
+COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "method": ("{}", lambda row: row["method"]),
+    "TP": ("{}", lambda row: row["tensor_parallel_size"]),
+    "context": ("{}", lambda row: row["context"]),
+    "batch": ("{}", lambda row: row["batch"]),
+    "weights_GB": ("{:.2f}", lambda row: row["weight_bytes_read"] / 1e9),
+    "KV_GB": ("{:.2f}", lambda row: row["kv_bytes_read"] / 1e9),
+    "scored_GB": ("{:.3f}", lambda row: row["scored_bytes"] / 1e9),
+    "written_MB": ("{:.2f}", lambda row: row["written_bytes"] / 1e6),
+    "held_GB": ("{:.1f}", lambda row: sum(size for name, size in row["memory"].items() if name in HELD) / 1e9),
+    "fits": ("{}", lambda row: "yes" if row["memory"]["fits"] else "NO"),
+    "max_batch": ("{}", lambda row: row["memory"]["max_batch"]),
+    "reduce_MB": ("{:.2f}", lambda row: row["all_reduce_bytes"] / 1e6),
+    "reduce_ms": ("{:.2f}", lambda row: row["parts_s"]["all_reduce_s"] * 1e3),
+    "limit_ms": ("{:.2f}", lambda row: row["limit_s"] * 1e3),
+    "tpot_ms": ("{:.2f}", lambda row: row["tpot_s"] * 1e3),
+    "limit": ("{:.2f}x", lambda row: row["limit_speedup"]),
+    "speedup": ("{:.2f}x", lambda row: row["tpot_speedup"]),
+    "": ("{}", lambda row: NOTES.get((row["memory"]["fits"], row["pays"]), "")),
 }
+"""Column -> (format, value of a row)."""
+
+HELD = ("weight_bytes", "cache_bytes", "metadata_bytes", "constant_bytes")
+NOTES = {(False, None): "does not fit", (True, False): "does not pay"}
 
 OVERRIDES = {
     "memory": ("memory_bytes", "bytes of a rank's device"),
@@ -93,7 +97,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.plan")
     if args.measure:
         _print_rates(args.devices)
     print(f"{title}: one rank's bytes and one step's times, {'measured rates' if args.measure else 'computed, not measured'}")
-    print_table([_cells(row) for row in rows], COLUMNS)
+    cells = [{name: value(row) for name, (_, value) in COLUMNS.items()} for row in rows]
+    print_table(cells, {name: form for name, (form, _) in COLUMNS.items()})
     _print_losses(rows)
     if args.json:
         devices = {size: {name: asdict(device) for name, device in of_size.items()} for size, of_size in args.devices.items()}
@@ -108,10 +113,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.plan")
 def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, HardwareOf]:
     from distributed_sparse.model.limits import resolve_dtype
     from distributed_sparse.tools.planner.memory import DEFAULT_RESERVE_BYTES
-    from distributed_sparse.tools.planner.plan import Grid
+    from distributed_sparse.tools.planner.plan import Grid, sparse_sections
 
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib, which is not installed; run pip install -e '.[eval]', or leave --plot out")
+    if args.plot:
+        check_plots("--plot needs", "leave --plot out")
     check_choice("gpu", args.gpu, [*PRESETS, MEASURED])
     if args.gpu == MEASURED and not args.measure:
         raise ValueError(f"--gpu {MEASURED} has no data sheet; add --measure, which times this machine")
@@ -123,7 +128,7 @@ def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, Hardware
         tensor_parallel_sizes=args.tensor_parallel_size,
         contexts=args.context,
         batches=args.batch,
-        sparse=_sections(args.method, args.set),
+        sparse=list(sparse_sections(args.method, args.set).values()),
         density=args.density,
         page_size=args.page_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
@@ -164,22 +169,6 @@ def _model(given: str) -> ModelConfig:
     return ModelConfig.from_pretrained(resolve_checkpoint(given, "dummy"))
 
 
-def _sections(methods: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """A `sparse:` section for each method, with what `--set` changes in all of them."""
-    sections = []
-    for method in methods:
-        run: dict[str, Any] = {"sparse": {"method": method}}
-        for override in overrides:
-            set_override(run, override)
-        if set(run) != {"sparse"} or not isinstance(run["sparse"], dict):
-            other = next((key for key in run if key != "sparse"), "sparse")
-            raise ValueError(f"--set {other}: only keys of `sparse` can be set here: --set sparse.token_budget=1024")
-        if run["sparse"].get("method") != method:
-            raise ValueError(f"--set sparse.method={shown(run['sparse'].get('method'))}: give it as --method")
-        sections.append(run["sparse"] if method != "dense" else {"method": "dense"})
-    return sections
-
-
 def _links(links: Interconnect, args: argparse.Namespace) -> Interconnect:
     """The links, with what was given of them."""
     if args.all_reduce_bandwidth is not None:
@@ -190,30 +179,6 @@ def _links(links: Interconnect, args: argparse.Namespace) -> Interconnect:
         latency = check_float("--all-reduce-latency", args.all_reduce_latency, 0.0, remedy="give seconds of a small all-reduce")
         links = replace(links, protocols=(Protocol(latency, 0.0, 1.0),))
     return links
-
-
-def _cells(row: dict[str, Any]) -> dict[str, Any]:
-    held = row["memory"]
-    return {
-        "method": row["method"],
-        "TP": row["tensor_parallel_size"],
-        "context": row["context"],
-        "batch": row["batch"],
-        "weights_GB": row["weight_bytes_read"] / 1e9,
-        "KV_GB": row["kv_bytes_read"] / 1e9,
-        "scored_GB": row["scored_bytes"] / 1e9,
-        "written_MB": row["written_bytes"] / 1e6,
-        "held_GB": sum(held[f"{part}_bytes"] for part in ("weight", "cache", "metadata", "constant")) / 1e9,
-        "fits": "yes" if held["fits"] else "NO",
-        "max_batch": held["max_batch"],
-        "reduce_MB": row["all_reduce_bytes"] / 1e6,
-        "reduce_ms": row["parts_s"]["all_reduce_s"] * 1e3,
-        "limit_ms": row["limit_s"] * 1e3,
-        "tpot_ms": row["tpot_s"] * 1e3,
-        "limit": row["limit_speedup"],
-        "speedup": row["tpot_speedup"],
-        "": "does not fit" if not held["fits"] else "does not pay" if row["pays"] is False else "",
-    }
 
 
 def _print_rates(devices: dict[int, dict[str, Hardware]]) -> None:
@@ -261,11 +226,7 @@ def _print_losses(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=(__doc__ or "").replace("python -m launch.plan", prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__, "plan", prog)
     parser.add_argument("--model", required=True, metavar="MODEL", help="a config.json, the folder that holds it, or a hub id")
     parser.add_argument("--gpu", required=True, metavar="NAME", help=f"{', '.join(PRESETS)}; or {MEASURED}, with --measure")
     parser.add_argument(

@@ -199,7 +199,7 @@ def test_serve_prints_throughput_and_latencies_by_vllm_s_names(tmp_path: Path, c
         (["decode", "--method=quset", "--context=1200"], "sparse.method='quset' is not known"),
         (["layer", "--num-heads=6", "--num-kv-heads=4"], "--num-heads 6 is no multiple of --num-kv-heads 4"),
         (["layer", "--token-budget=16"], "sparse.token_budget=16 is below the 3 forced pages"),
-        (["serve", "--set=dtype=float16"], "only keys of sparse methods can be set"),
+        (["serve", "--set=dtype=float16"], "only keys of `sparse` can be set"),
     ],
 )
 def test_bad_usage_is_said_by_name(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
-"""decode: the whole engine's time per output token over a filled cache, beside transformers and beside the bytes' limit.
+"""decode: the whole engine's time per output token over a filled cache, beside transformers and the limit by bytes.
 
-No prompt is computed: random keys and values stand in its place (`synthetic`).
+No prompt is computed; the cache is filled with random keys and values (`synthetic`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from distributed_sparse.config import set_override
 from distributed_sparse.model.limits import resolve_device, resolve_dtype
 from distributed_sparse.model.sharding import ShardSpec, tensor_slices
-from distributed_sparse.selection import resolve_sparse_config
 from distributed_sparse.tools.bench.contestants import Contestant, Engine, Round, Task, Transformers, Vllm
 from distributed_sparse.tools.bench.failures import caught
 from distributed_sparse.tools.bench.flashinfer_dense import METHOD as FLASHINFER
@@ -35,7 +33,7 @@ from distributed_sparse.tools.bench.timing import (
     torch_threads,
 )
 from distributed_sparse.tools.bench.transformers_peer import TransformersDecode, Truth
-from distributed_sparse.tools.planner.rank import RankCostModel
+from distributed_sparse.tools.planner.plan import sparse_sections
 from distributed_sparse.utils.validation import check_choice
 
 PEERS = ("transformers", "flashinfer", "vllm")
@@ -44,12 +42,12 @@ OUTPUT_LEN = {"cpu": 16, "cuda": 256}
 """Tokens of a round."""
 
 MEMORY_SHARE = 0.85
-"""Of the free memory: contestants are open together where they take no more."""
+"""Contestants are open together if they take at most this share of free memory."""
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """The grid, and who takes part. `tensor_parallel_size` is of this engine alone; transformers has one process."""
+    """The grid and the contestants. `tensor_parallel_size` applies to this engine alone; transformers has one process."""
 
     model: str = ATTENTION_HEAVY
     context: tuple[int, ...] = (32768,)
@@ -58,20 +56,20 @@ class DecodeSettings:
     tensor_parallel_size: tuple[int, ...] = (1,)
     peer: tuple[str, ...] = ("transformers",)
     set: tuple[str, ...] = ()
-    """Keys of the sparse methods: "sparse.token_budget=1024"."""
+    """Overrides for all sparse methods: "sparse.token_budget=1024"."""
     dtype: str = "auto"
     device: str = "cpu"
     threads: int | None = None
-    """torch threads of each rank, and of transformers; None: all cores for one process, its share for each of several."""
+    """torch threads of each rank and of transformers; None: all cores for one process, equal shares for several."""
     page_size: int = 16
     rounds: int = 3
     output_len: int | None = None
     """Tokens that each sequence generates in a round; None: 16 on a CPU, 256 on a GPU."""
     warm_up_s: float = 0.3
     ttft: tuple[int, ...] = ()
-    """Also the time to the first token of prompts of so many tokens, truly computed."""
+    """Also measure the time to first token of prompts of so many tokens, which are computed."""
     max_num_batched_tokens: int = 2048
-    """Of the engine whose time to the first token is taken."""
+    """Of the engines whose time to first token is measured."""
 
     def __post_init__(self) -> None:
         for name in self.peer:
@@ -86,65 +84,52 @@ class DecodeSettings:
         for context in self.context:
             if context < shortest:
                 raise ValueError(
-                    f"--context {context} is too short for --output-len {self.output_len}: a prompt that is filled "
-                    f"has {FILL_FROM} tokens or more, and half a round comes before the context; give {shortest} or more"
+                    f"--context {context} is too short for --output-len {self.output_len}: a filled prompt has "
+                    f"{FILL_FROM} tokens or more and is half a round shorter than the context; give {shortest} or more"
                 )
 
-    def sections(self) -> dict[str, dict[str, Any] | None]:
-        """A `sparse:` section for each method, with what `set` changes in all of them. Raises ValueError by name."""
-        found: dict[str, dict[str, Any] | None] = {}
-        for method in self.method:
-            run: dict[str, Any] = {"sparse": {"method": method}}
-            for override in self.set if method != "dense" else ():
-                set_override(run, override)
-            if set(run) != {"sparse"} or run["sparse"].get("method") != method:
-                raise ValueError(
-                    f"--set {','.join(self.set)}: only keys of sparse methods can be set: sparse.token_budget=1024"
-                )
-            resolve_sparse_config(run["sparse"])  # what is wrong with it is said before anything is loaded
-            found[method] = run["sparse"]
-        return found
+    def sections(self) -> dict[str, dict[str, Any]]:
+        return sparse_sections(self.method, self.set)
 
 
 def bench_decode(settings: DecodeSettings, told: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
-    """Time every method at every point of the grid, in rounds: all of a point's contestants take turns.
+    """Time every method at every point of the grid. All contestants of a point take turns.
 
     Args:
-        told: is given each row as soon as its point is done.
+        told: called with each row as soon as its point is done.
 
     Returns:
-        Rows of "contestant", "tensor_parallel_size", "context", "batch", and either "tpot_ms" (median over all rounds' steps,
-        after the warm-up) with "p10_ms" and "p90_ms", "MB_per_step" (of one rank: weights, and what attention reads by the
-        engine's own counters), "bytes_ms" (their time at the read bandwidth measured in this run; on a CPU all ranks share it),
-        "over_bytes" (tpot over it), "speedup_over_dense" (median of the rounds' ratios, to dense at the same
-        tensor_parallel_size) beside "bytes_limit" (the same ratio of the bytes), "speedup_over_transformers" (the better of its
-        caches), "speedup_over_one_rank", "in_turns" and "checked"; or "unavailable", the reason; or "wrong", what differs, or
-        how an engine of this project failed.
+        Rows of "contestant", "tensor_parallel_size", "context", "batch", and either
+
+        - "tpot_ms" (median over the steps of all rounds, without warm-up) with "p10_ms" and "p90_ms"; "MB_per_step" (of one
+          rank: weights, and attention by the engine's own counters); "bytes_ms" (their time at the read bandwidth measured in
+          this run; on a CPU the ranks share it); "over_bytes" (tpot over it); "speedup_over_dense" (median of the rounds'
+          ratios to dense at the same tensor_parallel_size) and "bytes_limit" (the same ratio of the bytes);
+          "speedup_over_transformers" (its faster cache), "speedup_over_one_rank", "in_turns" and "checked"; or
+        - "unavailable" with the reason; or
+        - "wrong" with the difference, or with the failure of an engine of this project.
     """
     device = resolve_device(settings.device)
     sections = settings.sections()
     rows: list[dict[str, Any]] = []
-    with bench_model(settings.model) as model, torch_threads(settings.threads) as threads, one_ray(settings):
+    with (
+        bench_model(settings.model) as model,
+        torch_threads(settings.threads) as threads,
+        one_ray(max(settings.tensor_parallel_size)),
+    ):
         dtype = resolve_dtype(settings.dtype, model.config.dtype)
         bandwidths = _bandwidths(settings, device, threads)
         truth, unchecked = _truth(model, dtype, device)
         for context, batch in product(settings.context, settings.batch):
             assert settings.output_len is not None
             task = Task(
-                model,
-                dtype,
-                device,
-                context,
-                batch,
-                settings.output_len,
-                settings.warm_up_s,
-                settings.page_size,
-                settings.threads,
-            )
+                model, dtype, device, context, batch,
+                settings.output_len, settings.warm_up_s, settings.page_size, settings.threads,
+            )  # fmt: skip
             contestants, absent = _contestants(task, settings, sections, truth, unchecked)
             point = Point(contestants, settings.rounds)
             point.run(truth)
-            again = _bandwidths(settings, device, threads)  # a busy moment lowers one of the two, and nothing raises it
+            again = _bandwidths(settings, device, threads)  # load can only lower a measurement: keep the higher one
             bandwidths = {ranks: max(found, again[ranks]) for ranks, found in bandwidths.items()}
             of_point = [*point.rows(bandwidths, unchecked), *absent]
             for row in of_point:
@@ -155,14 +140,14 @@ def bench_decode(settings: DecodeSettings, told: Callable[[dict[str, Any]], obje
 
 
 @contextmanager
-def one_ray(settings: DecodeSettings) -> Iterator[None]:
-    """One Ray for all engines of several ranks."""
-    if max(settings.tensor_parallel_size) == 1:
+def one_ray(num_ranks: int) -> Iterator[None]:
+    """One Ray for all engines inside; none for a single rank."""
+    if num_ranks == 1:
         yield
         return
     from distributed_sparse.ray_backend.session import ensure_ray
 
-    session = ensure_ray(max(settings.tensor_parallel_size))
+    session = ensure_ray(num_ranks)
     try:
         yield
     finally:
@@ -170,7 +155,7 @@ def one_ray(settings: DecodeSettings) -> Iterator[None]:
 
 
 def _bandwidths(settings: DecodeSettings, device: torch.device, threads: int) -> dict[int, float]:
-    """Read bandwidth per rank: on a CPU of so many threads as all ranks have together, shared among them."""
+    """Read bandwidth per rank, by number of ranks. On a CPU, that of all ranks' threads together over the ranks."""
     if device.type != "cpu":
         return dict.fromkeys({1, *settings.tensor_parallel_size}, read_bandwidth(device))
     found = {}
@@ -182,7 +167,7 @@ def _bandwidths(settings: DecodeSettings, device: torch.device, threads: int) ->
 
 
 def _truth(model: BenchModel, dtype: torch.dtype, device: torch.device) -> tuple[Truth | None, str | None]:
-    """transformers with these weights, or why not."""
+    """transformers with the engine's weights, or the reason why it is unavailable."""
     slices = tensor_slices(model.config, ShardSpec(0, 1)).values()
     num_bytes = sum(part.num_read for part in slices) * dtype.itemsize
     with caught("transformers", is_peer=True) as failed:
@@ -192,9 +177,9 @@ def _truth(model: BenchModel, dtype: torch.dtype, device: torch.device) -> tuple
 
 
 def _contestants(
-    task: Task, settings: DecodeSettings, sections: dict[str, dict[str, Any] | None], truth: Truth | None, unchecked: str | None
+    task: Task, settings: DecodeSettings, sections: dict[str, dict[str, Any]], truth: Truth | None, unchecked: str | None
 ) -> tuple[list[Contestant], list[dict[str, Any]]]:
-    """Who takes part, and rows of those that cannot."""
+    """The contestants, and rows of peers that are unavailable."""
     sizes = settings.tensor_parallel_size
     found: list[Contestant] = [Engine(task, name, sections[name], size, truth) for name, size in product(sections, sizes)]
     absent: list[dict[str, Any]] = []
@@ -215,10 +200,12 @@ def _contestants(
 
 
 def _flashinfer(task: Task, size: int, truth: Truth | None) -> list[Contestant]:
-    """The engine with the faster of flashinfer's kernels, whose steps cannot be captured, and beside it our own dense, eager.
+    """The engine with the faster of flashinfer's kernels, and this engine's dense attention, both without CUDA graphs.
+
+    flashinfer plans on the host, so that its steps cannot be captured.
 
     Raises:
-        Unavailable: flashinfer cannot be had.
+        Unavailable: flashinfer is not installed or not on this device.
     """
     import_flashinfer(task.device)
     use_tensor_cores = _tensor_cores_are_faster(task, size)
@@ -232,8 +219,8 @@ def _flashinfer(task: Task, size: int, truth: Truth | None) -> list[Contestant]:
 
 @torch.inference_mode()
 def _tensor_cores_are_faster(task: Task, size: int) -> bool:
-    """Which of flashinfer's kernels is the faster one for a layer of one rank, at the task's batch and context."""
-    geometry = replace(RankCostModel(task.model.config, size, None, task.page_size, task.dtype).geometry, device=task.device)
+    """Whether flashinfer's tensor-core kernel is the faster one for a layer of one rank at the task's batch and context."""
+    geometry = replace(task.engine(None, size).rank.geometry, device=task.device)
     shape = Shape(
         context=task.context,
         batch=task.batch,
@@ -246,19 +233,12 @@ def _tensor_cores_are_faster(task: Task, size: int) -> bool:
         dtype=task.dtype,
         device=task.device,
     )
-    layer = LayerSettings(
-        context=shape.context,
-        batch=shape.batch,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        page_size=shape.page_size,
-    )
+    layer = LayerSettings.of(geometry, task.context, task.batch)
     return tensor_cores_are_faster(make_inputs(layer, geometry, (), seed=0, contiguous=False), shape)
 
 
 class Point:
-    """One context and batch: its contestants, their rounds, and who had to give up."""
+    """One context and batch: the contestants, their rounds, and their failures."""
 
     def __init__(self, contestants: list[Contestant], num_rounds: int) -> None:
         self.contestants = contestants
@@ -268,7 +248,7 @@ class Point:
         self.in_turns = True
 
     def run(self, truth: Truth | None) -> None:
-        """All open together, in turns; where they do not fit together, or may not share a GPU, one after the other."""
+        """Run all in turns; if they do not fit together, or each rank needs its own GPU, one contestant after the other."""
         together = [one for one in self.contestants if not one.alone]
         apart = [one for one in self.contestants if one.alone]
         device = self.contestants[0].task.device
@@ -282,7 +262,7 @@ class Point:
         if together:
             self._run(together)
         if apart and truth is not None:
-            truth.drop()  # who runs alone has the whole memory
+            truth.drop()  # a contestant that runs alone gets the whole memory
         for one in _grouped(apart):
             self._run(one)
             if truth is not None:
@@ -311,14 +291,14 @@ class Point:
 
     @contextmanager
     def _may_fail(self, one: Contestant) -> Iterator[None]:
-        """What ends one contestant ends none of the others; what failed first is told."""
+        """Keep a contestant's first failure; the others go on."""
         with caught(one.name, one.is_peer) as failed:
             yield
         if failed:
             self.failed.setdefault(_key(one), failed)
 
     def rows(self, bandwidths: dict[int, float], unchecked: str | None) -> list[dict[str, Any]]:
-        """One per contestant."""
+        """One row per contestant."""
         done = {_key(one): one for one in self.contestants if self.rounds[_key(one)] and _key(one) not in self.failed}
         best = min(
             (name for name, one in done.items() if isinstance(one, Transformers)),
@@ -355,7 +335,7 @@ class Point:
         return rows
 
     def _ratio(self, other: str | None, own: str) -> float | None:
-        """How many times as long the other takes: the median over rounds, each measured close to the other's."""
+        """The other's time over this one's: the median over rounds of the ratio within a round."""
         if other is None:
             return None
         return float(np.median([theirs.median / mine.median for theirs, mine in zip(self.rounds[other], self.rounds[own])]))
@@ -366,6 +346,6 @@ def _key(one: Contestant) -> str:
 
 
 def _grouped(contestants: Sequence[Contestant]) -> list[list[Contestant]]:
-    """One by one, but for transformers' caches, which share what they are filled with."""
+    """Each contestant alone, except that transformers' two caches share what they are filled with."""
     shared: list[Contestant] = [one for one in contestants if isinstance(one, Transformers)]
     return [[one] for one in contestants if one not in shared] + ([shared] if shared else [])

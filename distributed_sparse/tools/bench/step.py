@@ -1,4 +1,4 @@
-"""step: what a step costs beside the shards' own time: scheduling, the channel both ways, commit."""
+"""step: the overhead of a step beside the shards' own time: scheduling, the channel both ways, commit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NEGLIGIBLE_MODEL = {
     "max_position_embeddings": 1 << 20,
     "torch_dtype": "float32",
 }
-"""head_dim is one that kernels on a GPU have, too."""
+"""GPU kernels support its head_dim."""
 
 PROMPT_TOKENS = 3
 
@@ -48,15 +48,15 @@ PAGE_SIZE = 16
 
 
 def bench_step(settings: StepSettings) -> dict[str, Any]:
-    """Medians over decode steps, in ms: the step as the Driver sees it, the slowest shard's own time, the rest.
+    """Medians over decode steps, in ms: the whole step as the Driver sees it, the slowest shard's own time, and the rest.
 
-    The rest ("overhead") is what the Driver and the channel add: schedule, encode, send, wake the shards, receive, commit. The
-    "gap" is what shards wait between two steps: from the last result of one received to the next begun by all of them.
-    bytes_ms is what a rank's weights and its attention's bytes would take at the machine's measured read bandwidth.
+    The rest ("overhead") is the Driver and the channel: schedule, encode, send, wake the shards, receive, commit. The "gap" is
+    the shards' idle time between two steps: from the last result received until all shards have begun the next step.
+    "bytes_ms" is the time of a rank's weights and attention's bytes at the machine's measured read bandwidth.
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(NEGLIGIBLE_MODEL))
-        paper = RankCostModel(
+        rank = RankCostModel(
             ModelConfig.from_pretrained(Path(folder)), settings.tensor_parallel_size, None, PAGE_SIZE, torch.float32
         )
         max_model_len = PROMPT_TOKENS + settings.tokens
@@ -71,7 +71,7 @@ def bench_step(settings: StepSettings) -> dict[str, Any]:
             max_model_len=max_model_len,
             max_num_seqs=settings.batch,
             max_num_batched_tokens=max(2048, settings.batch),
-            kv_cache_memory_bytes=num_pages * sum(paper.page_bytes),
+            kv_cache_memory_bytes=num_pages * sum(rank.page_bytes),
         ) as llm:
             params = SamplingParams(temperature=0.0, max_tokens=settings.tokens, ignore_eos=True)
             prompts = [[3 + row % 250] * PROMPT_TOKENS for row in range(settings.batch)]

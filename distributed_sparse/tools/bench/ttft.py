@@ -1,4 +1,4 @@
-"""ttft: the time from a prompt to its first token, truly computed, of engines and of transformers in turns."""
+"""ttft: time to first token of computed prompts, by engines and transformers in turns."""
 
 from __future__ import annotations
 
@@ -18,34 +18,31 @@ from distributed_sparse.llm import LLM
 from distributed_sparse.model.limits import resolve_device, resolve_dtype
 from distributed_sparse.protocol.client import NewRequest
 from distributed_sparse.sampling_params import SamplingParams
+from distributed_sparse.tools.bench.contestants import TIMEOUT_S
 from distributed_sparse.tools.bench.decode import DecodeSettings, one_ray
 from distributed_sparse.tools.bench.failures import caught
 from distributed_sparse.tools.bench.models import BenchModel, bench_model
-from distributed_sparse.tools.bench.synthetic import SyntheticLLM, SyntheticShard
-from distributed_sparse.tools.bench.timing import Times, check_memory, torch_threads
+from distributed_sparse.tools.bench.synthetic import EngineSpec
+from distributed_sparse.tools.bench.timing import Times, torch_threads
 from distributed_sparse.tools.bench.transformers_peer import check_token, first_token, transformers_model
 from distributed_sparse.tools.common.load import send
-from distributed_sparse.tools.planner.rank import RankCostModel
 
 WARM_UP_TOKENS = 512
-"""Of the prompt before the first round."""
-
-NEVER = 1 << 62
-"""No prompt is so long that it would be filled instead of computed."""
+"""Length of the prompt before the first round."""
 
 PEER = "transformers"
 
 
 def bench_ttft(settings: DecodeSettings, told: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
-    """Time to first token of each method and of transformers, in rounds in which all take turns with the same new prompt.
+    """Measure the time to first token of each method and of transformers. In each round all take turns with one new prompt.
 
     Returns:
-        Rows of "contestant", "tensor_parallel_size", "prompt_len", and either "ttft_ms" (median of the rounds) with "p10_ms"
-        and "p90_ms", and "over_transformers", the median of the rounds' ratios; or "unavailable" or "wrong", with the reason.
+        Rows of "contestant", "tensor_parallel_size", "prompt_len", and either "ttft_ms" (median of the rounds) with "p10_ms",
+        "p90_ms" and "over_transformers" (median of the rounds' ratios); or "unavailable" or "wrong" with the reason.
     """
     device = resolve_device(settings.device)
     rows: list[dict[str, Any]] = []
-    with bench_model(settings.model) as model, torch_threads(settings.threads), one_ray(settings):
+    with bench_model(settings.model) as model, torch_threads(settings.threads), one_ray(max(settings.tensor_parallel_size)):
         dtype = resolve_dtype(settings.dtype, model.config.dtype)
         for prompt_len in settings.ttft:
             of_length = _of_length(settings, model, dtype, device, prompt_len)
@@ -58,20 +55,20 @@ def bench_ttft(settings: DecodeSettings, told: Callable[[dict[str, Any]], object
 
 @dataclass
 class Entrant:
-    """Someone whose time to the first token is taken."""
+    """A contestant of this benchmark."""
 
     row: dict[str, Any]
-    """Filled as it is known; one with "unavailable" or "wrong" takes no further part."""
+    """The result so far; a contestant with "unavailable" or "wrong" takes no further part."""
     is_peer: bool = False
     run: Callable[[list[int]], tuple[float, Any]] | None = None
-    """A prompt's seconds, and its first token (transformers: the logits behind it)."""
+    """Returns a prompt's seconds and first token (transformers: that token's logits)."""
     seconds: list[float] = field(default_factory=list)
 
     @contextmanager
     def may_fail(self) -> Iterator[None]:
         with caught(self.row["contestant"], self.is_peer) as failed:
             yield
-        if self.takes_part:  # what failed first is told
+        if self.takes_part:  # keep the first failure
             self.row |= failed
 
     def close(self, llm: LLM) -> None:
@@ -95,7 +92,20 @@ def _of_length(
         for (name, sparse), size in product(settings.sections().items(), settings.tensor_parallel_size):
             engines.append(Entrant({"contestant": name, "tensor_parallel_size": size}))
             with engines[-1].may_fail():
-                llm = _engine(settings, model, sparse, size, dtype, device, prompt_len)
+                spec = EngineSpec(
+                    model=model,
+                    sparse=sparse,
+                    tensor_parallel_size=size,
+                    dtype=dtype,
+                    device=device,
+                    page_size=settings.page_size,
+                    max_model_len=prompt_len + settings.page_size,
+                    max_num_seqs=1,
+                    threads=settings.threads,
+                )
+                load = f"a prompt of {prompt_len} tokens"
+                batched = settings.max_num_batched_tokens
+                llm = spec.start(load, max_num_batched_tokens=batched, step_timeout_s=TIMEOUT_S)
                 opened.callback(engines[-1].close, llm)
                 engines[-1].run = partial(_first_token, llm)
         for number, prompt in enumerate(prompts):
@@ -108,7 +118,7 @@ def _of_length(
 
 
 def _peer(model: BenchModel, dtype: torch.dtype, device: torch.device) -> Entrant:
-    """transformers, which is compared with, too."""
+    """transformers, which is also the reference."""
     entrant = Entrant({"contestant": PEER, "tensor_parallel_size": 1}, is_peer=True)
     with entrant.may_fail():
         entrant.run = partial(first_token, transformers_model(model, dtype, device))
@@ -122,7 +132,7 @@ def _first_token(llm: LLM, prompt: list[int]) -> tuple[float, int]:
 
 
 def _take_turns(peer: Entrant | None, engines: list[Entrant], prompt: list[int], dtype: torch.dtype, is_timed: bool) -> None:
-    """One prompt, given to all that have not failed."""
+    """Give one prompt to all that have not failed."""
     logits: Tensor | None = None
     for one in [*([peer] if peer else []), *engines]:
         if not one.takes_part:
@@ -145,33 +155,3 @@ def _measured(one: Entrant, peer: Entrant | None) -> dict[str, Any]:
         return {**row, "checked": "not checked"}
     ratios = [own / of_peer for own, of_peer in zip(one.seconds, peer.seconds)]
     return {**row, "over_transformers": float(np.median(ratios)), "checked": "its first token with transformers'"}
-
-
-def _engine(
-    settings: DecodeSettings,
-    model: BenchModel,
-    sparse: dict[str, Any] | None,
-    size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    prompt_len: int,
-) -> SyntheticLLM:
-    paper = RankCostModel(model.config, size, sparse, settings.page_size, dtype)
-    max_model_len = prompt_len + settings.page_size
-    cache_bytes = (-(-max_model_len // settings.page_size) + 1) * sum(paper.page_bytes)
-    check_memory(f"a prompt of {prompt_len} tokens", paper.weight_bytes + cache_bytes, device)
-    return SyntheticLLM(
-        str(model.path),
-        partial(SyntheticShard, fill_from=NEVER, num_threads=settings.threads),
-        load_format=model.load_format,
-        tensor_parallel_size=size,
-        sparse=sparse,
-        dtype=str(dtype).removeprefix("torch."),
-        device=device.type,
-        page_size=settings.page_size,
-        max_model_len=max_model_len,
-        max_num_seqs=1,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        kv_cache_memory_bytes=cache_bytes,
-        step_timeout_s=3600.0,
-    )

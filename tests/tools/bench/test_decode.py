@@ -234,7 +234,7 @@ def test_what_does_not_fit_at_all_and_who_is_not_here_is_told(
     settings: DecodeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        contestants, "check_memory", lambda what, *_: (_ for _ in ()).throw(Unavailable(f"out of memory: {what}"))
+        synthetic, "check_memory", lambda what, *_: (_ for _ in ()).throw(Unavailable(f"out of memory: {what}"))
     )
     found = by_name(bench_decode(replace(settings, peer=("flashinfer", "vllm"))))
     assert "out of memory: dense at 2 x 1536 tokens" in found["dense"]["unavailable"]
@@ -305,13 +305,13 @@ def test_the_faster_of_flashinfer_s_kernels_stands_beside_our_own_dense_uncaptur
 ) -> None:
     monkeypatch.setattr(StandInWrapper, "slow", (slow,))
     eager: dict[Any, bool] = {}
-    opened = contestants.SyntheticLLM
+    opened = synthetic.SyntheticLLM
 
     def llm(*arguments: Any, **options: Any) -> Any:
         eager[(options["sparse"] or {}).get("method")] = options["enforce_eager"]
         return opened(*arguments, **options)
 
-    monkeypatch.setattr(contestants, "SyntheticLLM", llm)
+    monkeypatch.setattr(synthetic, "SyntheticLLM", llm)
     found = by_name(bench_decode(replace(settings, peer=("flashinfer",), method=("quest",), rounds=1)))
     name = f"dense by flashinfer/{'cuda' if slow else 'tensor'} cores"
     assert list(found) == ["quest", name, "dense eager"]
@@ -480,7 +480,7 @@ def test_settings_that_cannot_be_are_refused_by_name() -> None:
         DecodeSettings(peer=("tensorrt",))
     with pytest.raises(ValueError, match="--output-len 2 is below 4"):
         DecodeSettings(output_len=2)
-    with pytest.raises(ValueError, match="only keys of sparse methods can be set"):
+    with pytest.raises(ValueError, match="only keys of `sparse` can be set"):
         DecodeSettings(set=("page_size=32",)).sections()
     assert DecodeSettings(set=("sparse.token_budget=64",)).sections() == {
         "dense": {"method": "dense"},
