@@ -3,8 +3,8 @@
     python -m launch.plan --model configs/models/llama-3.1-8b --gpu h100 --tensor-parallel-size 1,2,4,8 \
         --context 32768,131072 --batch 1,8,64 --method quest
 
-Bytes are exact: the engine's counters say the same. Times follow from them and from data sheets; none is measured, but with
-`--gpu cpu --measure`, which times this machine first, at the largest context and batch of the grid.
+Bytes are exact and equal the engine's counters. Times follow from them and from data sheets, without any measurement, except
+with `--gpu cpu --measure`, which first times this machine at the largest context and batch of the grid.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from distributed_sparse.tools.common.figures import check_plots
 from distributed_sparse.tools.planner.hardware import MEASURED, PRESETS, Hardware, Interconnect, Protocol, Rate, preset
 from distributed_sparse.utils.validation import check_choice, check_dtype, check_float
 
-if TYPE_CHECKING:  # what brings torch is imported where it is called, so that --help is quick
+if TYPE_CHECKING:  # modules that import torch are imported where they are used, so that --help is quick
     from distributed_sparse.model.config import ModelConfig
     from distributed_sparse.tools.planner.plan import Grid, HardwareOf
     from distributed_sparse.tools.planner.rank import RankCostModel
@@ -73,11 +73,11 @@ SHOWN = {"bytes/s": (1e-9, "GB/s"), "op/s": (1e-9, "Gop/s"), "s": (1e6, "us")}
 """Unit of a rate -> (factor, unit in the table)."""
 
 MOST_VARIED = 1.5
-"""A rate whose p90 is more than so many times its p10 says little about the machine."""
+"""A rate whose p90 exceeds its p10 by more than this factor is unreliable."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.plan") -> int:
-    """Run the command line; the exit code: 0 done, 1 the measurement failed, 2 bad usage, 130 interrupted."""
+    """Run the command line; returns the exit code: 0 done, 1 measurement failed, 2 bad usage, 130 interrupted."""
     args = _parser(prog).parse_args(argv)
     from distributed_sparse.tools.planner.plan import plan
 
@@ -157,7 +157,7 @@ def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, Hardware
 
 
 def _model(given: str) -> ModelConfig:
-    """The shape that a folder, its config.json or a hub id describes."""
+    """The model of a folder, its config.json or a hub id."""
     from distributed_sparse.model.checkpoint import resolve_checkpoint
     from distributed_sparse.model.config import ModelConfig
 
@@ -170,7 +170,7 @@ def _model(given: str) -> ModelConfig:
 
 
 def _links(links: Interconnect, args: argparse.Namespace) -> Interconnect:
-    """The links, with what was given of them."""
+    """The links with the values from the command line."""
     if args.all_reduce_bandwidth is not None:
         remedy = "give bytes per second that a rank sends in one direction"
         bandwidth = check_float("--all-reduce-bandwidth", args.all_reduce_bandwidth, 0.0, low_excluded=True, remedy=remedy)
@@ -182,7 +182,7 @@ def _links(links: Interconnect, args: argparse.Namespace) -> Interconnect:
 
 
 def _print_rates(devices: dict[int, dict[str, Hardware]]) -> None:
-    """What was measured of each tensor_parallel_size; on stderr, what varied too much to be trusted."""
+    """Print the rates of each tensor_parallel_size, and on stderr those that varied too much to be reliable."""
     found: dict[tuple[int, Rate], None] = {}  # methods share most of their rates
     for world_size, of_size in devices.items():
         found |= {(world_size, rate): None for device in of_size.values() for rate in device.rates}
@@ -245,17 +245,22 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         type=_names,
         default=("quest",),
         metavar="NAME,NAME",
-        help="sparse methods, planned beside dense; an unknown one is answered with all names (default: quest)",
+        help="sparse methods, planned beside dense; an unknown one lists all names (default: quest)",
     )
     parser.add_argument("--set", action="append", default=[], metavar="sparse.KEY=VALUE", help="a key of the methods")
-    parser.add_argument("--density", type=float, metavar="D", help="tokens attended / in context, where the data decides")
+    parser.add_argument(
+        "--density",
+        type=float,
+        metavar="D",
+        help="tokens attended / in context, if it depends on the data",
+    )
     parser.add_argument("--dtype", default="auto", help="of weights and cache (default: the checkpoint's)")
     parser.add_argument("--page-size", type=int, default=16, metavar="N", help="tokens per page (default: 16)")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")
     reserve = "bytes beside weights and cache: CUDA context, activations, sampler (default: 2 GiB)"
     parser.add_argument("--reserve", type=int, metavar="BYTES", help=reserve)
     parser.add_argument("--enforce-eager", action="store_true", help="plan an engine without CUDA graphs")
-    replaced = parser.add_argument_group("in place of the hardware's own numbers")
+    replaced = parser.add_argument_group("replace numbers of the hardware")
     for name, (_, text) in OVERRIDES.items():
         replaced.add_argument(f"--{name}", type=float, metavar="X", help=text)
     replaced.add_argument("--all-reduce-latency", type=float, metavar="S", help="seconds of a small all-reduce")

@@ -1,4 +1,4 @@
-"""failures: what ends one contestant ends none of the others, and is told in its row."""
+"""failures: a failed contestant is reported in its row, and the others continue."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from distributed_sparse.tools.bench.timing import Unavailable, one_line, out_of_
 
 @contextmanager
 def caught(name: str, is_peer: bool = False) -> Iterator[dict[str, str]]:
-    """Yields what is put into a row of `name`: nothing, or, once something inside has failed, "unavailable" or "wrong".
+    """Yields a dict for the row of `name`: empty, or with "unavailable" or "wrong" once something inside has failed.
 
-    "unavailable" is what cannot be measured here, memory that does not suffice, and whatever ends a peer, in one line; "wrong"
-    a wrong result, and whatever else ends what is this project's own: the benchmark's exit code is 1.
+    "unavailable" is for what cannot be measured here, insufficient memory, and any failure of a peer, in one line. "wrong" is
+    for a wrong result and any failure of this project's own code; the benchmark's exit code is then 1.
     """
     failed: dict[str, str] = {}
     try:

@@ -1,4 +1,4 @@
-"""models: what the whole-engine benchmarks run: a shape with dummy weights, or a checkpoint."""
+"""models: the models of the whole-engine benchmarks: a shape with dummy weights, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "torch_dtype": "float32",
     }
 }
-"""Shapes by name: one whose time goes to attention, not to matrices, already at moderate contexts."""
+"""Shapes by name. Attention takes most of the time of `ATTENTION_HEAVY` already at moderate contexts."""
 
 SHAPES = Path(__file__).resolve().parents[3] / "configs" / "models"
-"""Where the repository keeps the shapes of public models."""
+"""The repository's shapes of public models."""
 
 
 @dataclass(frozen=True)
 class BenchModel:
-    """A folder that an engine can load, and how."""
+    """A folder that an engine can load, with its `load_format`."""
 
     path: Path
     load_format: str
@@ -53,10 +53,10 @@ class BenchModel:
 
 @contextmanager
 def bench_model(name: str) -> Iterator[BenchModel]:
-    """A model by its name in `CONFIGS` or in configs/models, a folder, or a hub id. Without weights: dummy ones.
+    """A model by its name in `CONFIGS` or in configs/models, a folder, or a hub id. Missing weights are dummies.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no such model.
     """
     with tempfile.TemporaryDirectory() as folder:
         if name in CONFIGS:

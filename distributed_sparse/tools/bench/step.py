@@ -12,6 +12,7 @@ import torch
 
 from distributed_sparse import LLM, SamplingParams
 from distributed_sparse.model.config import ModelConfig
+from distributed_sparse.tools.bench.models import ATTENTION_HEAVY, CONFIGS
 from distributed_sparse.tools.bench.timing import read_bandwidth
 from distributed_sparse.tools.planner.rank import RankCostModel
 
@@ -27,9 +28,7 @@ class StepSettings:
     device: str = "cpu"
 
 
-NEGLIGIBLE_MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+NEGLIGIBLE_MODEL = CONFIGS[ATTENTION_HEAVY] | {
     "vocab_size": 256,
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -37,8 +36,6 @@ NEGLIGIBLE_MODEL = {
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
     "head_dim": 64,
-    "max_position_embeddings": 1 << 20,
-    "torch_dtype": "float32",
 }
 """GPU kernels support its head_dim."""
 

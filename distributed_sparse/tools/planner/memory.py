@@ -1,4 +1,4 @@
-"""memory: what fits on a rank: weights, the cache of a batch, and how many sequences there is room for."""
+"""memory: the memory of a rank: weights, the cache of a batch, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from distributed_sparse.tools.planner.hardware import Hardware
 from distributed_sparse.tools.planner.rank import RankCostModel
 
 DEFAULT_RESERVE_BYTES = 2 << 30
-"""For what an engine finds out by its profiling run: the CUDA context, activations of the largest step, the sampler."""
+"""Memory that an engine measures in its profiling run: CUDA context, activations of the largest step, sampler."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Memory:
     metadata_bytes: int
     constant_bytes: int
     available_bytes: int
-    """For all of them: `gpu_memory_utilization` of the device, less the reserve."""
+    """For all of these: `gpu_memory_utilization` of the device minus the reserve."""
     max_batch: int
-    """Sequences of the context that fit at once."""
+    """Sequences of this context that fit at once."""
 
     @property
     def fits(self) -> bool:
@@ -39,7 +39,7 @@ def memory(
     utilization: float,
     reserve_bytes: int = DEFAULT_RESERVE_BYTES,
 ) -> Memory:
-    """What `batch` sequences of `context` tokens (prompt and output together) need."""
+    """Memory of `batch` sequences of `context` tokens, prompt and output together."""
     of_cache, of_metadata = rank.page_bytes
     each = rank.pages(context)
     pages = batch * each + 1

@@ -1,4 +1,4 @@
-"""reference: the tokens that a point's placement must not change, and whether another placement agrees with them."""
+"""reference: the tokens that a point's placement must not change, and the comparison of other placements with them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def make_reference(llm: LLM, requests: Sequence[NewRequest], concurrency: int, greedy: bool) -> dict[str, Any]:
-    """Run requests with the log-probabilities of the whole vocabulary, and keep by how much each token was chosen.
+    """Run requests with the log-probabilities of the whole vocabulary, and keep the margin of each token.
 
     Args:
-        greedy: without draws, whatever the requests say.
+        greedy: override the requests' sampling.
 
     Returns:
         {"token_ids": [request][step], "margins": [request][step], see `relative_margin`}.
@@ -49,11 +49,9 @@ def make_reference(llm: LLM, requests: Sequence[NewRequest], concurrency: int, g
 
 
 def disagreements(llm: LLM, requests: Sequence[NewRequest], reference: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """(request, step) of the reference's greedy tokens that this engine does not find the most likely, given those before.
+    """(request, step) of the reference's greedy tokens that are not the most likely ones here, given the tokens before.
 
-    Of as many requests as both lists have.
-
-    Each token of the reference but the first goes through the decode path, as it did there.
+    Compares as many requests as both lists have. Every token but the first goes through decode, as in the reference.
     """
     compared = min(len(requests), len(reference))
     requests, reference = requests[:compared], reference[:compared]

@@ -1,4 +1,4 @@
-"""Scaling: every point of a grid, one engine after the other, each finished point kept at once."""
+"""run_grid: measure every point of a grid, one engine after the other, and keep each finished point at once."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 class Scaling:
-    """The points of a configuration, and what has been measured of them.
+    """Runs the points of a configuration.
 
     Args:
         config: the grid.
-        open_engine: makes an engine; one is open at a time. None: `LLM.from_config`.
+        open_engine: opens an engine; one is open at a time. None: `LLM.from_config`.
 
     Raises:
-        ValueError: a point whose settings do not hold for its model; so an hour of measuring does not end in it.
+        ValueError: a point's settings are invalid for its model, found before anything is measured.
     """
 
     def __init__(self, config: ScalingConfig, open_engine: OpenEngine | None = None) -> None:
@@ -51,8 +51,8 @@ class Scaling:
         return [point.engine for point in self.points]
 
     def run(self, results: Results) -> None:
-        """Measure what `results` lacks, the points of fewest ranks first in each group; a point that fails is kept as such."""
-        surroundings = Surroundings()  # of the whole run: what one point leaves behind is no part of how it should be
+        """Measure what `results` lacks, in each group the points of fewest ranks first. Failed points are kept as such."""
+        surroundings = Surroundings()  # before the first point: leaks of a point must not become the baseline
         with Progress(total=len(self.points), unit="point", line_interval_s=0.0) as bar:
             for members in self._groups.values():
                 for point in members:
@@ -62,11 +62,11 @@ class Scaling:
                     bar.update()
 
     def records(self, results: Results) -> list[tuple[Point, Record]]:
-        """The points that have been tried, in the order of the grid, with their records."""
+        """The tried points in the order of the grid, with their records."""
         return [(point, results.records[point.key]) for point in self.points if point.key in results]
 
     def outcomes(self, results: Results) -> list[Outcome]:
-        """Every check of every point."""
+        """The outcome of every check of every point."""
         found = {point.key: record for point, record in self.records(results)}
         ordered = [
             (point.label, point.group, found[point.key])
@@ -79,12 +79,12 @@ class Scaling:
     # ---- inside
 
     def _reference_of(self, point: Point) -> Point | None:
-        """The point of the same group with the fewest ranks; None where the point is alone, or nobody wants to know."""
+        """The group's point of fewest ranks; None if the point is alone or tokens are not checked."""
         members = self._groups[point.group]
         return members[0] if self.checks.tokens and len(members) > 1 else None
 
     def _is_done(self, point: Point, results: Results) -> bool:
-        """Whether a point was measured before, and has all that the checks want of it."""
+        """Whether a point was measured before and its record suffices for the checks."""
         record = results.records.get(point.key)
         if record is None or "error" in record:
             return False
@@ -113,21 +113,21 @@ class Scaling:
                 makes_reference=reference is point,
                 reference=given if given is not None and "reference" in given else None,
             )
-        except Exception as error:  # whatever it is, the other points go on
+        except Exception as error:  # the other points go on
             logger.exception("%s failed", point.label)
             found = {"error": f"{type(error).__name__}: {error}"}
         try:
-            left = surroundings.left_behind()  # the error is gone by now, and with its frames the engine
+            left = surroundings.left_behind()  # the exception and its frames, which hold the engine, are gone by now
         except Exception as error:
-            logger.exception("what %s has left behind cannot be told", point.label)
-            left = [f"unknown, for {type(error).__name__}: {error}"]
+            logger.exception("%s: looking for leaks failed", point.label)
+            left = [f"unknown: {type(error).__name__}: {error}"]
         return named | found | {"left_behind": left}
 
 
 def identity() -> dict[str, Any]:
-    """What all points of a directory have in common, so that their numbers may be compared: the code and the machine.
+    """The code and the machine, which all points of a directory share so that their numbers are comparable.
 
-    The sources are hashed, too: an uploaded or installed package has no commit, and one with changes says nothing of them.
+    The sources are hashed, as installed packages have no commit and a commit does not include local changes.
     """
     common = {name: value for name, value in environment().items() if name != "command"}
     return {"kind": "scaling", "sources": source_hash(Path(__file__).resolve().parents[2])} | common

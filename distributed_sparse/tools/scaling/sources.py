@@ -1,4 +1,4 @@
-"""sources: a package's own code as one short name."""
+"""sources: a hash of a package's source code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def source_hash(package: Path) -> str:
-    """A name for all Python files below a folder, symlinked folders included: paths and contents, 12 hex digits."""
+    """Hash of the paths and contents of all Python files below a folder and its symlinked folders: 12 hex digits."""
     names = (Path(folder) / name for folder, _, files in os.walk(package, followlinks=True) for name in files)
     digest = hashlib.sha256()
     for path in sorted(name for name in names if name.suffix == ".py"):
