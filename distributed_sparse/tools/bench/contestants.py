@@ -41,14 +41,16 @@ class Task:
     """A round of every contestant: `batch` sequences decode `num_tokens` each, around `context` tokens."""
 
     model: BenchModel
-    dtype: torch.dtype
-    device: torch.device
     context: int
     batch: int
     num_tokens: int
     warm_up_s: float
     page_size: int = 16
     threads: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     @property
     def prompt_len(self) -> int:
@@ -70,8 +72,6 @@ class Task:
             model=self.model,
             sparse=sparse,
             tensor_parallel_size=tensor_parallel_size,
-            dtype=self.dtype,
-            device=self.device,
             page_size=self.page_size,
             max_model_len=self.context + self.num_tokens,
             max_num_seqs=self.batch,
@@ -276,7 +276,7 @@ class Transformers(Contestant):
         """The static contestant counts the shared model and cache, the dynamic one its copies."""
         rank, task = self.rank, self.task
         cache = 2 * len(rank.policies) * task.batch * (task.prompt_len + task.num_tokens) * (
-            rank.geometry.num_kv_heads * rank.geometry.head_dim * task.dtype.itemsize
+            rank.geometry.num_kv_heads * rank.geometry.head_dim * task.model.dtype.itemsize
         )  # fmt: skip
         return cache + (rank.weight_bytes if self._kind == "static" else cache // len(rank.policies))
 
@@ -326,7 +326,7 @@ class Vllm(Contestant):
             model=str(task.model.path),
             load_format=task.model.load_format,
             skip_tokenizer_init=True,
-            dtype=str(task.dtype).removeprefix("torch."),
+            dtype=task.model.dtype_name,
             max_model_len=task.context + 2 * task.num_tokens,
             max_num_seqs=task.batch,
             enable_prefix_caching=True,

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from distributed_sparse.model.limits import resolve_device, resolve_dtype
 from distributed_sparse.model.sharding import ShardSpec, tensor_slices
 from distributed_sparse.tools.bench.contestants import Contestant, Engine, Round, Task, Transformers, Vllm
 from distributed_sparse.tools.bench.failures import caught
@@ -109,49 +108,42 @@ def bench_decode(settings: DecodeSettings, told: Callable[[dict[str, Any]], obje
         - "unavailable" with the reason; or
         - "wrong" with the difference, or with the failure of an engine of this project.
     """
-    device = resolve_device(settings.device)
     sections = settings.sections()
     rows: list[dict[str, Any]] = []
-    with (
-        bench_model(settings.model) as model,
-        torch_threads(settings.threads) as threads,
-        one_ray(max(settings.tensor_parallel_size)),
-    ):
-        dtype = resolve_dtype(settings.dtype, model.config.dtype)
-        bandwidths = _bandwidths(settings, device, threads)
-        truth, unchecked = _truth(model, dtype, device)
+    num_ranks = max(settings.tensor_parallel_size)
+    with benchmarked(settings.model, settings.dtype, settings.device, settings.threads, num_ranks) as (model, threads):
+        bandwidths = _bandwidths(settings, model.device, threads)
+        truth, unchecked = _truth(model)
         for context, batch in product(settings.context, settings.batch):
             assert settings.output_len is not None
             task = Task(
-                model, dtype, device, context, batch,
+                model, context, batch,
                 settings.output_len, settings.warm_up_s, settings.page_size, settings.threads,
             )  # fmt: skip
             contestants, absent = _contestants(task, settings, sections, truth, unchecked)
             point = Point(contestants, settings.rounds)
             point.run(truth)
-            again = _bandwidths(settings, device, threads)  # load can only lower a measurement: keep the higher one
+            again = _bandwidths(settings, model.device, threads)  # load can only lower a measurement: keep the higher one
             bandwidths = {ranks: max(found, again[ranks]) for ranks, found in bandwidths.items()}
             of_point = [*point.rows(bandwidths, unchecked), *absent]
             for row in of_point:
-                row |= {"context": context, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
+                row |= {"context": context, "batch": batch, "dtype": model.dtype_name}
                 told(row)
             rows += of_point
     return rows
 
 
 @contextmanager
-def one_ray(num_ranks: int) -> Iterator[None]:
-    """One Ray for all engines inside; none for a single rank."""
-    if num_ranks == 1:
-        yield
-        return
-    from distributed_sparse.ray_backend.session import ensure_ray
+def benchmarked(model: str, dtype: str, device: str, threads: int | None, num_ranks: int) -> Iterator[tuple[BenchModel, int]]:
+    """The model and the torch threads of a benchmark, with one Ray for all of its engines (none for a single rank)."""
+    with ExitStack() as opened:
+        found = opened.enter_context(bench_model(model, dtype, device))
+        count = opened.enter_context(torch_threads(threads))
+        if num_ranks > 1:
+            from distributed_sparse.ray_backend.session import ensure_ray
 
-    session = ensure_ray(num_ranks)
-    try:
-        yield
-    finally:
-        session.release()
+            opened.callback(ensure_ray(num_ranks).release)
+        yield found, count
 
 
 def _bandwidths(settings: DecodeSettings, device: torch.device, threads: int) -> dict[int, float]:
@@ -166,13 +158,13 @@ def _bandwidths(settings: DecodeSettings, device: torch.device, threads: int) ->
     return found
 
 
-def _truth(model: BenchModel, dtype: torch.dtype, device: torch.device) -> tuple[Truth | None, str | None]:
+def _truth(model: BenchModel) -> tuple[Truth | None, str | None]:
     """transformers with the engine's weights, or the reason why it is unavailable."""
     slices = tensor_slices(model.config, ShardSpec(0, 1)).values()
-    num_bytes = sum(part.num_read for part in slices) * dtype.itemsize
+    num_bytes = sum(part.num_read for part in slices) * model.dtype.itemsize
     with caught("transformers", is_peer=True) as failed:
-        check_memory("transformers' model", num_bytes, device)
-        return Truth(model, dtype, device), None
+        check_memory("transformers' model", num_bytes, model.device)
+        return Truth(model), None
     return None, failed["unavailable"]
 
 
@@ -230,7 +222,7 @@ def _tensor_cores_are_faster(task: Task, size: int) -> bool:
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
         prefill_tokens=0,
-        dtype=task.dtype,
+        dtype=task.model.dtype,
         device=task.device,
     )
     layer = LayerSettings.of(geometry, task.context, task.batch)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from distributed_sparse.tools.bench.accuracy import WrongResult
-from distributed_sparse.tools.bench.timing import Unavailable, one_line, out_of_memory_is_unavailable
+from distributed_sparse.tools.bench.timing import Unavailable, one_line
 
 
 @contextmanager
@@ -18,14 +20,16 @@ def caught(name: str, is_peer: bool = False) -> Iterator[dict[str, str]]:
     """
     failed: dict[str, str] = {}
     try:
-        with out_of_memory_is_unavailable():
-            yield failed
+        yield failed
     except WrongResult as error:
         failed["wrong"] = str(error)
     except Unavailable as reason:
         failed["unavailable"] = str(reason)
     except Exception as error:
-        if is_peer:
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+        if is_memory:
+            failed["unavailable"] = f"out of memory: {(str(error).splitlines() or [''])[0]}"
+        elif is_peer:
             failed["unavailable"] = f"{name} failed: {one_line(error)}"
         else:
             failed["wrong"] = f"{name} failed: {type(error).__name__}: {error}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -116,13 +116,20 @@ def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     group_size = settings.num_heads // settings.num_kv_heads
     geometry = Geometry(settings.num_kv_heads, group_size, settings.head_dim, settings.page_size, dtype, device, 0)
-    methods = {name: _policy(name, keys, geometry) for name, keys in _methods(settings).items()}
+    methods: dict[str, Policy] = {
+        name: policy_class(name)(resolve_sparse_config({"method": name, **keys}), geometry)
+        for name, keys in _methods(settings).items()
+    }
     kinds = tuple(dict.fromkeys(kind for policy in methods.values() for kind in policy.metadata))
     inputs = make_rotation(settings, geometry, kinds)
     failed = _failures(methods, inputs[0], geometry)
-    functions: dict[str, Any] = {} if "sdpa" in failed else {"sdpa": lambda number: _sdpa(inputs[number % len(inputs)])}
-    for name in [name for name in methods if name not in failed]:
-        functions[name] = lambda number, policy=methods[name]: _decode(inputs[number % len(inputs)], policy, geometry)
+    functions: dict[str, Callable[[int], object]] = {
+        name: lambda number, policy=policy: _decode(inputs[number % len(inputs)], policy, geometry)
+        for name, policy in methods.items()
+        if name not in failed
+    }
+    if "sdpa" not in failed:
+        functions = {"sdpa": lambda number: _sdpa(inputs[number % len(inputs)])} | functions
     bandwidth = read_bandwidth(device)
     times = time_in_turn(functions, settings.repeats, device, rotation=len(inputs))
     rows: list[dict[str, Any]] = []
@@ -160,8 +167,7 @@ def _row(
     tokens, apart, scored = float(all_tokens), 0.0, 0
     if policy is not None:
         selections = [policy.select(one.q, one.cache, one.batch) for one in inputs]
-        tokens = _mean(s.attended(one.batch.last_page_len, settings.page_size) for one, s in zip(inputs, selections))
-        apart = _mean(s.extra_tokens_read for s in selections if s.extra_tokens_read is not None)
+        tokens, apart = mean_tokens(inputs, selections)
         scored = policy.bytes_scored([settings.context] * settings.batch)
     num_bytes, seconds = (tokens + apart) * token_bytes + scored, times[name].median
     return {
@@ -381,14 +387,11 @@ def _methods(settings: LayerSettings) -> dict[str, dict[str, Any]]:
     }
 
 
-def _policy(method: str, keys: dict[str, Any], geometry: Geometry) -> Policy:
-    return policy_class(method)(resolve_sparse_config({"method": method, **keys}), geometry)
-
-
-def _mean(counts: Iterable[Tensor]) -> float:
-    """Mean over the caches of the tokens that all rows of one cache read; 0 without any."""
-    sums = [float(of_rows.sum()) for of_rows in counts]
-    return sum(sums) / len(sums) if sums else 0.0
+def mean_tokens(inputs: list[Inputs], selections: list[Selection]) -> tuple[float, float]:
+    """Tokens attended by all rows, and tokens read in addition: means over the inputs."""
+    attended = [s.attended(one.batch.last_page_len, one.batch.page_size).sum() for one, s in zip(inputs, selections)]
+    extra = [s.extra_tokens_read.sum() for s in selections if s.extra_tokens_read is not None]
+    return float(sum(attended)) / len(inputs), float(sum(extra)) / len(inputs)
 
 
 def _attend(one: Inputs, selection: Selection, geometry: Geometry) -> Tensor:

@@ -24,7 +24,7 @@ from distributed_sparse.kernels.layer.rms_norm import add_rms_norm
 from distributed_sparse.selection.base import Policy, attend_selection
 from distributed_sparse.selection.dense import DenseConfig, DensePolicy
 from distributed_sparse.shard.collectives.collectives import Collectives
-from distributed_sparse.tools.bench.layer import Inputs, LayerSettings, make_inputs, newest_runs
+from distributed_sparse.tools.bench.layer import Inputs, LayerSettings, make_inputs, mean_tokens, newest_runs
 from distributed_sparse.tools.bench.timing import Times, time_in_turn
 from distributed_sparse.tools.planner.hardware import MEASURED, Hardware, Interconnect, Protocol, Rate
 from distributed_sparse.tools.planner.launches import dense_launches
@@ -262,7 +262,6 @@ def _matrices(rank: RankCostModel, batch: int) -> tuple[Rate, Rate]:
 
 def _attention(policy: Policy, inputs: list[Inputs], rank: RankCostModel, method: str) -> tuple[Rate, Rate]:
     """Bytes per second of a layer's attention and of its selection."""
-    scale, page_size = rank.geometry.scale, rank.geometry.page_size
     selections = [policy.select(one.q, one.cache, one.batch) for one in inputs]
 
     def select(number: int) -> None:
@@ -271,14 +270,10 @@ def _attention(policy: Policy, inputs: list[Inputs], rank: RankCostModel, method
 
     def attend(number: int) -> Tensor:
         one = inputs[number % CACHES]
-        return attend_selection(one.q, one.cache, one.batch, selections[number % CACHES], scale)
+        return attend_selection(one.q, one.cache, one.batch, selections[number % CACHES], rank.geometry.scale)
 
     times = time_in_turn({"select": select, "attend": attend}, REPEATS, CPU)
-    tokens = 0.0
-    for one, selection in zip(inputs, selections):
-        tokens += selection.attended(one.batch.last_page_len, page_size).sum().item() / CACHES
-        tokens += selection.extra_tokens_read.sum().item() / CACHES if selection.extra_tokens_read is not None else 0.0
-    kv_bytes = tokens * 2 * rank.geometry.head_dim * rank.geometry.dtype.itemsize
+    kv_bytes = sum(mean_tokens(inputs, selections)) * 2 * rank.geometry.head_dim * rank.geometry.dtype.itemsize
     scored = 0 if selections[0].is_dense else policy.bytes_scored(inputs[0].batch.context_lens.tolist())
     if scored == 0 or selections[0].partial is not None:  # selection reads no metadata, or also K and V
         together = Times([sum(of_round) for of_round in zip(times["select"].samples, times["attend"].samples)])

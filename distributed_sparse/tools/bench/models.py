@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
+from distributed_sparse.model.limits import resolve_device, resolve_dtype
 
 ATTENTION_HEAVY = "attention-heavy"
 
@@ -44,15 +47,21 @@ SHAPES = Path(__file__).resolve().parents[3] / "configs" / "models"
 
 @dataclass(frozen=True)
 class BenchModel:
-    """A folder that an engine can load, with its `load_format`."""
+    """A folder that an engine can load with `load_format`, and the dtype and device to run it."""
 
     path: Path
     load_format: str
     config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 @contextmanager
-def bench_model(name: str) -> Iterator[BenchModel]:
+def bench_model(name: str, dtype: str = "auto", device: str = "cpu") -> Iterator[BenchModel]:
     """A model by its name in `CONFIGS` or in configs/models, a folder, or a hub id. Missing weights are dummies.
 
     Raises:
@@ -67,4 +76,5 @@ def bench_model(name: str) -> Iterator[BenchModel]:
             local = given.expanduser().is_dir()
             load_format = "dummy" if local and not any(given.expanduser().glob("*.safetensors")) else "auto"
             path = resolve_checkpoint(str(given), load_format)
-        yield BenchModel(path, load_format, ModelConfig.from_pretrained(path))
+        config = ModelConfig.from_pretrained(path)
+        yield BenchModel(path, load_format, config, resolve_dtype(dtype, config.dtype), resolve_device(device))

@@ -14,15 +14,13 @@ import torch
 
 from distributed_sparse.client.client import EngineError
 from distributed_sparse.llm import LLM
-from distributed_sparse.model.limits import resolve_device, resolve_dtype
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.tools.bench.accuracy import WrongResult
-from distributed_sparse.tools.bench.decode import DecodeSettings, one_ray
+from distributed_sparse.tools.bench.decode import DecodeSettings, benchmarked
 from distributed_sparse.tools.bench.failures import caught
-from distributed_sparse.tools.bench.models import BenchModel, bench_model
+from distributed_sparse.tools.bench.models import BenchModel
 from distributed_sparse.tools.bench.synthetic import EngineSpec, SyntheticLLM
-from distributed_sparse.tools.bench.timing import torch_threads
-from distributed_sparse.tools.common.latency import RequestTimes, spread_ms
+from distributed_sparse.tools.common.latency import RequestTimes, latencies, spread_ms
 from distributed_sparse.tools.planner.plan import sparse_sections
 
 CHECKED_REQUESTS = 2
@@ -113,17 +111,17 @@ def bench_serve(settings: ServeSettings, told: Callable[[dict[str, Any]], object
         {min, max}_output_throughput of the rounds, and "greedy_agreement" (the share of tokens of checked requests that a dense
         prefill of prompt and output ranks first). Or "unavailable" or "wrong" with the reason.
     """
-    device, rows = resolve_device(settings.device), []
-    with bench_model(settings.model) as model, torch_threads(settings.threads), one_ray(settings.tensor_parallel_size):
-        dtype = resolve_dtype(settings.dtype, model.config.dtype)
+    rows: list[dict[str, Any]] = []
+    num_ranks = settings.tensor_parallel_size
+    with benchmarked(settings.model, settings.dtype, settings.device, settings.threads, num_ranks) as (model, _):
         for method, sparse in sparse_sections(settings.method, settings.set).items():
             of_method: list[dict[str, Any]] = []
-            with caught(method) as failed, _engine(settings, model, sparse, dtype, device) as llm:
+            with caught(method) as failed, _engine(settings, model, sparse) as llm:
                 warm_ups = settings.prompts(settings.num_warmups, 0, model.config.vocab_size)
                 asyncio.run(serve(llm, warm_ups, [0.0] * len(warm_ups), settings.random_output_len))
                 for rate in settings.request_rate:
                     rounds = range(1, settings.rounds + 1)
-                    of_method.append(median_round([_at_rate(settings, llm, rate, method, dtype, n) for n in rounds]))
+                    of_method.append(median_round([_at_rate(settings, llm, rate, method, model.dtype, n) for n in rounds]))
             if failed:
                 of_method.append({**failed})
             for row in of_method:
@@ -133,16 +131,12 @@ def bench_serve(settings: ServeSettings, told: Callable[[dict[str, Any]], object
     return rows
 
 
-def _engine(
-    settings: ServeSettings, model: BenchModel, sparse: dict[str, Any], dtype: torch.dtype, device: torch.device
-) -> SyntheticLLM:
+def _engine(settings: ServeSettings, model: BenchModel, sparse: dict[str, Any]) -> SyntheticLLM:
     """An engine with room for the requests that run at once; prompts are computed."""
     spec = EngineSpec(
         model=model,
         sparse=sparse,
         tensor_parallel_size=settings.tensor_parallel_size,
-        dtype=dtype,
-        device=device,
         page_size=settings.page_size,
         max_model_len=settings.random_input_len + settings.random_output_len + 1,
         max_num_seqs=min(settings.max_num_seqs, settings.num_prompts),
@@ -228,6 +222,7 @@ def summary(served: Sequence[Served], duration: float) -> dict[str, Any]:
     }
     if not completed:
         return {**row, "wrong": f"no request was completed: {errors[0]}"}
+    found = latencies(completed)
     num_input = sum(one.num_prompt_tokens for one in completed)
     num_output = sum(len(one.token_ids) for one in completed)
     row |= {
@@ -238,14 +233,9 @@ def summary(served: Sequence[Served], duration: float) -> dict[str, Any]:
         "output_throughput": num_output / duration,
         "total_token_throughput": (num_input + num_output) / duration,
     }
-    seconds = {
-        "ttft": [one.ttft for one in completed],
-        "tpot": [one.tpot for one in completed if one.tpot is not None],
-        "itl": [gap for one in completed for gap in one.itl],
-        "e2el": [one.arrivals[-1] - one.sent for one in completed],
-    }
-    for name, values in seconds.items():
-        spread = spread_ms(values) or dict.fromkeys(("mean", "median", "p99"))
+    found["e2el_ms"] = spread_ms([one.arrivals[-1] - one.sent for one in completed])
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        spread = found[f"{name}_ms"] or dict.fromkeys(("mean", "median", "p99"))
         row |= {f"{statistic}_{name}_ms": value for statistic, value in spread.items()}
     return row
 

@@ -193,8 +193,6 @@ class EngineSpec:
     model: BenchModel
     sparse: dict[str, Any] | None
     tensor_parallel_size: int
-    dtype: torch.dtype
-    device: torch.device
     page_size: int
     max_model_len: int
     max_num_seqs: int
@@ -202,7 +200,7 @@ class EngineSpec:
 
     @cached_property
     def rank(self) -> RankCostModel:
-        return RankCostModel(self.model.config, self.tensor_parallel_size, self.sparse, self.page_size, self.dtype)
+        return RankCostModel(self.model.config, self.tensor_parallel_size, self.sparse, self.page_size, self.model.dtype)
 
     @property
     def cache_bytes(self) -> int:
@@ -213,7 +211,7 @@ class EngineSpec:
     @property
     def num_bytes(self) -> int:
         """Weights and cache on the device; on a CPU, of all ranks."""
-        ranks = self.tensor_parallel_size if self.device.type == "cpu" else 1
+        ranks = self.tensor_parallel_size if self.model.device.type == "cpu" else 1
         return ranks * (self.rank.weight_bytes + self.cache_bytes)
 
     def start(self, what: str, *, max_num_batched_tokens: int, fill_from: int = NEVER_FILL, **engine_args: Any) -> SyntheticLLM:
@@ -226,15 +224,15 @@ class EngineSpec:
         Raises:
             Unavailable: the engine does not fit into free memory.
         """
-        check_memory(what, self.num_bytes, self.device)
+        check_memory(what, self.num_bytes, self.model.device)
         return SyntheticLLM(
             str(self.model.path),
             partial(SyntheticShard, fill_from=fill_from, num_threads=self.threads),
             load_format=self.model.load_format,
             tensor_parallel_size=self.tensor_parallel_size,
             sparse=self.sparse,
-            dtype=str(self.dtype).removeprefix("torch."),
-            device=self.device.type,
+            dtype=self.model.dtype_name,
+            device=self.model.device.type,
             page_size=self.page_size,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,

@@ -204,21 +204,6 @@ def check_memory(what: str, num_bytes: int, device: torch.device) -> None:
         raise Unavailable(f"out of memory: {what} needs {num_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
 
-@contextmanager
-def out_of_memory_is_unavailable() -> Iterator[None]:
-    """Turn a failed allocation into `Unavailable`."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise Unavailable(f"out of memory: {str(error).splitlines()[0]}") from error
-    except MemoryError as error:
-        raise Unavailable(f"out of memory: {error}") from error
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        raise Unavailable(f"out of memory: {str(error).splitlines()[0]}") from error
-
-
 def _page_cache_bytes() -> int:
     """Memory of cached files that Linux would free."""
     try:

@@ -26,19 +26,19 @@ CHECKED_PROMPT, CHECKED_DECODED = 64, 8
 """Tokens of the prompt that checks an engine, and how many of its last ones go through decode."""
 
 
-def transformers_model(model: BenchModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def transformers_model(model: BenchModel) -> PreTrainedModel:
     """The model in transformers with torch's SDPA and the weights that an engine of one rank would load."""
-    config = AutoConfig.from_pretrained(model.path, dtype=dtype)
+    config = AutoConfig.from_pretrained(model.path, dtype=model.dtype)
     with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    weights = load_weights(model.path, model.config, ShardSpec(0, 1), dtype, device, model.load_format)
+        hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=model.dtype)
+    weights = load_weights(model.path, model.config, ShardSpec(0, 1), model.dtype, model.device, model.load_format)
     state = {EMBEDDING: weights.embedding, "model.norm.weight": weights.norm, LM_HEAD: weights.lm_head}
     for number, layer in enumerate(weights.layers):
         state |= {f"model.layers.{number}.{name}": tensor for name, tensor in _of_layer(layer, model).items()}
     hf.load_state_dict(state, strict=True, assign=True)
     # the rotary frequencies are in no checkpoint and have no values on the meta device: compute them
     rotary = type(hf.model.rotary_emb)(config=config)
-    hf.model.rotary_emb = rotary.to(device)
+    hf.model.rotary_emb = rotary.to(model.device)
     return hf.eval()
 
 
@@ -72,24 +72,24 @@ class Truth:
         hf: the model, loaded on first use; `drop` frees its memory and keeps the log-probabilities.
     """
 
-    def __init__(self, model: BenchModel, dtype: torch.dtype, device: torch.device) -> None:
-        self._model, self._dtype, self._device = model, dtype, device
+    def __init__(self, model: BenchModel) -> None:
+        self._model = model
         self._hf: PreTrainedModel | None = None
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(3, model.config.vocab_size, (CHECKED_PROMPT,), generator=generator).tolist()
         with torch.inference_mode():
-            logits = self.hf(torch.tensor([self.tokens], device=device)).logits
+            logits = self.hf(torch.tensor([self.tokens], device=model.device)).logits
         self._expected = logits[0, :-1].double().log_softmax(-1).cpu()
 
     @property
     def hf(self) -> PreTrainedModel:
         if self._hf is None:
-            self._hf = transformers_model(self._model, self._dtype, self._device)
+            self._hf = transformers_model(self._model)
         return self._hf
 
     def drop(self) -> None:
         self._hf = None
-        if self._device.type == "cuda":
+        if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def check(self, name: str, llm: LLM) -> None:
@@ -102,7 +102,7 @@ class Truth:
         assert score.logprobs is not None
         found, mean = torch.from_numpy(score.logprobs).double(), self._expected.mean()
         what = "transformers' log-probabilities"
-        check_close(name, found - mean, self._expected - mean, MAX_LOGIT_ERROR[self._dtype], what)
+        check_close(name, found - mean, self._expected - mean, MAX_LOGIT_ERROR[self._model.dtype], what)
 
 
 class TransformersDecode:

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.llm import LLM
-from distributed_sparse.model.limits import resolve_device, resolve_dtype
 from distributed_sparse.protocol.client import NewRequest
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.tools.bench.contestants import TIMEOUT_S
-from distributed_sparse.tools.bench.decode import DecodeSettings, one_ray
+from distributed_sparse.tools.bench.decode import DecodeSettings, benchmarked
 from distributed_sparse.tools.bench.failures import caught
-from distributed_sparse.tools.bench.models import BenchModel, bench_model
+from distributed_sparse.tools.bench.models import BenchModel
 from distributed_sparse.tools.bench.synthetic import EngineSpec
-from distributed_sparse.tools.bench.timing import Times, torch_threads
+from distributed_sparse.tools.bench.timing import Times
 from distributed_sparse.tools.bench.transformers_peer import check_token, first_token, transformers_model
 from distributed_sparse.tools.common.load import send
 
@@ -40,14 +39,13 @@ def bench_ttft(settings: DecodeSettings, told: Callable[[dict[str, Any]], object
         Rows of "contestant", "tensor_parallel_size", "prompt_len", and either "ttft_ms" (median of the rounds) with "p10_ms",
         "p90_ms" and "over_transformers" (median of the rounds' ratios); or "unavailable" or "wrong" with the reason.
     """
-    device = resolve_device(settings.device)
     rows: list[dict[str, Any]] = []
-    with bench_model(settings.model) as model, torch_threads(settings.threads), one_ray(max(settings.tensor_parallel_size)):
-        dtype = resolve_dtype(settings.dtype, model.config.dtype)
+    num_ranks = max(settings.tensor_parallel_size)
+    with benchmarked(settings.model, settings.dtype, settings.device, settings.threads, num_ranks) as (model, _):
         for prompt_len in settings.ttft:
-            of_length = _of_length(settings, model, dtype, device, prompt_len)
+            of_length = _of_length(settings, model, prompt_len)
             for row in of_length:
-                row |= {"prompt_len": prompt_len, "dtype": str(dtype).removeprefix("torch.")}
+                row |= {"prompt_len": prompt_len, "dtype": model.dtype_name}
                 told(row)
             rows += of_length
     return rows
@@ -80,14 +78,12 @@ class Entrant:
         return not {"unavailable", "wrong"} & self.row.keys()
 
 
-def _of_length(
-    settings: DecodeSettings, model: BenchModel, dtype: torch.dtype, device: torch.device, prompt_len: int
-) -> list[dict[str, Any]]:
+def _of_length(settings: DecodeSettings, model: BenchModel, prompt_len: int) -> list[dict[str, Any]]:
     generator = np.random.default_rng(0)
     lengths = [min(prompt_len, WARM_UP_TOKENS)] + [prompt_len] * settings.rounds
     prompts = [generator.integers(3, model.config.vocab_size, length).tolist() for length in lengths]
     with ExitStack() as opened:
-        peer = _peer(model, dtype, device) if PEER in settings.peer else None
+        peer = _peer(model) if PEER in settings.peer else None
         engines: list[Entrant] = []
         for (name, sparse), size in product(settings.sections().items(), settings.tensor_parallel_size):
             engines.append(Entrant({"contestant": name, "tensor_parallel_size": size}))
@@ -96,8 +92,6 @@ def _of_length(
                     model=model,
                     sparse=sparse,
                     tensor_parallel_size=size,
-                    dtype=dtype,
-                    device=device,
                     page_size=settings.page_size,
                     max_model_len=prompt_len + settings.page_size,
                     max_num_seqs=1,
@@ -109,7 +103,7 @@ def _of_length(
                 opened.callback(engines[-1].close, llm)
                 engines[-1].run = partial(_first_token, llm)
         for number, prompt in enumerate(prompts):
-            _take_turns(peer, engines, prompt, dtype, is_timed=number > 0)
+            _take_turns(peer, engines, prompt, model.dtype, is_timed=number > 0)
     entrants = [*([peer] if peer else []), *engines]
     for one in entrants:
         if one.takes_part:
@@ -117,11 +111,11 @@ def _of_length(
     return [one.row for one in entrants]
 
 
-def _peer(model: BenchModel, dtype: torch.dtype, device: torch.device) -> Entrant:
+def _peer(model: BenchModel) -> Entrant:
     """transformers, which is also the reference."""
     entrant = Entrant({"contestant": PEER, "tensor_parallel_size": 1}, is_peer=True)
     with entrant.may_fail():
-        entrant.run = partial(first_token, transformers_model(model, dtype, device))
+        entrant.run = partial(first_token, transformers_model(model))
     return entrant
 
 

@@ -83,8 +83,8 @@ def weight_bytes(record: Record) -> list[str]:
     held = sum(rank["weight_bytes"] for rank in record["ranks"])
     if held != of_all:
         found.append(
-            f"{len(record['ranks'])} ranks together hold {held} bytes of weights, and the whole model with replicated weights "
-            f"and padding has {of_all}"
+            f"{len(record['ranks'])} ranks together hold {held} bytes of weights, and the share of all, with "
+            f"replicated weights and padding, is {of_all}"
         )
     return found
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from distributed_sparse.tools.scaling.checks import Outcome, check_points
 from distributed_sparse.tools.scaling.grid import Point, ScalingConfig
 from distributed_sparse.tools.scaling.leaks import Surroundings
 from distributed_sparse.tools.scaling.measure_point import OpenEngine, measure
-from distributed_sparse.tools.scaling.sources import source_hash
 from distributed_sparse.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,16 @@ class Scaling:
             logger.exception("%s: looking for leaks failed", point.label)
             left = [f"unknown: {type(error).__name__}: {error}"]
         return named | found | {"left_behind": left}
+
+
+def source_hash(package: Path) -> str:
+    """Hash of the paths and contents of all Python files below a folder and its symlinked folders: 12 hex digits."""
+    names = (Path(folder) / name for folder, _, files in os.walk(package, followlinks=True) for name in files)
+    digest = hashlib.sha256()
+    for path in sorted(name for name in names if name.suffix == ".py"):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 def identity() -> dict[str, Any]:

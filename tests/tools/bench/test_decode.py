@@ -117,16 +117,16 @@ def test_the_peer_computes_what_transformers_makes_of_the_same_checkpoint(tmp_pa
     extra = {"tie_word_embeddings": True} if family == "qwen2" else {}
     path = tiny_checkpoint(tmp_path, family, **extra)
     tokens = torch.arange(3, 40)[None]
-    with bench_model(str(path)) as model, torch.inference_mode():
+    with bench_model(str(path), "float32") as model, torch.inference_mode():
         assert model.load_format == "auto"
-        ours = transformers_model(model, torch.float32, CPU)(tokens).logits
+        ours = transformers_model(model)(tokens).logits
         theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()(tokens).logits
     assert torch.allclose(ours, theirs, atol=1e-5 * float(theirs.std()))
 
 
 def test_truth_gives_the_model_back_and_keeps_what_it_found(tmp_path: Path) -> None:
     with bench_model(str(tiny_shape(tmp_path))) as model:
-        truth = Truth(model, torch.float32, CPU)
+        truth = Truth(model)
         first = truth.hf
         truth.drop()
         assert truth.hf is not first and truth._expected.shape == (len(truth.tokens) - 1, 331)
@@ -333,7 +333,7 @@ def test_a_flashinfer_kernel_that_does_not_have_the_sizes_leaves_the_other(
     monkeypatch.setattr(StandInWrapper, "plan", plan)
     monkeypatch.setattr(StandInWrapper, "slow", (True,))
     with bench_model(str(tiny_shape(tmp_path))) as model:
-        task = Task(model, torch.float32, CPU, 64, 2, 8, 0.0)
+        task = Task(model, 64, 2, 8, 0.0)
         assert [one.name for one in decode._flashinfer(task, 1, None)] == ["dense by flashinfer/tensor cores", "dense eager"]
 
 
@@ -395,7 +395,7 @@ def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Vllm]:
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=StandInVllm, SamplingParams=SimpleNamespace))
     monkeypatch.setattr(contestants, "time", SimpleNamespace(monotonic=lambda: StandInVllm.now))
     with bench_model(str(tiny_shape(tmp_path))) as model:
-        one = Vllm(Task(model, torch.float32, CPU, 64, 2, 8, 0.0))
+        one = Vllm(Task(model, 64, 2, 8, 0.0))
         one.open()
         yield one
         one.close()

@@ -167,3 +167,6 @@ class PrefillAttend(Op):
             "sdpa": lambda: peers.sdpa_prefill(data, self.shape),
             "flashinfer": lambda: peers.flashinfer_prefill(data, self.shape),
         }
+
+
+OPS: tuple[type[Op], ...] = (AttendDense, AttendPages, AttendTokens, PrefillAttend)

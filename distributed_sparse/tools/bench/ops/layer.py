@@ -17,7 +17,7 @@ from distributed_sparse.kernels.reference import (
     rotary_reference,
 )
 from distributed_sparse.tools.bench.accuracy import check_close, check_equal
-from distributed_sparse.tools.bench.layer import Inputs
+from distributed_sparse.tools.bench.layer import Inputs, newest_runs
 from distributed_sparse.tools.bench.ops.base import Op
 from distributed_sparse.tools.bench.rows import Row
 
@@ -158,10 +158,9 @@ class AppendStep(_Append):
     axes = ("batch", "page_size")
 
     def arguments(self, data: Inputs, generator: torch.Generator) -> dict[str, Any]:
-        newest, ones = data.batch.last_page_len - 1, torch.ones_like(data.batch.last_page_len)
-        pages = data.batch.page_table.gather(1, (data.batch.num_pages - 1)[:, None].long())[:, 0]
+        runs = newest_runs(data)
         k, v = data.k[:, :, -1].contiguous(), data.v[:, :, -1].contiguous()
-        return self._arguments(data, k, v, pages, newest, ones)
+        return self._arguments(data, k, v, runs.pages, runs.offsets, runs.counts)
 
     @property
     def num_bytes(self) -> tuple[int, int]:
@@ -256,3 +255,6 @@ class RotaryAppendPrompt(_RotaryAppend, AppendPrompt):
     """A prompt chunk, as in `AppendPrompt`."""
 
     name: ClassVar[str] = "rotary_append prompt"
+
+
+OPS: tuple[type[Op], ...] = (RmsNorm, AddRmsNorm, AppendStep, AppendPrompt, RotaryAppendStep, RotaryAppendPrompt)

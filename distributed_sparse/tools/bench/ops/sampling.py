@@ -100,3 +100,6 @@ class ResidualMoments(Op):
         heads = shape.batch * shape.num_heads
         read = shape.rows * pilot * (2 * shape.row_bytes + 4) + shape.query_bytes + 4 * heads * (shape.head_dim + 1)
         return read, 4 * STATISTICS * heads
+
+
+OPS: tuple[type[Op], ...] = (ResidualMoments, SampleResidual)

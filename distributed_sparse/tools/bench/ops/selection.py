@@ -209,3 +209,6 @@ class HammingScores(Op):
         signature = HASH_BITS // 8
         read = shape.batch * shape.num_heads * (shape.context + 1) * signature + 4 * shape.batch * shape.pages
         return read, 4 * shape.rows * shape.context
+
+
+OPS: tuple[type[Op], ...] = (PageScores, TopKPages, Int4Logits, TopP, HammingScores)
