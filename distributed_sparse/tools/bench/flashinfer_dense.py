@@ -61,15 +61,9 @@ class FlashInferPolicy(Policy):
         listed = torch.arange(batch.page_table.shape[1], device=batch.page_table.device) < batch.num_pages[:, None]
         indptr = torch.zeros(len(batch.num_pages) + 1, dtype=torch.int32, device=listed.device)
         indptr[1:] = batch.num_pages.cumsum(0)
+        heads = geometry.num_kv_heads * geometry.group_size
+        sizes = (heads, geometry.num_kv_heads, geometry.head_dim, geometry.page_size)
         self._wrapper.plan(
-            indptr,
-            batch.page_table[listed],
-            batch.last_page_len,
-            geometry.num_kv_heads * geometry.group_size,
-            geometry.num_kv_heads,
-            geometry.head_dim,
-            geometry.page_size,
-            q_data_type=dtype,
-            kv_data_type=dtype,
-            sm_scale=geometry.scale,
-        )
+            indptr, batch.page_table[listed], batch.last_page_len, *sizes,
+            q_data_type=dtype, kv_data_type=dtype, sm_scale=geometry.scale,
+        )  # fmt: skip

@@ -54,7 +54,6 @@ class AttendDense(_Attend):
         pages = data.batch.page_table[:, None].expand(-1, heads, -1)
         return self._common(data, pages, data.batch.num_pages[:, None].expand(-1, heads))
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         return self._bytes(self.shape.context, self.shape.pages)
 
@@ -77,7 +76,6 @@ class AttendPages(_Attend):
         pages = physical(data, random_pages(data, self.shape.budget_pages, generator))
         return self._common(data, pages, torch.full_like(pages[..., 0], pages.shape[2]))
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         pages = self.shape.budget_pages
         return self._bytes(min(pages * self.shape.page_size, self.shape.context), pages)
@@ -100,7 +98,6 @@ class AttendTokens(_Attend):
             "num_tokens": no_pages + count,
         }
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         tokens = min(self.shape.token_budget, self.shape.context)
         return self._bytes(tokens, tokens)
@@ -128,13 +125,11 @@ class PrefillAttend(Op):
             "max_query_len": shape.prefill_tokens,
         }
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         shape = self.shape
         queries = shape.prefill_tokens * shape.num_heads * shape.row_bytes
         return 2 * shape.context * shape.num_kv_heads * shape.row_bytes + queries, queries
 
-    @property
     def num_operations(self) -> int:
         """Two products of 2 d operations each for every pair of a query and a key that it may attend to."""
         shape = self.shape

@@ -89,12 +89,10 @@ class Op(ABC):
     def run(self, arguments: dict[str, Any]) -> Any:
         return self.kernel(**arguments)
 
-    @property
     @abstractmethod
     def num_bytes(self) -> tuple[int, int]:
         """Bytes that the kernel must read, and bytes that it must write."""
 
-    @property
     def num_operations(self) -> int | None:
         """Floating-point operations, for kernels that they limit rather than bytes."""
         return None

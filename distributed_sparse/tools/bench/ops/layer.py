@@ -56,7 +56,6 @@ class RmsNorm(_WholeOp):
         x, weight = self.drawn(generator, self.shape.batch, self.hidden), self.drawn(generator, self.hidden)
         return {"x": x, "weight": weight, "eps": EPS}
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         """Read: the hidden states and the weight. Written: the normed states."""
         row = self.hidden * self.shape.dtype.itemsize
@@ -78,7 +77,6 @@ class AddRmsNorm(_WholeOp):
         total = x + residual
         return rms_norm_reference(total, weight, eps), total
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         """Read: hidden states, residual and weight. Written: normed states and residual."""
         row = self.hidden * self.shape.dtype.itemsize
@@ -162,7 +160,6 @@ class AppendStep(_Append):
         k, v = data.k[:, :, -1].contiguous(), data.v[:, :, -1].contiguous()
         return self._arguments(data, k, v, runs.pages, runs.offsets, runs.counts)
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         return self._bytes(self.shape.batch, self.shape.batch, self.shape.batch)
 
@@ -189,7 +186,6 @@ class AppendPrompt(_Append):
         k, v = (cache[pages.long()].transpose(1, 2).flatten(0, 1).contiguous() for cache in caches)
         return self._arguments(data, k, v, pages, torch.zeros_like(pages), torch.full_like(pages, self.shape.page_size))
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         return self._bytes(self.chunk, self.num_runs, 0)
 

@@ -59,7 +59,6 @@ class SampleResidual(Op):
     def reference(self, capacity: int, **arguments: Any) -> Tensor:
         return torch.tensor(sample_residual_reference(**arguments))
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         """Read: the selected blocks, a page-table entry per drawn token. Written: the drawn slots. Bytes are not the limit."""
         drawn = sample_size(self)
@@ -93,7 +92,6 @@ class ResidualMoments(Op):
             "centred": True,
         }
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         """Read: K, V and slots of the pilot, the queries, the partial result. Written: the statistics per query head."""
         shape, pilot = self.shape, max(2, sample_size(self))

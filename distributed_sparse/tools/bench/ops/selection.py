@@ -62,7 +62,6 @@ class PageScores(_Scores):
             "num_pages": data.batch.num_pages,
         }
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         """Read: a minimum and a maximum per page and row, the queries, the page table. Written: a float32 score each."""
         shape = self.shape
@@ -91,7 +90,6 @@ class TopKPages(Op):
             "capacity": shape.budget_pages,
         }
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         """Read: a float32 score per page and row, the page table. Written: an int32 per selected page, and a count per row."""
         shape = self.shape
@@ -130,7 +128,6 @@ class Int4Logits(_Scores):
             "scale": self.shape.scale,
         }
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         """Read: half a byte per channel and two fp16 per candidate, page list, queries. Written: a float32 per logit."""
         shape, tokens = self.shape, candidate_pages(self) * self.shape.page_size
@@ -152,7 +149,6 @@ class TopP(Op):
         forced = {"sink_pages": SINK_PAGES, "recent_pages": RECENT_PAGES}
         return {"logits": estimate.run(candidates), **lists, "p": P, "page_size": self.shape.page_size, **forced}
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         """Read: a float32 logit per candidate and query head, the page lists. Written: a threshold per query head and a count
         per row. The slots of the kept tokens depend on the data and are not counted."""
@@ -202,7 +198,6 @@ class HammingScores(Op):
             "context_lens": data.batch.context_lens,
         }
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         """Read: a signature per token and query head and per query, the page table. Written: an int32 per token and row."""
         shape = self.shape
