@@ -91,11 +91,13 @@ class DecodeSettings:
         return sparse_sections(self.method, self.set)
 
 
-def bench_decode(settings: DecodeSettings, told: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
+def bench_decode(
+    settings: DecodeSettings, on_row: Callable[[dict[str, Any]], object] = lambda row: None
+) -> list[dict[str, Any]]:
     """Time every method at every point of the grid. All contestants of a point take turns.
 
     Args:
-        told: called with each row as soon as its point is done.
+        on_row: called with each row as soon as its point is done.
 
     Returns:
         Rows of "contestant", "tensor_parallel_size", "context", "batch", and either
@@ -128,7 +130,7 @@ def bench_decode(settings: DecodeSettings, told: Callable[[dict[str, Any]], obje
             of_point = [*point.rows(bandwidths, unchecked), *absent]
             for row in of_point:
                 row |= {"context": context, "batch": batch, "dtype": model.dtype_name}
-                told(row)
+                on_row(row)
             rows += of_point
     return rows
 

@@ -69,12 +69,12 @@ class KernelSettings:
 
 @torch.inference_mode()
 def bench_kernels(
-    settings: KernelSettings, told: Callable[[dict[str, Any]], object] = lambda row: None
+    settings: KernelSettings, on_row: Callable[[dict[str, Any]], object] = lambda row: None
 ) -> list[dict[str, Any]]:
     """Time every op at every point of the grid.
 
     Args:
-        told: called with each row as soon as it is known.
+        on_row: called with each row as soon as it is known.
 
     Returns:
         Rows of "op", "implementation" and the point. "implementation" is "triton"; or "cpu", which is C++ where the op has it,
@@ -95,7 +95,7 @@ def bench_kernels(
             row |= {name: value for name, value in point.items() if name in OPS[row["op"]].axes}
             row |= {"dtype": settings.dtype, "copy_bandwidth_GB_per_s": bandwidth / 1e9}
             rows.append({"op": row.pop("op"), "implementation": implementation, **row})
-            told(rows[-1])
+            on_row(rows[-1])
     return rows
 
 

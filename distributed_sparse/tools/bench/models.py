@@ -16,7 +16,7 @@ from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_device, resolve_dtype
 
-ATTENTION_HEAVY = "attention-heavy"
+ATTENTION_HEAVY, NEGLIGIBLE = "attention-heavy", "negligible"
 
 CONFIGS: dict[str, dict[str, Any]] = {
     ATTENTION_HEAVY: {
@@ -39,7 +39,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "torch_dtype": "float32",
     }
 }
-"""Shapes by name. Attention takes most of the time of `ATTENTION_HEAVY` already at moderate contexts."""
+CONFIGS[NEGLIGIBLE] = CONFIGS[ATTENTION_HEAVY] | {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+}
+"""Shapes by name. Attention dominates `ATTENTION_HEAVY` at moderate contexts; GPU kernels support both head_dims."""
 
 SHAPES = Path(__file__).resolve().parents[3] / "configs" / "models"
 """The repository's shapes of public models."""

@@ -100,7 +100,7 @@ def arrival_times(count: int, request_rate: float, burstiness: float, seed: int)
     return stretched.tolist()
 
 
-def bench_serve(settings: ServeSettings, told: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
+def bench_serve(settings: ServeSettings, on_row: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
     """Serve the same requests with each method at each rate.
 
     Returns:
@@ -127,7 +127,7 @@ def bench_serve(settings: ServeSettings, told: Callable[[dict[str, Any]], object
             for row in of_method:
                 row |= {"method": method, "tensor_parallel_size": settings.tensor_parallel_size}
                 rows.append({"method": row.pop("method"), **row})
-                told(rows[-1])
+                on_row(rows[-1])
     return rows
 
 

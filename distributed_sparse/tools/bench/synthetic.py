@@ -214,6 +214,21 @@ class EngineSpec:
         ranks = self.tensor_parallel_size if self.model.device.type == "cpu" else 1
         return ranks * (self.rank.weight_bytes + self.cache_bytes)
 
+    @property
+    def engine_args(self) -> dict[str, Any]:
+        """Arguments of `LLM`, without the model's path."""
+        return {
+            "load_format": self.model.load_format,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "sparse": self.sparse,
+            "dtype": self.model.dtype_name,
+            "device": self.model.device.type,
+            "page_size": self.page_size,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "kv_cache_memory_bytes": self.cache_bytes,
+        }
+
     def start(self, what: str, *, max_num_batched_tokens: int, fill_from: int = NEVER_FILL, **engine_args: Any) -> SyntheticLLM:
         """Start the engine.
 
@@ -225,18 +240,6 @@ class EngineSpec:
             Unavailable: the engine does not fit into free memory.
         """
         check_memory(what, self.num_bytes, self.model.device)
-        return SyntheticLLM(
-            str(self.model.path),
-            partial(SyntheticShard, fill_from=fill_from, num_threads=self.threads),
-            load_format=self.model.load_format,
-            tensor_parallel_size=self.tensor_parallel_size,
-            sparse=self.sparse,
-            dtype=self.model.dtype_name,
-            device=self.model.device.type,
-            page_size=self.page_size,
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=max(max_num_batched_tokens, self.max_num_seqs),
-            kv_cache_memory_bytes=self.cache_bytes,
-            **engine_args,
-        )
+        factory = partial(SyntheticShard, fill_from=fill_from, num_threads=self.threads)
+        batched = max(max_num_batched_tokens, self.max_num_seqs)
+        return SyntheticLLM(str(self.model.path), factory, max_num_batched_tokens=batched, **self.engine_args, **engine_args)

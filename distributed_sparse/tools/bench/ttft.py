@@ -32,7 +32,7 @@ WARM_UP_TOKENS = 512
 PEER = "transformers"
 
 
-def bench_ttft(settings: DecodeSettings, told: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
+def bench_ttft(settings: DecodeSettings, on_row: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
     """Measure the time to first token of each method and of transformers. In each round all take turns with one new prompt.
 
     Returns:
@@ -46,7 +46,7 @@ def bench_ttft(settings: DecodeSettings, told: Callable[[dict[str, Any]], object
             of_length = _of_length(settings, model, prompt_len)
             for row in of_length:
                 row |= {"prompt_len": prompt_len, "dtype": model.dtype_name}
-                told(row)
+                on_row(row)
             rows += of_length
     return rows
 
