@@ -1,4 +1,4 @@
-"""plots: a benchmark's rows as a PNG. matplotlib is the extra `eval`."""
+"""bench_plots: a benchmark's rows as a PNG. matplotlib is the extra `eval`."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class DecodeSettings:
     ttft: tuple[int, ...] = ()
     """Also measure the time to first token of prompts of so many tokens, which are computed."""
     max_num_batched_tokens: int = 2048
-    """Of the engines whose time to first token is measured."""
+    """For engines whose time to first token is measured."""
 
     def __post_init__(self) -> None:
         for name in self.peer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -123,7 +122,7 @@ def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
     kinds = tuple(dict.fromkeys(kind for policy in methods.values() for kind in policy.metadata))
     inputs = make_rotation(settings, geometry, kinds)
     failed = _failures(methods, inputs[0], geometry)
-    functions: dict[str, Callable[[int], object]] = {
+    functions: dict[str, Any] = {
         name: lambda number, policy=policy: _decode(inputs[number % len(inputs)], policy, geometry)
         for name, policy in methods.items()
         if name not in failed

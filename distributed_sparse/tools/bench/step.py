@@ -45,7 +45,7 @@ def bench_step(settings: StepSettings) -> dict[str, Any]:
             max_model_len=PROMPT_TOKENS + settings.tokens,
             max_num_seqs=settings.batch,
         )
-        engine_args = {"max_num_batched_tokens": max(2048, settings.batch), **spec.engine_args}
+        engine_args: dict[str, Any] = {"max_num_batched_tokens": max(2048, settings.batch), **spec.engine_args}
         with LLM(str(model.path), distributed_executor_backend=settings.backend, **engine_args) as llm:
             params = SamplingParams(temperature=0.0, max_tokens=settings.tokens, ignore_eos=True)
             prompts = [[3 + row % 250] * PROMPT_TOKENS for row in range(settings.batch)]

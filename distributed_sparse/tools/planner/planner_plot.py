@@ -1,4 +1,4 @@
-"""plot: expected and least time per token against the context. matplotlib is the extra `eval`."""
+"""planner_plot: expected and least time per token against the context. matplotlib is the extra `eval`."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def check_points(records: Sequence[tuple[str, str, Record]], checks: Checks) -> 
     """
     found = []
     for label, _, record in records:
-        names = ["leaks"] if "error" in record else OF_A_POINT
+        names = ["leaks"] if "error" in record else list(OF_A_POINT)
         found += [Outcome(name, label, OF_A_POINT[name](record)) for name in names if getattr(checks, name)]
     return found + (list(_tokens(records, checks)) if checks.tokens else [])
 

@@ -1,4 +1,4 @@
-"""PNG plots of scaling points: speed-up and efficiency, TPOT against context, split of a step."""
+"""scaling_plots: PNG plots of scaling points: speed-up and efficiency, TPOT against context, split of a step."""
 
 from __future__ import annotations
 

@@ -76,6 +76,8 @@ class Op(ABC):
     axes: ClassVar[tuple[str, ...]]
     """The grid's axes (context, batch, token_budget, page_size) on which the time depends; other axes are timed once."""
     kernel: ClassVar[Callable[..., Any]]
+    reference: ClassVar[Callable[..., Any]]
+    """The result in float64, or exact integers, from the kernel's arguments on the CPU; for ops that inherit `check`."""
     checks_whole: ClassVar[bool] = False
     """Whether `check` compares the whole result, not just some rows."""
 
@@ -101,10 +103,6 @@ class Op(ABC):
     def max_error(self) -> float:
         """RMS error over RMS of the reference, above which a result is wrong."""
         return MAX_ERROR[self.shape.dtype]
-
-    def reference(self, *args: Any, **arguments: Any) -> Any:
-        """The result in float64, or the exact integers, of the kernel's arguments on the CPU."""
-        raise NotImplementedError
 
     def check(self, arguments: dict[str, Any], result: Any, rows: list[Row]) -> None:
         """Compare with the reference in `rows`; without any, as a whole.
