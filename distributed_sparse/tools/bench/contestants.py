@@ -143,6 +143,11 @@ class Contestant(ABC):
     def __init__(self, task: Task) -> None:
         self.task = task
 
+    @property
+    def key(self) -> str:
+        """Unique within a benchmark's point."""
+        return f"{self.name} {self.tensor_parallel_size}"
+
     @cached_property
     def rank(self) -> RankCostModel:
         """The cost model of one rank, for its bytes."""

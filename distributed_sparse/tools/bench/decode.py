@@ -237,7 +237,7 @@ class Point:
     def __init__(self, contestants: list[Contestant], num_rounds: int) -> None:
         self.contestants = contestants
         self.num_rounds = num_rounds
-        self.rounds: dict[str, list[Round]] = {_key(one): [] for one in contestants}
+        self.rounds: dict[str, list[Round]] = {one.key: [] for one in contestants}
         self.failed: dict[str, dict[str, str]] = {}
         self.in_turns = True
 
@@ -254,15 +254,16 @@ class Point:
         if truth is not None and not (loaded and self.in_turns):
             truth.drop()
         if together:
-            self._run(together)
+            self.take_turns(together)
         if apart and truth is not None:
             truth.drop()  # a contestant that runs alone gets the whole memory
         for one in _grouped(apart):
-            self._run(one)
+            self.take_turns(one)
             if truth is not None:
                 truth.drop()
 
-    def _run(self, contestants: Sequence[Contestant]) -> None:
+    def take_turns(self, contestants: Sequence[Contestant]) -> None:
+        """Open these contestants, run all rounds in turns, and close them; a failed one takes no further part."""
         with ExitStack() as opened:
             running = []
             for one in contestants:
@@ -272,9 +273,9 @@ class Point:
                     running.append(one)
             for _ in range(self.num_rounds):
                 for one in running:
-                    if _key(one) not in self.failed:
+                    if one.key not in self.failed:
                         with self._may_fail(one):
-                            self.rounds[_key(one)].append(one.round())
+                            self.rounds[one.key].append(one.round())
             for one in running:
                 with self._may_fail(one):
                     self.failed |= {key: {"wrong": why} for key, why in one.judge(self.rounds).items()}
@@ -289,11 +290,11 @@ class Point:
         with caught(one.name, one.is_peer) as failed:
             yield
         if failed:
-            self.failed.setdefault(_key(one), failed)
+            self.failed.setdefault(one.key, failed)
 
     def rows(self, bandwidths: dict[int, float], unchecked: str | None) -> list[dict[str, Any]]:
         """One row per contestant."""
-        done = {_key(one): one for one in self.contestants if self.rounds[_key(one)] and _key(one) not in self.failed}
+        done = {one.key: one for one in self.contestants if self.rounds[one.key] and one.key not in self.failed}
         best = min(
             (name for name, one in done.items() if isinstance(one, Transformers)),
             key=lambda name: float(np.median([own.median for own in self.rounds[name]])),
@@ -301,7 +302,7 @@ class Point:
         )
         rows = []
         for one in self.contestants:
-            key, size = _key(one), one.tensor_parallel_size
+            key, size = one.key, one.tensor_parallel_size
             row: dict[str, Any] = {"contestant": one.name, "tensor_parallel_size": size}
             rows.append(row)
             if key not in done:
@@ -333,10 +334,6 @@ class Point:
         if other is None:
             return None
         return float(np.median([theirs.median / mine.median for theirs, mine in zip(self.rounds[other], self.rounds[own])]))
-
-
-def _key(one: Contestant) -> str:
-    return f"{one.name} {one.tensor_parallel_size}"
 
 
 def _grouped(contestants: Sequence[Contestant]) -> list[list[Contestant]]:

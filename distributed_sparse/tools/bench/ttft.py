@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from distributed_sparse.llm import LLM
 from distributed_sparse.protocol.client import NewRequest
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.tools.bench.contestants import TIMEOUT_S
-from distributed_sparse.tools.bench.decode import DecodeSettings, benchmarked
-from distributed_sparse.tools.bench.failures import caught
+from distributed_sparse.tools.bench.contestants import TIMEOUT_S, Contestant, Engine, Round, Task
+from distributed_sparse.tools.bench.decode import DecodeSettings, Point, benchmarked
 from distributed_sparse.tools.bench.models import BenchModel
-from distributed_sparse.tools.bench.synthetic import EngineSpec
 from distributed_sparse.tools.bench.timing import Times
 from distributed_sparse.tools.bench.transformers_peer import check_token, first_token, transformers_model
 from distributed_sparse.tools.common.load import send
@@ -51,101 +45,93 @@ def bench_ttft(settings: DecodeSettings, on_row: Callable[[dict[str, Any]], obje
     return rows
 
 
-@dataclass
-class Entrant:
-    """A contestant of this benchmark."""
+@dataclass(frozen=True)
+class Prompts(Task):
+    """One new prompt for each round, the first of which is the warm-up."""
 
-    row: dict[str, Any]
-    """The result so far; a contestant with "unavailable" or "wrong" takes no further part."""
-    is_peer: bool = False
-    run: Callable[[list[int]], tuple[float, Any]] | None = None
-    """Returns a prompt's seconds and first token (transformers: that token's logits)."""
-    seconds: list[float] = field(default_factory=list)
+    max_num_batched_tokens: int = 2048
+    turns: list[list[int]] = field(default_factory=list)
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    """transformers' logits of a prompt's first token, by round."""
 
-    @contextmanager
-    def may_fail(self) -> Iterator[None]:
-        with caught(self.row["contestant"], self.is_peer) as failed:
-            yield
-        if self.takes_part:  # keep the first failure
-            self.row |= failed
 
-    def close(self, llm: LLM) -> None:
-        with self.may_fail():
-            llm.shutdown()
+class FirstToken(Engine):
+    """This project's engine with one method, which computes prompts."""
+
+    task: Prompts
+
+    def open(self) -> None:
+        task = self.task
+        batched = task.max_num_batched_tokens
+        load = f"a prompt of {task.context} tokens"
+        self._llm = self.spec.start(load, max_num_batched_tokens=batched, step_timeout_s=TIMEOUT_S)
+        self._turns = enumerate(task.turns)
+
+    def round(self) -> Round:
+        assert self._llm is not None
+        number, prompt = next(self._turns)
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)
+        [times] = send(self._llm, [NewRequest(uuid.uuid4().hex, prompt, params)], 1)
+        if number in self.task.logits:
+            logits, dtype = self.task.logits[number], self.task.model.dtype
+            check_token(f"{self.name}: the first token", times.token_ids[0], logits, dtype)
+        return Round([times.ttft])
+
+
+class TransformersFirstToken(Contestant):
+    """transformers, which is also the reference."""
+
+    task: Prompts
+    name = PEER
+    is_peer = True
 
     @property
-    def takes_part(self) -> bool:
-        return not {"unavailable", "wrong"} & self.row.keys()
+    def num_bytes(self) -> int:
+        return self.rank.weight_bytes
+
+    def open(self) -> None:
+        self._hf = transformers_model(self.task.model)
+        self._turns = enumerate(self.task.turns)
+
+    def round(self) -> Round:
+        number, prompt = next(self._turns)
+        seconds, self.task.logits[number] = first_token(self._hf, prompt)
+        return Round([seconds])
+
+    def close(self) -> None:
+        self.__dict__.pop("_hf", None)
 
 
 def _of_length(settings: DecodeSettings, model: BenchModel, prompt_len: int) -> list[dict[str, Any]]:
     generator = np.random.default_rng(0)
     lengths = [min(prompt_len, WARM_UP_TOKENS)] + [prompt_len] * settings.rounds
-    prompts = [generator.integers(3, model.config.vocab_size, length).tolist() for length in lengths]
-    with ExitStack() as opened:
-        peer = _peer(model) if PEER in settings.peer else None
-        engines: list[Entrant] = []
-        for (name, sparse), size in product(settings.sections().items(), settings.tensor_parallel_size):
-            engines.append(Entrant({"contestant": name, "tensor_parallel_size": size}))
-            with engines[-1].may_fail():
-                spec = EngineSpec(
-                    model=model,
-                    sparse=sparse,
-                    tensor_parallel_size=size,
-                    page_size=settings.page_size,
-                    max_model_len=prompt_len + settings.page_size,
-                    max_num_seqs=1,
-                    threads=settings.threads,
-                )
-                load = f"a prompt of {prompt_len} tokens"
-                batched = settings.max_num_batched_tokens
-                llm = spec.start(load, max_num_batched_tokens=batched, step_timeout_s=TIMEOUT_S)
-                opened.callback(engines[-1].close, llm)
-                engines[-1].run = partial(_first_token, llm)
-        for number, prompt in enumerate(prompts):
-            _take_turns(peer, engines, prompt, model.dtype, is_timed=number > 0)
-    entrants = [*([peer] if peer else []), *engines]
-    for one in entrants:
-        if one.takes_part:
-            one.row |= _measured(one, peer if peer is not None and peer.takes_part else None)
-    return [one.row for one in entrants]
-
-
-def _peer(model: BenchModel) -> Entrant:
-    """transformers, which is also the reference."""
-    entrant = Entrant({"contestant": PEER, "tensor_parallel_size": 1}, is_peer=True)
-    with entrant.may_fail():
-        entrant.run = partial(first_token, transformers_model(model))
-    return entrant
-
-
-def _first_token(llm: LLM, prompt: list[int]) -> tuple[float, int]:
-    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)
-    [times] = send(llm, [NewRequest(uuid.uuid4().hex, prompt, params)], 1)
-    return times.ttft, times.token_ids[0]
-
-
-def _take_turns(peer: Entrant | None, engines: list[Entrant], prompt: list[int], dtype: torch.dtype, is_timed: bool) -> None:
-    """Give one prompt to all that have not failed."""
-    logits: Tensor | None = None
-    for one in [*([peer] if peer else []), *engines]:
-        if not one.takes_part:
+    task = Prompts(
+        model,
+        context=prompt_len,
+        batch=1,
+        num_tokens=settings.page_size,
+        warm_up_s=0.0,
+        page_size=settings.page_size,
+        threads=settings.threads,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        turns=[generator.integers(3, model.config.vocab_size, length).tolist() for length in lengths],
+    )
+    methods = product(settings.sections().items(), settings.tensor_parallel_size)
+    contestants: list[Contestant] = [TransformersFirstToken(task)] if PEER in settings.peer else []
+    contestants += [FirstToken(task, name, sparse, size, None) for (name, sparse), size in methods]
+    point = Point(contestants, len(lengths))
+    point.take_turns(contestants)
+    timed = {key: [own.median for own in rounds[1:]] for key, rounds in point.rounds.items() if key not in point.failed}
+    of_peer = timed.get(f"{PEER} 1")
+    rows: list[dict[str, Any]] = []
+    for one in contestants:
+        rows.append({"contestant": one.name, "tensor_parallel_size": one.tensor_parallel_size})
+        if one.key in point.failed:
+            rows[-1] |= point.failed[one.key]
             continue
-        assert one.run is not None
-        with one.may_fail():
-            seconds, found = one.run(prompt)
-            if one is peer:
-                logits = found
-            elif logits is not None:
-                check_token(f"{one.row['contestant']}: the first token", found, logits, dtype)
-            if is_timed:
-                one.seconds.append(seconds)
-
-
-def _measured(one: Entrant, peer: Entrant | None) -> dict[str, Any]:
-    spread = Times(one.seconds).ms
-    row: dict[str, Any] = {"ttft_ms": spread.pop("ms"), **spread}
-    if peer is None:
-        return {**row, "checked": "not checked"}
-    ratios = [own / of_peer for own, of_peer in zip(one.seconds, peer.seconds)]
-    return {**row, "over_transformers": float(np.median(ratios)), "checked": "its first token with transformers'"}
+        spread = Times(timed[one.key]).ms
+        rows[-1] |= {"ttft_ms": spread.pop("ms"), **spread, "checked": "not checked"}
+        if of_peer is not None:
+            ratios = [own / peer for own, peer in zip(timed[one.key], of_peer)]
+            rows[-1] |= {"over_transformers": float(np.median(ratios)), "checked": "its first token with transformers'"}
+    return rows
