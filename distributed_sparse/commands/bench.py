@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm
+from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.tools.bench.bench_report import print_table, write_json
 
 Rows = list[dict[str, Any]]
@@ -81,11 +82,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launch.b
 
 def parse(arguments: Sequence[str], prog: str = "python -m launch.bench") -> dict[str, Any]:
     """The parsed command line; SystemExit(2) if it is invalid."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=(__doc__ or "").replace("python -m launch.bench", prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__, "bench", prog)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (settings, run, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)

@@ -112,8 +112,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.plan")
 
 def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, HardwareOf]:
     from distributed_sparse.model.limits import resolve_dtype
-    from distributed_sparse.tools.planner.memory import DEFAULT_RESERVE_BYTES
-    from distributed_sparse.tools.planner.plan import Grid, sparse_sections
+    from distributed_sparse.tools.planner.plan import DEFAULT_RESERVE_BYTES, Grid, sparse_sections
 
     if args.plot:
         check_plots("--plot needs", "leave --plot out")

@@ -20,8 +20,7 @@ from distributed_sparse.tools.bench import machine_rates as measure
 from distributed_sparse.tools.bench.machine_rates import _links, large_message
 from distributed_sparse.tools.bench.timing import Times
 from distributed_sparse.tools.planner.hardware import PRESETS, Hardware, Interconnect, Protocol, preset
-from distributed_sparse.tools.planner.memory import memory
-from distributed_sparse.tools.planner.plan import Grid, does_not_pay, plan
+from distributed_sparse.tools.planner.plan import Grid, does_not_pay, memory, plan
 from distributed_sparse.tools.planner.rank import RankCostModel
 from distributed_sparse.tools.planner.times import expected, limit_s
 from tests.support.checkpoints import CONFIGS, tiny_checkpoint

@@ -102,16 +102,14 @@ def bench_kernels(
 def shapes(settings: KernelSettings) -> Iterator[Shape]:
     """The points of the grid."""
     assert settings.dtype is not None
-    for context, batch, budget, page_size in product(*(getattr(settings, name) for name in GRID)):
+    for values in product(*(getattr(settings, name) for name in GRID)):
+        point = dict(zip(GRID, values))
         yield Shape(
-            context=context,
-            batch=batch,
-            token_budget=budget,
-            page_size=page_size,
+            **point,
             num_heads=settings.num_heads,
             num_kv_heads=settings.num_kv_heads,
             head_dim=settings.head_dim,
-            prefill_tokens=min(settings.prefill_tokens or context, context),
+            prefill_tokens=min(settings.prefill_tokens or point["context"], point["context"]),
             dtype=getattr(torch, settings.dtype),
             device=torch.device(settings.device),
         )

@@ -13,12 +13,14 @@ from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_max_model_len
 from distributed_sparse.selection import resolve_sparse_config
 from distributed_sparse.tools.planner.hardware import Hardware
-from distributed_sparse.tools.planner.memory import DEFAULT_RESERVE_BYTES, memory
 from distributed_sparse.tools.planner.rank import RankCostModel
 from distributed_sparse.tools.planner.times import expected, limit_s
 from distributed_sparse.utils.validation import check_bool, check_float, check_int, shown
 
 DENSE: dict[str, Any] = {"method": "dense"}
+
+DEFAULT_RESERVE_BYTES = 2 << 30
+"""Memory that an engine measures in its profiling run: CUDA context, activations of the largest step, sampler."""
 
 HardwareOf = Callable[[list[RankCostModel]], list[Hardware]]
 """The device of each of these ranks, which have one tensor_parallel_size and a method each."""
@@ -81,6 +83,50 @@ class Grid:
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, low_excluded=True, remedy=remedy)
         check_int("reserve", self.reserve_bytes, 0, remedy="give bytes")
         check_bool("enforce_eager", self.enforce_eager)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weight_bytes: int
+    cache_bytes: int
+    """K and V of the batch's pages, the null page included."""
+    metadata_bytes: int
+    constant_bytes: int
+    available_bytes: int
+    """For all of these: `gpu_memory_utilization` of the device minus the reserve."""
+    max_batch: int
+    """Sequences of this context that fit at once."""
+
+    @property
+    def fits(self) -> bool:
+        used = self.weight_bytes + self.cache_bytes + self.metadata_bytes + self.constant_bytes
+        return used <= self.available_bytes
+
+
+def memory(
+    rank: RankCostModel,
+    hardware: Hardware,
+    context: int,
+    batch: int,
+    utilization: float,
+    reserve_bytes: int = DEFAULT_RESERVE_BYTES,
+) -> Memory:
+    """Memory of `batch` sequences of `context` tokens, prompt and output together."""
+    of_cache, of_metadata = rank.page_bytes
+    each = rank.pages(context)
+    pages = batch * each + 1
+    available = int(hardware.memory_bytes * utilization) - reserve_bytes
+    room = (available - rank.weight_bytes - rank.constant_bytes) // (of_cache + of_metadata) - 1
+    return Memory(
+        weight_bytes=rank.weight_bytes,
+        cache_bytes=pages * of_cache,
+        metadata_bytes=pages * of_metadata,
+        constant_bytes=rank.constant_bytes,
+        available_bytes=available,
+        max_batch=max(room, 0) // each,
+    )
 
 
 def plan(model: ModelConfig, dtype: torch.dtype, grid: Grid, hardware_of: HardwareOf) -> list[dict[str, Any]]:
