@@ -20,7 +20,7 @@ from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE
 from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.tools.bench.bench_report import print_table, write_json
 from distributed_sparse.tools.common.figures import check_plots
-from distributed_sparse.tools.planner.hardware import MEASURED, PRESETS, Hardware, Interconnect, Protocol, Rate, preset
+from distributed_sparse.tools.planner.hardware import MEASURED, PRESETS, Hardware, Interconnect, Protocol, Rate
 from distributed_sparse.utils.validation import check_choice, check_dtype, check_float
 
 if TYPE_CHECKING:  # modules that import torch are imported where they are used, so that --help is quick
@@ -147,7 +147,7 @@ def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, Hardware
 
             found = measure_cpu(ranks, max(grid.contexts), max(grid.batches), args.threads)
         else:
-            found = [preset(args.gpu)] * len(ranks)
+            found = [PRESETS[args.gpu]] * len(ranks)
         devices = [replace(device, **changes, links=_links(device.links, args)) for device in found]
         args.devices[ranks[0].shard.world_size] = {rank.method: device for rank, device in zip(ranks, devices)}
         return devices
@@ -205,9 +205,7 @@ def _print_rates(devices: dict[int, dict[str, Hardware]]) -> None:
 
 
 def _print_losses(rows: Sequence[dict[str, Any]]) -> None:
-    from distributed_sparse.tools.planner.plan import does_not_pay
-
-    losses = does_not_pay(rows)
+    losses = [row for row in rows if row["pays"] is False]
     if not losses:
         pays = any(row["pays"] for row in rows)
         print(

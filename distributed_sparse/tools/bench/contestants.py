@@ -240,11 +240,11 @@ class Engine(Contestant):
         assert llm is not None
         params = SamplingParams(temperature=0.0, max_tokens=task.num_tokens, ignore_eos=True, seed=0)
         requests = [NewRequest(uuid.uuid4().hex, prompt, params) for prompt in task.prompts]
-        before = _attention(llm)
+        before = llm.stats()["attention"]
         found: list[RequestTimes] = send(llm, requests, task.batch)
-        after = _attention(llm)
+        after = llm.stats()["attention"]
         layers, heads = task.model.config.num_hidden_layers, task.model.config.num_key_value_heads
-        rows = (after["rows"] - before["rows"]) / (layers * heads)
+        rows = sum(after[name] - before[name] for name in ("rows_dense", "rows_sparse")) / (layers * heads)
         self._bytes_read.append((after["bytes_read"] - before["bytes_read"]) / rows * task.batch / self.tensor_parallel_size)
         gaps = step_gaps([request.arrivals for request in found], task.warm_up_s)
         return Round(gaps, [request.token_ids for request in found])
@@ -258,11 +258,6 @@ class Engine(Contestant):
     def bytes_per_step(self) -> float:
         """With attention's bytes by the engine's counters, as they may depend on the data."""
         return self.rank.weight_bytes_read(self.task.batch) + float(np.mean(self._bytes_read))
-
-
-def _attention(llm: LLM) -> dict[str, int]:
-    counted = llm.stats()["attention"]
-    return {"rows": counted["rows_dense"] + counted["rows_sparse"], "bytes_read": counted["bytes_read"]}
 
 
 class Transformers(Contestant):

@@ -332,15 +332,8 @@ def check_pages(one: Inputs, policy: QuestPolicy, selection: Selection) -> None:
     """Check that Quest's pages are the best ones by their float64 scores, up to float32 rounding."""
     batch, config = one.batch, policy.config
     for row in _checked_rows(one):
-        given = row.arguments(
-            {
-                "q": one.q,
-                "page_min_max": one.cache.metadata["page_min_max"],
-                "page_table": batch.page_table,
-                "num_pages": batch.num_pages,
-                "pages": selection.pages,
-            }
-        )
+        whole = {"q": one.q, "page_min_max": one.cache.metadata["page_min_max"], "pages": selection.pages}
+        given = row.arguments({**whole, "page_table": batch.page_table, "num_pages": batch.num_pages})
         chosen = given.pop("pages")[0, 0].long()
         scores = page_scores_reference(**given, group_reduction=config.group_reduction)[0, 0]
         scores[: config.sink_pages] = scores[len(scores) - config.recent_pages :] = torch.inf

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distributed_sparse.utils.validation import check_choice
-
 GB = 10**9
 TERA = 10**12
 
@@ -150,12 +148,3 @@ PRESETS = {
 
 MEASURED = "cpu"
 """Name of the machine that the planner runs on, which has no preset and is measured."""
-
-
-def preset(name: str) -> Hardware:
-    """A GPU by its name in `PRESETS`.
-
-    Raises:
-        ValueError: an unknown name; lists the known ones.
-    """
-    return PRESETS[check_choice("gpu", name, [*PRESETS])]

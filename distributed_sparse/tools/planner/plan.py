@@ -178,8 +178,3 @@ def _row(rank: RankCostModel, device: Hardware, context: int, batch: int, grid: 
         "tpot_s": time.total_s,
         "parts_s": asdict(time),
     }
-
-
-def does_not_pay(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of points that fit where a sparse method is expected to be no faster than dense."""
-    return [row for row in rows if row["pays"] is False]

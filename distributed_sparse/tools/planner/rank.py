@@ -137,7 +137,7 @@ class RankCostModel:
             attended = [config.attended_tokens(n, page_size) for n in contexts]
             if None in attended and density is None:
                 raise ValueError(
-                    f"with sparse.method={self.method!r} the data decides how many tokens are attended; give the density "
+                    f"with sparse.method={self.method!r} the attended tokens depend on the data; give the density "
                     "(tokens attended / tokens in context), as `stats()` or an evaluation measured it: --density 0.05"
                 )
             if attended == contexts:

@@ -215,8 +215,7 @@ def _point(base: Mapping[str, Any], workload: Mapping[str, Any], chosen: Mapping
     config.resolve_sparse()
     if config.max_num_seqs < settled.batch:
         raise ValueError(f"max_num_seqs={config.max_num_seqs} is below batch={settled.batch}; raise it, or leave it out")
-    return Point(config, settled, nodes, {axis: _shown(value) for axis, value in chosen.items()})
-
-
-def _shown(value: Any) -> str:
-    return label(value) if isinstance(value, dict) and "method" in value else str(value)
+    texts = {
+        axis: label(value) if isinstance(value, dict) and "method" in value else str(value) for axis, value in chosen.items()
+    }
+    return Point(config, settled, nodes, texts)

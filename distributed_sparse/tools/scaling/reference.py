@@ -30,11 +30,13 @@ def make_reference(llm: LLM, requests: Sequence[NewRequest], concurrency: int, g
     """
     vocab_size = llm.model_config.vocab_size
     changes: dict[str, Any] = {"logprobs": vocab_size} | ({"temperature": 0.0} if greedy else {})
-    asked = [_again(request, changes) for request in requests]
-    margins: list[list[float]] = [[] for _ in asked]
+    again = [
+        NewRequest(f"{r.request_id}-again", r.prompt_token_ids, dataclasses.replace(r.params, **changes)) for r in requests
+    ]
+    margins: list[list[float]] = [[] for _ in again]
 
     def keep(number: int, update: RequestUpdate) -> None:
-        request = asked[number]
+        request = again[number]
         for sample in update.samples:
             for block in sample.logprobs:
                 ids, logprobs, _ = block_arrays(block)
@@ -44,7 +46,7 @@ def make_reference(llm: LLM, requests: Sequence[NewRequest], concurrency: int, g
                 position = len(request.prompt_token_ids) + len(margins[number])
                 margins[number].append(relative_margin(torch.from_numpy(by_token), request.params, sample.index, position))
 
-    times = send(llm, asked, concurrency, keep)
+    times = send(llm, again, concurrency, keep)
     return {"token_ids": [one.token_ids for one in times], "margins": margins}
 
 
@@ -79,7 +81,3 @@ def disagreements(llm: LLM, requests: Sequence[NewRequest], reference: Sequence[
         if output.outputs[0].token_ids != [tokens[-1]]:
             found.append((number, len(tokens) - 1))
     return found
-
-
-def _again(request: NewRequest, changes: dict[str, Any]) -> NewRequest:
-    return NewRequest(f"{request.request_id}-again", request.prompt_token_ids, dataclasses.replace(request.params, **changes))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed_sparse.config import EngineConfig
+from distributed_sparse.llm import LLM
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_max_model_len
@@ -40,7 +41,7 @@ class Scaling:
         self.points, self.checks = config.points, config.checks
         for point in self.points:
             _check_model(point)
-        self._open_engine = open_engine or _open
+        self._open_engine = open_engine or LLM.from_config
         self._groups: dict[str, list[Point]] = {}
         for point in self.points:
             self._groups.setdefault(point.group, []).append(point)
@@ -142,12 +143,6 @@ def identity() -> dict[str, Any]:
     """
     common = {name: value for name, value in environment().items() if name != "command"}
     return {"kind": "scaling", "sources": source_hash(Path(__file__).resolve().parents[2])} | common
-
-
-def _open(config: EngineConfig) -> Any:
-    from distributed_sparse import LLM
-
-    return LLM.from_config(config)
 
 
 def _check_model(point: Point) -> None:
