@@ -1,8 +1,8 @@
 """Benchmarks: `python -m launch.bench kernels|layer|decode|step|serve ...`. Medians and ratios of one run.
 
-Each prints a table; `--json FILE` keeps rows, settings, machine, versions and commit, `--plot FILE.png` draws them. Nothing is
-timed before its result has been compared with a reference: what is wrong is printed as such, and the exit code is 1. What
-cannot be measured here, or another library that fails, is printed with the reason, and the rest goes on.
+Each prints a table; `--json FILE` keeps rows, settings, machine, versions and commit; `--plot FILE.png` draws the rows. Every
+result is compared with a reference before it is timed; a wrong one is reported and the exit code is 1. If something cannot be
+measured here, or another library fails, the reason is printed and the rest continues.
 """
 
 from __future__ import annotations
@@ -17,100 +17,55 @@ from pathlib import Path
 from typing import Any
 
 from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE, ends_on_sigterm
+from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.tools.bench.bench_report import print_table, write_json
 
 Rows = list[dict[str, Any]]
 Run = Callable[[dict[str, Any]], tuple[dict[str, Any], Rows]]
-"""Runs a subcommand with the options given, and prints it: its settings, and its rows."""
+"""Runs a subcommand with the given options and prints its table; returns its settings and rows."""
 
-LAYER_COLUMNS = {
-    "method": "{}",
-    "ms": "{:.3f}",
-    "p10_ms": "{:.3f}",
-    "p90_ms": "{:.3f}",
-    "launched": "{}",
-    "density": "{:.3f}",
-    "MB": "{:.1f}",
-    "bytes_ms": "{:.3f}",
-    "bandwidth_share": "{:.0%}",
-    "speedup_over_sdpa": "{:.2f}x",
-    "bytes_limit": "{:.2f}x",
-}
 
-KERNEL_COLUMNS = {
-    "op": "{}",
-    "implementation": "{}",
-    "context": "{}",
-    "batch": "{}",
-    "token_budget": "{}",
-    "page_size": "{}",
-    "ms": "{:.3f}",
-    "p10_ms": "{:.3f}",
-    "p90_ms": "{:.3f}",
-    "launched": "{}",
-    "MB": "{:.2f}",
-    "bytes_ms": "{:.3f}",
-    "bandwidth_share": "{:.0%}",
-    "TFLOP_per_s": "{:.2f}",
-    "over_ours": "{:.2f}x",
-    "checked": "{}",
-}
+def _columns(table: str) -> dict[str, str]:
+    """Column -> format, from "column format" pairs."""
+    words = table.split()
+    return dict(zip(words[::2], words[1::2]))
 
-DECODE_COLUMNS = {
-    "contestant": "{}",
-    "tensor_parallel_size": "{}",
-    "context": "{}",
-    "batch": "{}",
-    "tpot_ms": "{:.2f}",
-    "p10_ms": "{:.2f}",
-    "p90_ms": "{:.2f}",
-    "MB_per_step": "{:.1f}",
-    "bytes_ms": "{:.2f}",
-    "over_bytes": "{:.2f}x",
-    "speedup_over_dense": "{:.2f}x",
-    "bytes_limit": "{:.2f}x",
-    "speedup_over_transformers": "{:.2f}x",
-    "speedup_over_one_rank": "{:.2f}x",
-}
 
-TTFT_COLUMNS = {
-    "contestant": "{}",
-    "tensor_parallel_size": "{}",
-    "prompt_len": "{}",
-    "ttft_ms": "{:.1f}",
-    "p10_ms": "{:.1f}",
-    "p90_ms": "{:.1f}",
-    "over_transformers": "{:.2f}x",
-}
-
-SERVE_COLUMNS = {
-    "method": "{}",
-    "request_rate": "{}",
-    "completed": "{}",
-    "failed": "{}",
-    "duration": "{:.2f}",
-    "request_throughput": "{:.2f}",
-    "output_throughput": "{:.1f}",
-    "min_output_throughput": "{:.1f}",
-    "max_output_throughput": "{:.1f}",
-    "total_token_throughput": "{:.1f}",
-}
-SERVE_LATENCIES = {"method": "{}", "request_rate": "{}"} | {
+LAYER_COLUMNS = _columns("""
+    method {} ms {:.3f} p10_ms {:.3f} p90_ms {:.3f} launched {} density {:.3f} MB {:.1f} bytes_ms {:.3f}
+    bandwidth_share {:.0%} speedup_over_sdpa {:.2f}x bytes_limit {:.2f}x
+""")
+KERNEL_COLUMNS = _columns("""
+    op {} implementation {} context {} batch {} token_budget {} page_size {} ms {:.3f} p10_ms {:.3f} p90_ms {:.3f} launched {}
+    MB {:.2f} bytes_ms {:.3f} bandwidth_share {:.0%} TFLOP_per_s {:.2f} over_ours {:.2f}x checked {}
+""")
+DECODE_COLUMNS = _columns("""
+    contestant {} tensor_parallel_size {} context {} batch {} tpot_ms {:.2f} p10_ms {:.2f} p90_ms {:.2f} MB_per_step {:.1f}
+    bytes_ms {:.2f} over_bytes {:.2f}x speedup_over_dense {:.2f}x bytes_limit {:.2f}x speedup_over_transformers {:.2f}x
+    speedup_over_one_rank {:.2f}x
+""")
+TTFT_COLUMNS = _columns("""
+    contestant {} tensor_parallel_size {} prompt_len {} ttft_ms {:.1f} p10_ms {:.1f} p90_ms {:.1f} over_transformers {:.2f}x
+""")
+SERVE_COLUMNS = _columns("""
+    method {} request_rate {} completed {} failed {} duration {:.2f} request_throughput {:.2f} output_throughput {:.1f}
+    min_output_throughput {:.1f} max_output_throughput {:.1f} total_token_throughput {:.1f}
+""")
+SERVE_LATENCIES = _columns("method {} request_rate {}") | {
     f"{statistic}_{name}_ms": "{:.1f}" for name in ("ttft", "tpot", "itl", "e2el") for statistic in ("mean", "median", "p99")
 }
-
 STEP_COLUMNS = ("step_p50", "shard_p50", "gap_p50", "overhead_p50", "driver_p50", "driver_cpu_p50", "bytes_ms")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m launch.bench") -> int:
-    """Run the command line; the exit code: 0 done, 1 a result was wrong or an engine failed, 2 bad usage, 130 interrupted."""
+    """Run the command line; returns the exit code: 0 done, 1 wrong result or failed engine, 2 bad usage, 130 interrupted."""
     given = parse(sys.argv[1:] if arguments is None else arguments, prog)
     command, run, json_file, plot = (given.pop(name) for name in ("command", "run", "json", "plot"))
     try:
         if plot:
-            from distributed_sparse.tools.bench.bench_plots import check_plot
+            from distributed_sparse.tools.common.figures import check_plots
 
-            check_plot()
+            check_plots("--plot needs", "leave --plot out")
         with ends_on_sigterm():
             settings, rows = run(given)
         if json_file:
@@ -126,20 +81,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m launch.b
 
 
 def parse(arguments: Sequence[str], prog: str = "python -m launch.bench") -> dict[str, Any]:
-    """What the command line says; SystemExit(2) where it cannot be read."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=(__doc__ or "").replace("python -m launch.bench", prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """The parsed command line; SystemExit(2) if it is invalid."""
+    parser = command_parser(__doc__, "bench", prog)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (settings, run, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        if name in arguments[:1]:  # the settings of the others bring torch
-            module, _, of_command = settings.partition(":")
-            _add_settings(
-                command, getattr(importlib.import_module(f"distributed_sparse.tools.bench.{module}"), of_command), run
-            )
+        if name in arguments[:1]:  # importing the settings of the others would import torch
+            module = importlib.import_module(f"distributed_sparse.tools.bench.{name}")
+            _add_settings(command, getattr(module, settings), run)
     return vars(parser.parse_args(arguments))
 
 
@@ -193,7 +142,7 @@ def _layer(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
             _print(of_point, LAYER_COLUMNS, lambda row: row["method"])
             parts = [{"method": row["method"], **row["parts_ms"]} for row in of_point if row.get("parts_ms")]
             if parts:
-                print("The parts of a step, each with a clock around it, mean ms (bytes_ms above: the bytes at that bandwidth)")
+                print("The parts of a step, each timed separately, mean ms (bytes_ms above: the bytes at that bandwidth)")
                 print_table(parts, {"method": "{}"} | dict.fromkeys(PARTS, "{:.3f}"))
             rows += [{**row, **point} for row in of_point]
     return given, rows
@@ -214,11 +163,10 @@ def _decode(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
         )
         _print(rows, DECODE_COLUMNS, _contestant)
         if any(row.get("in_turns") is False for row in rows):
-            print(
-                "Not all could be open together: they ran one after the other, so that drift of the machine is in the ratios."
-            )
+            print("Not all could be open together: they ran one after the other, so ratios include drift of the machine.")
         for checked in dict.fromkeys(row["checked"] for row in rows if "checked" in row):
-            print(f"Compared before: {checked} ({', '.join(_compared(rows, checked))})")
+            names = dict.fromkeys(row["contestant"] for row in rows if row.get("checked") == checked)
+            print(f"Compared before: {checked} ({', '.join(names)})")
     prompts = bench_ttft(settings, _tell) if settings.ttft else []
     if prompts:
         print(f"Time to first token of {settings.model}, prompts computed, {settings.rounds} rounds in turns")
@@ -231,16 +179,10 @@ def _contestant(row: dict[str, Any]) -> str:
     return f"{row['contestant']} tensor_parallel_size={row['tensor_parallel_size']} {where}"
 
 
-def _compared(rows: Rows, checked: str) -> list[str]:
-    return list(dict.fromkeys(row["contestant"] for row in rows if row.get("checked") == checked))
-
-
 def _tell(row: dict[str, Any]) -> None:
-    """On stderr, so that a long run can be watched."""
-    print(
-        f"  {_contestant(row)}: {'unavailable' if 'unavailable' in row else 'wrong' if 'wrong' in row else 'done'}",
-        file=sys.stderr,
-    )
+    """Progress on stderr."""
+    how = "unavailable" if "unavailable" in row else "wrong" if "wrong" in row else "done"
+    print(f"  {_contestant(row)}: {how}", file=sys.stderr)
 
 
 def _step(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
@@ -264,7 +206,7 @@ def _serve(given: dict[str, Any]) -> tuple[dict[str, Any], Rows]:
     rows = bench_serve(settings, lambda row: print(f"  {_served(row)}", file=sys.stderr))
     print(
         f"{settings.num_prompts} requests of {settings.random_input_len} + {settings.random_output_len} tokens to "
-        f"{settings.model} on {settings.device}, {settings.tensor_parallel_size} ranks; arrivals wait for no completion. "
+        f"{settings.model} on {settings.device}, {settings.tensor_parallel_size} ranks; arrivals do not wait for completions. "
         f"The median of {settings.rounds} rounds; throughput per second, latencies in ms"
     )
     _print(rows, SERVE_COLUMNS, _served)
@@ -282,20 +224,20 @@ def _served(row: dict[str, Any]) -> str:
 
 
 COMMANDS: dict[str, tuple[str, Run, str]] = {
-    "kernels": ("kernels:KernelSettings", _kernels, "each kernel beside its bytes and other libraries"),
-    "layer": ("layer:LayerSettings", _layer, "one attention layer's decode against torch SDPA"),
-    "decode": ("decode:DecodeSettings", _decode, "the whole engine's time per token over a filled cache, beside transformers"),
-    "step": ("step:StepSettings", _step, "driver and channel overhead per step, on a model of negligible size"),
-    "serve": ("serve:ServeSettings", _serve, "open-loop arrivals: TTFT, TPOT, ITL and throughput as of `vllm bench serve`"),
+    "kernels": ("KernelSettings", _kernels, "each kernel beside its bytes and other libraries"),
+    "layer": ("LayerSettings", _layer, "one attention layer's decode against torch SDPA"),
+    "decode": ("DecodeSettings", _decode, "the whole engine's time per token over a filled cache, beside transformers"),
+    "step": ("StepSettings", _step, "driver and channel overhead per step, on a model of negligible size"),
+    "serve": ("ServeSettings", _serve, "open-loop arrivals: TTFT, TPOT, ITL and throughput as in `vllm bench serve`"),
 }
-"""Name -> (module and class of its settings, what runs and prints, help)."""
+"""Name, also of its module in tools/bench -> (class of its settings, function that runs and prints, help)."""
 
 
 # ---- printing
 
 
 def _print(rows: Rows, columns: dict[str, str], name: Callable[[dict[str, Any]], str]) -> None:
-    """What was measured as a table, in the columns that any row fills; below it what was not, and why."""
+    """Print measured rows as a table of the columns that some row fills, then the other rows with their reasons."""
     measured = [row for row in rows if "unavailable" not in row and "wrong" not in row]
     if measured:
         print_table(measured, {key: form for key, form in columns.items() if any(row.get(key) is not None for row in measured)})
@@ -306,17 +248,16 @@ def _print(rows: Rows, columns: dict[str, str], name: Callable[[dict[str, Any]],
 
 
 def _plot(path: str, command: str, rows: Rows, title: str) -> None:
-    """One picture; of `decode` with both tables, the times to first token beside it."""
+    """Write one picture, or for `decode` with both tables a second one with the times to first token."""
     from distributed_sparse.tools.bench.bench_plots import write_plot
 
+    file = Path(path)
     prompts = [row for row in rows if "prompt_len" in row]
     others = [row for row in rows if "prompt_len" not in row]
     if others:
-        write_plot(path, command, others, title)
+        write_plot(file, command, others, title)
     if prompts:
-        beside = Path(path)
-        name = beside.with_name(f"{beside.stem}-ttft{beside.suffix}") if others else beside
-        write_plot(name, "ttft", prompts, title)
+        write_plot(file.with_name(f"{file.stem}-ttft{file.suffix}") if others else file, "ttft", prompts, title)
 
 
 # ---- options
@@ -329,7 +270,7 @@ def _numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
             raise argparse.ArgumentTypeError(f"{text} has a number that is not above 0")
         return found
 
-    parse.__name__ = f"list of {kind.__name__}"  # argparse names it in its errors
+    parse.__name__ = f"list of {kind.__name__}"  # argparse shows it in errors
     return parse
 
 
@@ -347,14 +288,14 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "tuple[float, ...]": _numbers(float),
     "tuple[str, ...]": _names,
 }
-"""By a field's annotation."""
+"""Parser of an option, by the annotation of its settings field."""
 
 GRIDS = {"layer": ("context", "batch")}
-"""Fields of one number that an option gives several of."""
+"""Single-valued settings whose option takes a list."""
 
 
 def _add_settings(parser: argparse.ArgumentParser, settings: type, run: Run) -> None:
-    """One option per field of a settings class, with its default; lists are separated by commas."""
+    """Add one option per field of a settings class, with its default; lists are comma-separated."""
     command = parser.prog.split()[-1]
     for field in fields(settings):
         assert field.default is not MISSING
@@ -367,7 +308,7 @@ def _add_settings(parser: argparse.ArgumentParser, settings: type, run: Run) -> 
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         options["help"] = f"default {shown}" if shown not in ("", None) else "default: by the device, or nothing"
         parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
-    if command in GRIDS:  # whose settings describe one point, and are made in another process, too
+    if command in GRIDS:  # these settings describe one point and have no threads
         parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
     parser.add_argument("--json", metavar="FILE", help="also write the result there")
     parser.add_argument("--plot", metavar="FILE.png", help="also draw it (needs matplotlib)")

@@ -3,51 +3,55 @@
     python -m launch.plan --model configs/models/llama-3.1-8b --gpu h100 --tensor-parallel-size 1,2,4,8 \
         --context 32768,131072 --batch 1,8,64 --method quest
 
-Bytes are exact: the engine's counters say the same. Times follow from them and from data sheets; none is measured, but with
-`--gpu cpu --measure`, which times this machine first, at the largest context and batch of the grid.
+Bytes are exact and equal the engine's counters. Times follow from them and from data sheets, without any measurement, except
+with `--gpu cpu --measure`, which first times this machine at the largest context and batch of the grid.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed_sparse.commands.lifetime import FAILED, INTERRUPTED, USAGE
-from distributed_sparse.config import set_override
+from distributed_sparse.commands.parser import command_parser
 from distributed_sparse.tools.bench.bench_report import print_table, write_json
-from distributed_sparse.tools.planner.hardware import MEASURED, PRESETS, Hardware, Interconnect, Protocol, Rate, preset
-from distributed_sparse.utils.validation import check_choice, check_dtype, check_float, shown
+from distributed_sparse.tools.common.figures import check_plots
+from distributed_sparse.tools.planner.hardware import MEASURED, PRESETS, Hardware, Interconnect, Protocol, Rate
+from distributed_sparse.utils.validation import check_choice, check_dtype, check_float
 
-if TYPE_CHECKING:  # what brings torch is imported where it is called, so that --help is quick
+if TYPE_CHECKING:  # modules that import torch are imported where they are used, so that --help is quick
     from distributed_sparse.model.config import ModelConfig
     from distributed_sparse.tools.planner.plan import Grid, HardwareOf
     from distributed_sparse.tools.planner.rank import RankCostModel
 
-COLUMNS = {
-    "method": "{}",
-    "TP": "{}",
-    "context": "{}",
-    "batch": "{}",
-    "weights_GB": "{:.2f}",
-    "KV_GB": "{:.2f}",
-    "scored_GB": "{:.3f}",
-    "written_MB": "{:.2f}",
-    "held_GB": "{:.1f}",
-    "fits": "{}",
-    "max_batch": "{}",
-    "reduce_MB": "{:.2f}",
-    "reduce_ms": "{:.2f}",
-    "limit_ms": "{:.2f}",
-    "tpot_ms": "{:.2f}",
-    "limit": "{:.2f}x",
-    "speedup": "{:.2f}x",
-    "": "{}",
+COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "method": ("{}", lambda row: row["method"]),
+    "TP": ("{}", lambda row: row["tensor_parallel_size"]),
+    "context": ("{}", lambda row: row["context"]),
+    "batch": ("{}", lambda row: row["batch"]),
+    "weights_GB": ("{:.2f}", lambda row: row["weight_bytes_read"] / 1e9),
+    "KV_GB": ("{:.2f}", lambda row: row["kv_bytes_read"] / 1e9),
+    "scored_GB": ("{:.3f}", lambda row: row["scored_bytes"] / 1e9),
+    "written_MB": ("{:.2f}", lambda row: row["written_bytes"] / 1e6),
+    "held_GB": ("{:.1f}", lambda row: sum(size for name, size in row["memory"].items() if name in HELD) / 1e9),
+    "fits": ("{}", lambda row: "yes" if row["memory"]["fits"] else "NO"),
+    "max_batch": ("{}", lambda row: row["memory"]["max_batch"]),
+    "reduce_MB": ("{:.2f}", lambda row: row["all_reduce_bytes"] / 1e6),
+    "reduce_ms": ("{:.2f}", lambda row: row["parts_s"]["all_reduce_s"] * 1e3),
+    "limit_ms": ("{:.2f}", lambda row: row["limit_s"] * 1e3),
+    "tpot_ms": ("{:.2f}", lambda row: row["tpot_s"] * 1e3),
+    "limit": ("{:.2f}x", lambda row: row["limit_speedup"]),
+    "speedup": ("{:.2f}x", lambda row: row["tpot_speedup"]),
+    "": ("{}", lambda row: NOTES.get((row["memory"]["fits"], row["pays"]), "")),
 }
+"""Column -> (format, value of a row)."""
+
+HELD = ("weight_bytes", "cache_bytes", "metadata_bytes", "constant_bytes")
+NOTES = {(False, None): "does not fit", (True, False): "does not pay"}
 
 OVERRIDES = {
     "memory": ("memory_bytes", "bytes of a rank's device"),
@@ -69,11 +73,11 @@ SHOWN = {"bytes/s": (1e-9, "GB/s"), "op/s": (1e-9, "Gop/s"), "s": (1e6, "us")}
 """Unit of a rate -> (factor, unit in the table)."""
 
 MOST_VARIED = 1.5
-"""A rate whose p90 is more than so many times its p10 says little about the machine."""
+"""A rate whose p90 exceeds its p10 by more than this factor is unreliable."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.plan") -> int:
-    """Run the command line; the exit code: 0 done, 1 the measurement failed, 2 bad usage, 130 interrupted."""
+    """Run the command line; returns the exit code: 0 done, 1 measurement failed, 2 bad usage, 130 interrupted."""
     args = _parser(prog).parse_args(argv)
     from distributed_sparse.tools.planner.plan import plan
 
@@ -93,7 +97,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.plan")
     if args.measure:
         _print_rates(args.devices)
     print(f"{title}: one rank's bytes and one step's times, {'measured rates' if args.measure else 'computed, not measured'}")
-    print_table([_cells(row) for row in rows], COLUMNS)
+    cells = [{name: value(row) for name, (_, value) in COLUMNS.items()} for row in rows]
+    print_table(cells, {name: form for name, (form, _) in COLUMNS.items()})
     _print_losses(rows)
     if args.json:
         devices = {size: {name: asdict(device) for name, device in of_size.items()} for size, of_size in args.devices.items()}
@@ -107,11 +112,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.plan")
 
 def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, HardwareOf]:
     from distributed_sparse.model.limits import resolve_dtype
-    from distributed_sparse.tools.planner.memory import DEFAULT_RESERVE_BYTES
-    from distributed_sparse.tools.planner.plan import Grid
+    from distributed_sparse.tools.planner.plan import DEFAULT_RESERVE_BYTES, Grid, sparse_sections
 
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib, which is not installed; run pip install -e '.[eval]', or leave --plot out")
+    if args.plot:
+        check_plots("--plot needs", "leave --plot out")
     check_choice("gpu", args.gpu, [*PRESETS, MEASURED])
     if args.gpu == MEASURED and not args.measure:
         raise ValueError(f"--gpu {MEASURED} has no data sheet; add --measure, which times this machine")
@@ -123,7 +127,7 @@ def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, Hardware
         tensor_parallel_sizes=args.tensor_parallel_size,
         contexts=args.context,
         batches=args.batch,
-        sparse=_sections(args.method, args.set),
+        sparse=list(sparse_sections(args.method, args.set).values()),
         density=args.density,
         page_size=args.page_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
@@ -143,7 +147,7 @@ def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, Hardware
 
             found = measure_cpu(ranks, max(grid.contexts), max(grid.batches), args.threads)
         else:
-            found = [preset(args.gpu)] * len(ranks)
+            found = [PRESETS[args.gpu]] * len(ranks)
         devices = [replace(device, **changes, links=_links(device.links, args)) for device in found]
         args.devices[ranks[0].shard.world_size] = {rank.method: device for rank, device in zip(ranks, devices)}
         return devices
@@ -152,7 +156,7 @@ def _prepare(args: argparse.Namespace) -> tuple[ModelConfig, Any, Grid, Hardware
 
 
 def _model(given: str) -> ModelConfig:
-    """The shape that a folder, its config.json or a hub id describes."""
+    """The model of a folder, its config.json or a hub id."""
     from distributed_sparse.model.checkpoint import resolve_checkpoint
     from distributed_sparse.model.config import ModelConfig
 
@@ -164,24 +168,8 @@ def _model(given: str) -> ModelConfig:
     return ModelConfig.from_pretrained(resolve_checkpoint(given, "dummy"))
 
 
-def _sections(methods: Sequence[str], overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """A `sparse:` section for each method, with what `--set` changes in all of them."""
-    sections = []
-    for method in methods:
-        run: dict[str, Any] = {"sparse": {"method": method}}
-        for override in overrides:
-            set_override(run, override)
-        if set(run) != {"sparse"} or not isinstance(run["sparse"], dict):
-            other = next((key for key in run if key != "sparse"), "sparse")
-            raise ValueError(f"--set {other}: only keys of `sparse` can be set here: --set sparse.token_budget=1024")
-        if run["sparse"].get("method") != method:
-            raise ValueError(f"--set sparse.method={shown(run['sparse'].get('method'))}: give it as --method")
-        sections.append(run["sparse"] if method != "dense" else {"method": "dense"})
-    return sections
-
-
 def _links(links: Interconnect, args: argparse.Namespace) -> Interconnect:
-    """The links, with what was given of them."""
+    """The links with the values from the command line."""
     if args.all_reduce_bandwidth is not None:
         remedy = "give bytes per second that a rank sends in one direction"
         bandwidth = check_float("--all-reduce-bandwidth", args.all_reduce_bandwidth, 0.0, low_excluded=True, remedy=remedy)
@@ -192,32 +180,8 @@ def _links(links: Interconnect, args: argparse.Namespace) -> Interconnect:
     return links
 
 
-def _cells(row: dict[str, Any]) -> dict[str, Any]:
-    held = row["memory"]
-    return {
-        "method": row["method"],
-        "TP": row["tensor_parallel_size"],
-        "context": row["context"],
-        "batch": row["batch"],
-        "weights_GB": row["weight_bytes_read"] / 1e9,
-        "KV_GB": row["kv_bytes_read"] / 1e9,
-        "scored_GB": row["scored_bytes"] / 1e9,
-        "written_MB": row["written_bytes"] / 1e6,
-        "held_GB": sum(held[f"{part}_bytes"] for part in ("weight", "cache", "metadata", "constant")) / 1e9,
-        "fits": "yes" if held["fits"] else "NO",
-        "max_batch": held["max_batch"],
-        "reduce_MB": row["all_reduce_bytes"] / 1e6,
-        "reduce_ms": row["parts_s"]["all_reduce_s"] * 1e3,
-        "limit_ms": row["limit_s"] * 1e3,
-        "tpot_ms": row["tpot_s"] * 1e3,
-        "limit": row["limit_speedup"],
-        "speedup": row["tpot_speedup"],
-        "": "does not fit" if not held["fits"] else "does not pay" if row["pays"] is False else "",
-    }
-
-
 def _print_rates(devices: dict[int, dict[str, Hardware]]) -> None:
-    """What was measured of each tensor_parallel_size; on stderr, what varied too much to be trusted."""
+    """Print the rates of each tensor_parallel_size, and on stderr those that varied too much to be reliable."""
     found: dict[tuple[int, Rate], None] = {}  # methods share most of their rates
     for world_size, of_size in devices.items():
         found |= {(world_size, rate): None for device in of_size.values() for rate in device.rates}
@@ -241,9 +205,7 @@ def _print_rates(devices: dict[int, dict[str, Hardware]]) -> None:
 
 
 def _print_losses(rows: Sequence[dict[str, Any]]) -> None:
-    from distributed_sparse.tools.planner.plan import does_not_pay
-
-    losses = does_not_pay(rows)
+    losses = [row for row in rows if row["pays"] is False]
     if not losses:
         pays = any(row["pays"] for row in rows)
         print(
@@ -261,11 +223,7 @@ def _print_losses(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=(__doc__ or "").replace("python -m launch.plan", prog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__, "plan", prog)
     parser.add_argument("--model", required=True, metavar="MODEL", help="a config.json, the folder that holds it, or a hub id")
     parser.add_argument("--gpu", required=True, metavar="NAME", help=f"{', '.join(PRESETS)}; or {MEASURED}, with --measure")
     parser.add_argument(
@@ -284,17 +242,22 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         type=_names,
         default=("quest",),
         metavar="NAME,NAME",
-        help="sparse methods, planned beside dense; an unknown one is answered with all names (default: quest)",
+        help="sparse methods, planned beside dense; an unknown one lists all names (default: quest)",
     )
     parser.add_argument("--set", action="append", default=[], metavar="sparse.KEY=VALUE", help="a key of the methods")
-    parser.add_argument("--density", type=float, metavar="D", help="tokens attended / in context, where the data decides")
+    parser.add_argument(
+        "--density",
+        type=float,
+        metavar="D",
+        help="tokens attended / in context, if it depends on the data",
+    )
     parser.add_argument("--dtype", default="auto", help="of weights and cache (default: the checkpoint's)")
     parser.add_argument("--page-size", type=int, default=16, metavar="N", help="tokens per page (default: 16)")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")
     reserve = "bytes beside weights and cache: CUDA context, activations, sampler (default: 2 GiB)"
     parser.add_argument("--reserve", type=int, metavar="BYTES", help=reserve)
     parser.add_argument("--enforce-eager", action="store_true", help="plan an engine without CUDA graphs")
-    replaced = parser.add_argument_group("in place of the hardware's own numbers")
+    replaced = parser.add_argument_group("replace numbers of the hardware")
     for name, (_, text) in OVERRIDES.items():
         replaced.add_argument(f"--{name}", type=float, metavar="X", help=text)
     replaced.add_argument("--all-reduce-latency", type=float, metavar="S", help="seconds of a small all-reduce")

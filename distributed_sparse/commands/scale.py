@@ -1,9 +1,9 @@
-"""Measure a grid of settings, each in an engine of its own: latencies, rates, bytes; and check what must hold of them.
+"""Measure a grid of settings, each in its own engine: latencies, rates, bytes; and check the results.
 
     python -m launch.scale --config configs/scaling/cpu.yaml --output results/scaling-cpu
 
-Writes results.jsonl, summary.md and PNG plots. The same command again goes on where it was interrupted and tries again what
-failed; a grid with other points adds to what is there.
+Writes results.jsonl, summary.md and PNG plots. The same command continues after an interruption and retries failed points; a
+grid with other points adds to the results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from distributed_sparse.commands.parser import command_parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.scale") -> int:
-    """Run the command line; the exit code: 0 done, 1 a point or a check failed, 2 bad usage, 130 interrupted, 143 SIGTERM."""
+    """Run the command line; returns the exit code: 0 done, 1 failed point or check, 2 bad usage, 130 SIGINT, 143 SIGTERM."""
     args = _parser(prog).parse_args(argv)
     from distributed_sparse.tools.common.figures import check_plots
     from distributed_sparse.tools.common.results import Results
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.scale"
             with one_ray(*scaling.engines), ends_on_sigterm():  # in this order: Ray sets a handler of its own
                 scaling.run(results)
         except KeyboardInterrupt:
-            print(f"interrupted; the same command goes on from {args.output}", file=sys.stderr)
+            print(f"interrupted; the same command continues from {args.output}", file=sys.stderr)
             return INTERRUPTED
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.scale"
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, "scale", prog)
     parser.add_argument("--config", required=True, metavar="YAML", help="base, workload, grid, exclude and checks")
-    parser.add_argument("--output", required=True, metavar="DIR", help="results; of one state of the code and one machine")
+    parser.add_argument("--output", required=True, metavar="DIR", help="results of one version of the code on one machine")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: workload.seed=1")
-    parser.add_argument("--no-plots", action="store_true", help="go without matplotlib")
+    parser.add_argument("--no-plots", action="store_true", help="write no plots (without matplotlib)")
     return parser

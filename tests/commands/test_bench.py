@@ -19,7 +19,7 @@ from distributed_sparse.commands import bench
 from distributed_sparse.tools.bench import bench_plots as plots
 from distributed_sparse.tools.bench import step
 from distributed_sparse.tools.bench.contestants import Engine
-from distributed_sparse.tools.bench.ops import attention
+from distributed_sparse.tools.bench.ops.attention import AttendDense
 from tests.support.bench_models import tiny_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,7 +64,7 @@ def test_kernels_prints_every_op_and_why_peers_are_missing(tmp_path: Path, capsy
 def test_a_wrong_kernel_is_named_its_speed_is_not_printed_and_the_exit_code_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(attention, "attend", lambda q, **_: torch.randn_like(q))
+    monkeypatch.setattr(AttendDense, "kernel", staticmethod(lambda q, **_: torch.randn_like(q)))
     assert bench.main([*KERNELS, "--ops=attend dense,rms_norm", "--context=512"]) == 1
     printed = capsys.readouterr().out
     assert "wrong: attend dense cpu context=512 batch=1 page_size=16: attend dense: RMS error" in printed
@@ -199,7 +199,7 @@ def test_serve_prints_throughput_and_latencies_by_vllm_s_names(tmp_path: Path, c
         (["decode", "--method=quset", "--context=1200"], "sparse.method='quset' is not known"),
         (["layer", "--num-heads=6", "--num-kv-heads=4"], "--num-heads 6 is no multiple of --num-kv-heads 4"),
         (["layer", "--token-budget=16"], "sparse.token_budget=16 is below the 3 forced pages"),
-        (["serve", "--set=dtype=float16"], "only keys of sparse methods can be set"),
+        (["serve", "--set=dtype=float16"], "only keys of `sparse` can be set"),
     ],
 )
 def test_bad_usage_is_said_by_name(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def test_a_failed_point_is_exit_code_1_and_the_rest_is_there(tmp_path: Path, cap
     finally:
         logger.setLevel(before)
     out = capsys.readouterr().out
-    assert "nodes=2: RuntimeError: the ranks stand on 1 nodes" in out and "- leaks: holds for 2 of 2 points" in out
+    assert "nodes=2: RuntimeError: the ranks are on 1 nodes" in out and "- leaks: holds for 2 of 2 points" in out
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,8 @@ from distributed_sparse.model.weights import load_weights
 from distributed_sparse.tools.bench import machine_rates as measure
 from distributed_sparse.tools.bench.machine_rates import _links, large_message
 from distributed_sparse.tools.bench.timing import Times
-from distributed_sparse.tools.planner.hardware import PRESETS, Hardware, Interconnect, Protocol, preset
-from distributed_sparse.tools.planner.memory import memory
-from distributed_sparse.tools.planner.plan import Grid, does_not_pay, plan
+from distributed_sparse.tools.planner.hardware import PRESETS, Hardware, Interconnect, Protocol
+from distributed_sparse.tools.planner.plan import Grid, memory, plan
 from distributed_sparse.tools.planner.rank import RankCostModel
 from distributed_sparse.tools.planner.times import expected, limit_s
 from tests.support.checkpoints import CONFIGS, tiny_checkpoint
@@ -196,7 +195,7 @@ def test_the_limits_of_an_h100_are_those_that_the_bytes_of_llama_give() -> None:
     quest = RankCostModel(model, 1, {"method": "quest", "token_budget": 2048, "dense_layers": 0}, 16, torch.bfloat16)
     assert dense.weight_bytes_read(1) / 1e9 == pytest.approx(15.0, abs=0.05)
     assert dense.attention([1]).read == 131072
-    device = replace(preset("h100"), bandwidth=3.0e12)
+    device = replace(PRESETS["h100"], bandwidth=3.0e12)
     limits = {
         32768: (1.24, 2.56, 3.55, 5.87),
         65536: (1.49, 3.90, 5.47, 8.49),
@@ -213,7 +212,7 @@ def test_the_limits_of_an_h100_are_those_that_the_bytes_of_llama_give() -> None:
 def test_as_many_sequences_fit_as_the_memory_holds_pages_for() -> None:
     model = ModelConfig.from_pretrained(MODELS / "llama-3.1-8b")
     rank = RankCostModel(model, 1, {"method": "quest"}, 16, torch.bfloat16)
-    device, page = preset("h100"), sum(rank.page_bytes)
+    device, page = PRESETS["h100"], sum(rank.page_bytes)
     most = memory(rank, device, 32768, 1, 0.9).max_batch
     assert most == (72 * 10**9 - (2 << 30) - rank.weight_bytes - page) // (2048 * page) == 11
     assert memory(rank, device, 32768, most, 0.9).fits and not memory(rank, device, 32768, most + 1, 0.9).fits
@@ -243,7 +242,7 @@ def test_expected_time_is_bytes_kernels_collectives_and_the_driver(path: Path) -
     sparse = SETTLED["quest"]
     rank = on_paper(path, 2, sparse)
     links = Interconnect(1e9, (Protocol(1e-5, 0.0, 1.0),))
-    device = replace(preset("h100"), links=links, bandwidth=1e9, flops_32=1e15, driver_s=3e-4)
+    device = replace(PRESETS["h100"], links=links, bandwidth=1e9, flops_32=1e15, driver_s=3e-4)
     device = replace(device, kernel_s=1e-6, graph_gap_s=3e-6, graph_launch_s=2e-5)
     found = expected(rank, device, 200, 3)
     attention = rank.attention([200] * 3)
@@ -264,7 +263,7 @@ def test_expected_time_is_bytes_kernels_collectives_and_the_driver(path: Path) -
 
 def test_kernels_are_launched_one_by_one_where_the_engine_captures_nothing(path: Path) -> None:
     """A method that reads the device on the host; a CPU, whose rates of attention hold a selection's small operations."""
-    device = replace(preset("h100"), kernel_s=6e-6)
+    device = replace(PRESETS["h100"], kernel_s=6e-6)
     oracle = on_paper(path, 1, SETTLED["oracle_topk"])
     assert expected(oracle, device, 200, 1).kernels_s == pytest.approx(6e-6 * (3 * 11 + 22 + 2))
     quest, machine = on_paper(path, 1, SETTLED["quest"]), replace(device, measured=True)
@@ -276,18 +275,22 @@ def test_a_layer_that_the_host_knows_to_be_dense_launches_nothing_more(path: Pat
     assert [rank.sparse_launches(context) for context in (40, 90, 200)] == [0, 4, 8]
 
 
+def losses(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["pays"] is False]
+
+
 def test_a_method_whose_kernels_cost_more_than_its_bytes_save_does_not_pay(path: Path) -> None:
     model, grid = (
         ModelConfig.from_pretrained(path),
         Grid(contexts=(128, 512), sparse=({"method": "quest", "token_budget": 64},)),
     )
-    device = preset("h100")
+    device = PRESETS["h100"]
     rows = plan(model, torch.float32, grid, lambda ranks: [device] * len(ranks))
     assert [row["method"] for row in rows] == ["dense", "quest"] * 2
-    assert [row["context"] for row in does_not_pay(rows)] == [128, 512], "a few KB do not pay for a kernel"
+    assert [row["context"] for row in losses(rows)] == [128, 512], "a few KB do not pay for a kernel"
     free = replace(device, kernel_s=0.0, bandwidth=1e6)
     rows = plan(model, torch.float32, grid, lambda ranks: [free] * len(ranks))
-    assert does_not_pay(rows) == [] and all(row["tpot_speedup"] > 1 for row in rows if row["method"] == "quest")
+    assert losses(rows) == [] and all(row["tpot_speedup"] > 1 for row in rows if row["method"] == "quest")
     assert [row["pays"] for row in rows if row["method"] == "dense"] == [None, None]
 
 
@@ -303,10 +306,8 @@ def test_presets_are_whole() -> None:
 def test_what_cannot_be_planned_is_refused_by_name(path: Path) -> None:
     with pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide num_key_value_heads=4; use 1, 2 or 4"):
         on_paper(path, 3, None)
-    with pytest.raises(ValueError, match=r"gpu='h1000' is not known; use one of 'h100', .*'rtx4090'"):
-        preset("h1000")
     twilight = on_paper(path, 1, {"method": "twilight"})
-    with pytest.raises(ValueError, match=r"'twilight' the data decides .* give the density"):
+    with pytest.raises(ValueError, match=r"'twilight' the attended tokens depend on the data; give the density"):
         twilight.attention([100])
     assert twilight.attention([100], 0.1).read < twilight.attention([100], 0.2).read
     for settings, message in (
@@ -317,7 +318,7 @@ def test_what_cannot_be_planned_is_refused_by_name(path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Grid(**settings)
-    model, device = ModelConfig.from_pretrained(path), preset("h100")
+    model, device = ModelConfig.from_pretrained(path), PRESETS["h100"]
     with pytest.raises(ValueError, match="max_model_len=1024 is over the 512 positions"):
         plan(model, torch.float32, Grid(contexts=(1024,)), lambda ranks: [device] * len(ranks))
 

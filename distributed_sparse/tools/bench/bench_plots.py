@@ -1,13 +1,12 @@
-"""plots: a benchmark's rows as a PNG. matplotlib is the extra `eval`."""
+"""bench_plots: a benchmark's rows as a PNG. matplotlib is the extra `eval`."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distributed_sparse.tools.common.figures import new_figure, plain_log_axis
+from distributed_sparse.tools.common.figures import horizontal_bars, new_figure, plain_log_axis, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,14 +15,8 @@ if TYPE_CHECKING:
 Rows = Sequence[dict[str, Any]]
 
 
-def check_plot() -> None:
-    """Raise ValueError, with the remedy, where matplotlib is missing: before the work, not behind it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib, which is not installed; run pip install -e '.[eval]', or leave --plot out")
-
-
 def write_plot(path: str | Path, benchmark: str, rows: Rows, title: str) -> None:
-    """Draw what was measured of a benchmark's rows, as its JSON holds them.
+    """Draw the measured rows of a benchmark.
 
     Raises:
         ValueError: nothing was measured.
@@ -32,26 +25,20 @@ def write_plot(path: str | Path, benchmark: str, rows: Rows, title: str) -> None
     measured = [row for row in rows if row.get(needed) is not None]
     if not measured:
         raise ValueError(f"--plot {path}: nothing was measured, so there is nothing to draw")
-    figure = draw(measured)
-    figure.suptitle(title, fontsize=9)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(draw(measured), path, title)
 
 
 def _kernels(rows: Rows) -> Figure:
-    """A panel per op: median ms of every implementation at every point, and a mark at the bytes' time."""
+    """A panel per op: median ms of every implementation and point, with a mark at the bytes' time."""
     names = list(dict.fromkeys(row["op"] for row in rows))
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
-    figure, (whole,) = new_figure(3.4 * columns, 2.6 * lines)
-    whole.remove()  # panels in lines and columns take its place
-    panels = figure.subplots(lines, columns, squeeze=False)
-    for number, panel in enumerate(panels.flat):
-        if number >= len(names):
-            panel.remove()
-            continue
-        _bars(panel, [row for row in rows if row["op"] == names[number]], "ms", "bytes_ms", _kernel_label)
-        panel.set_title(names[number], fontsize=8)
+    figure, panels = new_figure(3.4 * columns, 2.6 * lines, columns, lines)
+    for panel in panels[len(names) :]:
+        panel.remove()
+    for panel, name in zip(panels, names):
+        _bars(panel, [row for row in rows if row["op"] == name], "ms", _kernel_label, "bytes_ms")
+        panel.set_title(name, fontsize=8)
     figure.supxlabel("ms (median, 10th to 90th percentile; | the bytes at the copy bandwidth)", fontsize=8)
     return figure
 
@@ -66,7 +53,7 @@ KERNEL_AXES = {"context": "n", "batch": "B", "token_budget": "k", "page_size": "
 
 def _layer(rows: Rows) -> Figure:
     figure, (axes,) = new_figure(6.4, 1 + 0.25 * len(rows))
-    _bars(axes, rows, "ms", "bytes_ms", lambda row: f"{row['method']} n{row['context']} B{row['batch']}")
+    _bars(axes, rows, "ms", lambda row: f"{row['method']} n{row['context']} B{row['batch']}", "bytes_ms")
     axes.set_xlabel("ms (median, 10th to 90th percentile; | the bytes at the read bandwidth)", fontsize=8)
     return figure
 
@@ -74,8 +61,7 @@ def _layer(rows: Rows) -> Figure:
 def _step(rows: Rows) -> Figure:
     parts = ("step_p50", "shard_p50", "overhead_p50", "gap_p50", "driver_p50")
     figure, (axes,) = new_figure(6.4, 2.4)
-    axes.barh(parts, [rows[0][part] for part in parts])
-    axes.invert_yaxis()
+    horizontal_bars(axes, parts, [rows[0][part] for part in parts])
     axes.set_xlabel("ms (median over decode steps)", fontsize=8)
     return figure
 
@@ -105,13 +91,7 @@ def _decode(rows: Rows) -> Figure:
 
 def _ttft(rows: Rows) -> Figure:
     figure, (axes,) = new_figure(6.4, 1 + 0.25 * len(rows))
-    _bars(
-        axes,
-        [{**row, "ms": row["ttft_ms"]} for row in rows],
-        "ms",
-        None,
-        lambda row: f"{row['contestant']} {row['prompt_len']}",
-    )
+    _bars(axes, rows, "ttft_ms", lambda row: f"{row['contestant']} {row['prompt_len']}")
     axes.set_xlabel("ms from a prompt to its first token (median, 10th to 90th percentile)", fontsize=8)
     return figure
 
@@ -135,16 +115,13 @@ def _serve(rows: Rows) -> Figure:
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
 
-def _bars(axes: Axes, rows: Rows, value: str, limit: str | None, label: Callable[[dict[str, Any]], str]) -> None:
+def _bars(axes: Axes, rows: Rows, value: str, label: Callable[[dict[str, Any]], str], limit: str | None = None) -> None:
     """A bar per row with its spread, and a mark at its limit."""
-    places = range(len(rows))
-    values = [row[value] for row in rows]
     around = [[row[value] - row["p10_ms"] for row in rows], [row["p90_ms"] - row[value] for row in rows]]
-    axes.barh(places, values, xerr=around, height=0.7, color="C0", error_kw={"linewidth": 1})
+    labels, values = [label(row) for row in rows], [row[value] for row in rows]
+    horizontal_bars(axes, labels, values, 6, xerr=around, height=0.7, color="C0", error_kw={"linewidth": 1})
     if limit is not None:
-        axes.plot([row[limit] for row in rows], places, "|", markersize=9, color="black")
-    axes.set_yticks(places, [label(row) for row in rows], fontsize=6)
-    axes.invert_yaxis()
+        axes.plot([row[limit] for row in rows], range(len(rows)), "|", markersize=9, color="black")
     axes.tick_params(axis="x", labelsize=6)
 
 
@@ -156,4 +133,4 @@ PLOTS: dict[str, tuple[Callable[[Rows], Figure], str]] = {
     "ttft": (_ttft, "ttft_ms"),
     "serve": (_serve, "duration"),
 }
-"""Benchmark -> its figure, and what a row that was measured has."""
+"""Benchmark -> its figure, and a key that only measured rows have."""

@@ -1,4 +1,4 @@
-"""report: a benchmark's rows as a table for the reader and as JSON for the record."""
+"""bench_report: a benchmark's rows as a printed table and as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distributed_sparse.tools.common.results import plain
 
 
 def print_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
-    """Print rows; `columns` maps a row's key to a format ("{:.2f}"), and gives the order."""
+    """Print rows as a table; `columns` maps keys to formats ("{:.2f}"), in the order of the columns."""
     cells = [[fmt.format(row[key]) if row.get(key) is not None else "" for key, fmt in columns.items()] for row in rows]
     widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(columns)]
     print("  ".join(name.rjust(width) for name, width in zip(columns, widths)))
@@ -20,7 +20,7 @@ def print_table(rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
 
 
 def write_json(path: str | Path, benchmark: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write a benchmark's result with all that is needed to repeat it."""
+    """Write a benchmark's rows with the settings and environment that are needed to repeat it."""
     result = {"benchmark": benchmark, "settings": settings, "environment": environment(), "rows": rows}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(result, digits=None), indent=2, allow_nan=False)

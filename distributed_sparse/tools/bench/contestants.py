@@ -1,4 +1,4 @@
-"""contestants: who decodes in `decode`, in turns: engines of this project, transformers, vLLM."""
+"""contestants: what `decode` times in turns: engines of this project, transformers, vLLM."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +19,7 @@ from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.tools.bench.accuracy import WrongResult
 from distributed_sparse.tools.bench.models import BenchModel
 from distributed_sparse.tools.bench.peers import import_peer
-from distributed_sparse.tools.bench.synthetic import SyntheticLLM, SyntheticShard
+from distributed_sparse.tools.bench.synthetic import FILL_FROM, EngineSpec
 from distributed_sparse.tools.bench.timing import Unavailable, check_memory
 from distributed_sparse.tools.bench.transformers_peer import TransformersDecode, Truth
 from distributed_sparse.tools.common.latency import RequestTimes
@@ -27,22 +27,20 @@ from distributed_sparse.tools.common.load import send
 from distributed_sparse.tools.planner.rank import RankCostModel
 
 CACHED_SHARE = 0.9
-"""Of a prompt, so much must come from vLLM's prefix cache: it reuses whole blocks alone, and computes the rest."""
+"""Share of a prompt that must come from vLLM's prefix cache, which reuses whole blocks only and recomputes the rest."""
 
 BUNCHED = 0.1
-"""Tokens closer than this share of the mean gap were handed over together."""
+"""Tokens closer together than this share of the mean gap were delivered together."""
 
 TIMEOUT_S = 3600.0
-"""Of a step: filling a cache takes longer than any decode step."""
+"""Timeout of a step; filling a cache takes longer than any decode step."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every contestant does in a round: `batch` sequences decode `num_tokens` each, around `context` tokens."""
+    """A round of every contestant: `batch` sequences decode `num_tokens` each, around `context` tokens."""
 
     model: BenchModel
-    dtype: torch.dtype
-    device: torch.device
     context: int
     batch: int
     num_tokens: int
@@ -51,13 +49,17 @@ class Task:
     threads: int | None = None
 
     @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
     def prompt_len(self) -> int:
-        """So that the contexts of a round's steps are `context` on average."""
+        """Chosen so that a round's steps have `context` tokens on average."""
         return self.context - self.num_tokens // 2
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Of a fixed seed; but for their last tokens they are never read."""
+        """Random, from a fixed seed. Engines of this project and transformers read only their last tokens."""
         generator = np.random.default_rng(0)
         return [generator.integers(3, self.model.config.vocab_size, self.prompt_len).tolist() for _ in range(self.batch)]
 
@@ -65,15 +67,26 @@ class Task:
     def prompt_ends(self) -> list[int]:
         return [prompt[-1] for prompt in self.prompts]
 
+    def engine(self, sparse: dict[str, Any] | None, tensor_parallel_size: int) -> EngineSpec:
+        return EngineSpec(
+            model=self.model,
+            sparse=sparse,
+            tensor_parallel_size=tensor_parallel_size,
+            page_size=self.page_size,
+            max_model_len=self.context + self.num_tokens,
+            max_num_seqs=self.batch,
+            threads=self.threads,
+        )
+
 
 @dataclass
 class Round:
-    """What a contestant did in one turn."""
+    """One turn of a contestant."""
 
     gaps: list[float]
-    """Seconds of steps in which every sequence got a token, those of the warm-up left out."""
+    """Seconds of the steps in which every sequence got a token, without the warm-up."""
     tokens: list[list[int]] = field(default_factory=list)
-    """Of each sequence."""
+    """Generated tokens of each sequence."""
 
     @property
     def median(self) -> float:
@@ -81,12 +94,12 @@ class Round:
 
 
 def step_gaps(arrivals: list[list[float]], warm_up_s: float) -> list[float]:
-    """Seconds between tokens while all sequences decode, from `warm_up_s` after the last one's first token on.
+    """Seconds between tokens while all sequences decode, from `warm_up_s` after the last sequence's first token on.
 
-    Where a round is too short for that, its second half; where no two tokens came apart, each sequence's mean.
+    If a round is too short for that, the gaps of its second half; if no two tokens arrived apart, each sequence's mean gap.
 
     Args:
-        arrivals: of each sequence, when each of its tokens was there.
+        arrivals: times of each sequence's tokens.
     """
     whole = [(own[-1] - own[0]) / (len(own) - 1) for own in arrivals]
     arrivals = [without_bunches(own) for own in arrivals]
@@ -97,9 +110,9 @@ def step_gaps(arrivals: list[list[float]], warm_up_s: float) -> list[float]:
 
 
 def without_bunches(arrivals: list[float]) -> list[float]:
-    """Spread tokens that a client on a busy machine was handed together evenly over the time since the last one.
+    """Spread tokens that a client on a busy machine received together evenly over the time since the previous ones.
 
-    Their gaps would be 0, and the one before them several steps: a median of such gaps says nothing of a step.
+    Otherwise their gaps would be 0 and the gap before them that of several steps, and the median would not be a step's time.
     """
     near = BUNCHED * (arrivals[-1] - arrivals[0]) / max(len(arrivals) - 1, 1)
     bunches: list[list[float]] = []
@@ -108,7 +121,7 @@ def without_bunches(arrivals: list[float]) -> list[float]:
             bunches[-1].append(arrival)
         else:
             bunches.append([arrival])
-    spread = [bunches[0][-1]]  # of tokens that came with the first one nobody knows when they were there
+    spread = [bunches[0][-1]]  # the true times of tokens that came with the first one are unknown
     for bunch in bunches[1:]:
         before, count = spread[-1], len(bunch)
         spread += [before + (bunch[-1] - before) * place / count for place in range(1, count + 1)]
@@ -116,42 +129,42 @@ def without_bunches(arrivals: list[float]) -> list[float]:
 
 
 class Contestant(ABC):
-    """Someone to be timed. Life: `open`, `round` after `round`, `judge`, `close`."""
+    """Something to be timed: `open`, `round` any number of times, `judge`, `close`."""
 
     name: str
     tensor_parallel_size: int = 1
     alone: bool = False
-    """Cannot be open beside others."""
+    """Cannot be open while others are."""
     is_peer: bool = False
-    """Not this project's: that it fails is told, and is no failure of the benchmark."""
+    """Not of this project: a failure is reported, but does not fail the benchmark."""
     checked: str = "not checked"
-    """What its results were compared with."""
+    """What the results were compared with."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
 
     @property
-    def sparse(self) -> dict[str, Any] | None:
-        return None
+    def key(self) -> str:
+        """Unique within a benchmark's point."""
+        return f"{self.name} {self.tensor_parallel_size}"
 
-    @property
-    def on_paper(self) -> RankCostModel:
-        """One rank, as far as its bytes are concerned."""
-        task = self.task
-        return RankCostModel(task.model.config, self.tensor_parallel_size, self.sparse, task.page_size, task.dtype)
+    @cached_property
+    def rank(self) -> RankCostModel:
+        """The cost model of one rank, for its bytes."""
+        return self.task.engine(None, 1).rank
 
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """Memory that it holds on the device while it is open (on a CPU: that of all ranks)."""
+        """Device memory while open; on a CPU, of all ranks."""
 
     @abstractmethod
     def open(self) -> None:
-        """Bring it up, and check it.
+        """Start, and check the results.
 
         Raises:
-            Unavailable: it cannot be had here.
-            WrongResult: it computes something else.
+            Unavailable: it cannot run here.
+            WrongResult: its results are wrong.
         """
 
     @abstractmethod
@@ -159,27 +172,27 @@ class Contestant(ABC):
         """One turn."""
 
     def judge(self, rounds: dict[str, list[Round]]) -> dict[str, str]:
-        """After the last round, still open: who of the others, by `rounds`, has computed something else, and what."""
+        """After the last round, while open: contestants in `rounds` with wrong tokens, and how they differ."""
         return {}
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything back. Harmless when called again."""
+        """Release everything. Harmless when called again."""
 
     @property
     def bytes_per_step(self) -> float:
-        """Bytes that a rank must read in a step: its weights, and what attention reads."""
-        paper = self.on_paper
-        return paper.weight_bytes_read(self.task.batch) + paper.attention([self.task.context] * self.task.batch).read
+        """Bytes that a rank must read in a step: its weights, and attention's."""
+        rank, task = self.rank, self.task
+        return rank.weight_bytes_read(task.batch) + rank.attention([task.context] * task.batch).read
 
 
 class Engine(Contestant):
     """This project's engine with one method.
 
     Args:
-        truth: what it is compared with; None: it is not checked.
-        enforce_eager: its steps are not captured as CUDA graphs.
-        is_peer: another library computes its attention.
+        truth: the reference; None: the engine is not checked.
+        enforce_eager: run steps without CUDA graphs.
+        is_peer: another library computes the attention.
     """
 
     def __init__(
@@ -194,50 +207,27 @@ class Engine(Contestant):
         is_peer: bool = False,
     ) -> None:
         super().__init__(task)
-        self.name = name
-        self.tensor_parallel_size = tensor_parallel_size
-        self.is_peer = is_peer
+        self.name, self.tensor_parallel_size, self.is_peer = name, tensor_parallel_size, is_peer
+        self.spec = task.engine(sparse, tensor_parallel_size)
         self._enforce_eager = enforce_eager
-        self._sparse = sparse
         self._truth = truth
         self._llm: LLM | None = None
         self._bytes_read: list[float] = []
 
-    @property
-    def sparse(self) -> dict[str, Any] | None:
-        return self._sparse
-
-    @property
-    def _max_model_len(self) -> int:
-        return self.task.context + self.task.num_tokens
-
-    @property
-    def _cache_bytes(self) -> int:
-        """One sequence of max_model_len for each of the batch, and the null page."""
-        pages = self.task.batch * -(-self._max_model_len // self.task.page_size) + 1
-        return pages * sum(self.on_paper.page_bytes)
+    @cached_property
+    def rank(self) -> RankCostModel:
+        return self.spec.rank
 
     @property
     def num_bytes(self) -> int:
-        ranks = self.tensor_parallel_size if self.task.device.type == "cpu" else 1
-        return ranks * (self.on_paper.weight_bytes + self._cache_bytes)
+        return self.spec.num_bytes
 
     def open(self) -> None:
         task = self.task
-        check_memory(f"{self.name} at {task.batch} x {task.context} tokens", self.num_bytes, task.device)
-        self._llm = SyntheticLLM(
-            str(task.model.path),
-            partial(SyntheticShard, num_threads=task.threads),
-            load_format=task.model.load_format,
-            tensor_parallel_size=self.tensor_parallel_size,
-            sparse=self._sparse,
-            dtype=str(task.dtype).removeprefix("torch."),
-            device=task.device.type,
-            page_size=task.page_size,
-            max_model_len=self._max_model_len,
-            max_num_seqs=task.batch,
-            max_num_batched_tokens=max(task.batch * task.prompt_len, 2048),  # filling is one step for all of them
-            kv_cache_memory_bytes=self._cache_bytes,
+        self._llm = self.spec.start(
+            f"{self.name} at {task.batch} x {task.context} tokens",
+            max_num_batched_tokens=max(task.batch * task.prompt_len, 2048),  # one step fills all sequences
+            fill_from=FILL_FROM,
             enforce_eager=self._enforce_eager,
             step_timeout_s=TIMEOUT_S,
         )
@@ -250,11 +240,11 @@ class Engine(Contestant):
         assert llm is not None
         params = SamplingParams(temperature=0.0, max_tokens=task.num_tokens, ignore_eos=True, seed=0)
         requests = [NewRequest(uuid.uuid4().hex, prompt, params) for prompt in task.prompts]
-        before = _attention(llm)
+        before = llm.stats()["attention"]
         found: list[RequestTimes] = send(llm, requests, task.batch)
-        after = _attention(llm)
+        after = llm.stats()["attention"]
         layers, heads = task.model.config.num_hidden_layers, task.model.config.num_key_value_heads
-        rows = (after["rows"] - before["rows"]) / (layers * heads)
+        rows = sum(after[name] - before[name] for name in ("rows_dense", "rows_sparse")) / (layers * heads)
         self._bytes_read.append((after["bytes_read"] - before["bytes_read"]) / rows * task.batch / self.tensor_parallel_size)
         gaps = step_gaps([request.arrivals for request in found], task.warm_up_s)
         return Round(gaps, [request.token_ids for request in found])
@@ -266,17 +256,12 @@ class Engine(Contestant):
 
     @property
     def bytes_per_step(self) -> float:
-        """Attention's by the engine's own counters, so also where the data decides what is read."""
-        return self.on_paper.weight_bytes_read(self.task.batch) + float(np.mean(self._bytes_read))
-
-
-def _attention(llm: LLM) -> dict[str, int]:
-    counted = llm.stats()["attention"]
-    return {"rows": counted["rows_dense"] + counted["rows_sparse"], "bytes_read": counted["bytes_read"]}
+        """With attention's bytes by the engine's counters, as they may depend on the data."""
+        return self.rank.weight_bytes_read(self.task.batch) + float(np.mean(self._bytes_read))
 
 
 class Transformers(Contestant):
-    """transformers with one of its caches. Two contestants share a model and a filled cache."""
+    """transformers with one of its cache classes. The two contestants share a model and a filled cache."""
 
     is_peer = True
 
@@ -288,12 +273,12 @@ class Transformers(Contestant):
 
     @property
     def num_bytes(self) -> int:
-        """The shared part counts with the static cache, a dynamic one's copies with the dynamic."""
-        paper, task = self.on_paper, self.task
-        cache = 2 * len(paper.policies) * task.batch * (task.prompt_len + task.num_tokens) * (
-            paper.geometry.num_kv_heads * paper.geometry.head_dim * task.dtype.itemsize
+        """The static contestant counts the shared model and cache, the dynamic one its copies."""
+        rank, task = self.rank, self.task
+        cache = 2 * len(rank.policies) * task.batch * (task.prompt_len + task.num_tokens) * (
+            rank.geometry.num_kv_heads * rank.geometry.head_dim * task.model.dtype.itemsize
         )  # fmt: skip
-        return cache + (paper.weight_bytes if self._kind == "static" else cache // len(paper.policies))
+        return cache + (rank.weight_bytes if self._kind == "static" else cache // len(rank.policies))
 
     def open(self) -> None:
         task = self.task
@@ -306,7 +291,7 @@ class Transformers(Contestant):
         return Round(step_gaps([arrivals], self.task.warm_up_s), tokens)
 
     def judge(self, rounds: dict[str, list[Round]]) -> dict[str, str]:
-        """The tokens of dense engines over the same cache."""
+        """Compare the tokens of dense engines over the same cache."""
         wrong = {}
         for name, own in rounds.items() if self._kind == "static" else ():
             if name.startswith("dense ") and own:
@@ -321,11 +306,11 @@ class Transformers(Contestant):
 
 
 class Vllm(Contestant):
-    """vLLM where it is installed. It computes the prompts once, when it is opened; rounds find them in its prefix cache.
+    """vLLM, if installed. `open` computes the prompts once; later rounds find them in the prefix cache.
 
-    A round generates `num_tokens` for all prompts at once. Its gaps are, by vLLM's own times of each request
-    (`RequestOutput.metrics`), the mean time of a token after the first. A version that does not tell them generates twice as
-    many tokens once more: the difference of the two times, per token. Either is without the prompts.
+    A round generates `num_tokens` for all prompts at once. A gap is a request's mean time per token after the first, by vLLM's
+    own times (`RequestOutput.metrics`). For a version without these times, a second run generates twice as many tokens, and the
+    gap is the difference of the two runs' times per token. Both exclude the prompts.
     """
 
     name = "vllm"
@@ -335,29 +320,29 @@ class Vllm(Contestant):
     def open(self) -> None:
         vllm, task = import_peer("vllm"), self.task
         if task.device.type == "cuda":
-            torch.cuda.empty_cache()  # it takes its share of the whole device
+            torch.cuda.empty_cache()  # vLLM claims a share of the whole device
         self._sampling = vllm.SamplingParams
         self._llm = vllm.LLM(
             model=str(task.model.path),
             load_format=task.model.load_format,
             skip_tokenizer_init=True,
-            dtype=str(task.dtype).removeprefix("torch."),
+            dtype=task.model.dtype_name,
             max_model_len=task.context + 2 * task.num_tokens,
             max_num_seqs=task.batch,
             enable_prefix_caching=True,
-            disable_log_stats=False,  # else it tells no times
+            disable_log_stats=False,  # for the times in RequestOutput.metrics
         )
         self._generate(1)
 
     @property
     def num_bytes(self) -> int:
-        return self.on_paper.weight_bytes
+        return self.rank.weight_bytes
 
     def round(self) -> Round:
-        """One gap of each request, or one of all of them.
+        """One gap per request, or one of all requests.
 
         Raises:
-            Unavailable: its cache does not hold the prompts, so that they would be computed among the steps.
+            Unavailable: the prefix cache does not hold the prompts, so that steps would include their prefill.
         """
         count = self.task.num_tokens
         outputs, seconds = self._generate(count)
@@ -371,7 +356,7 @@ class Vllm(Contestant):
         return Round(gaps, [list(output.outputs[0].token_ids) for output in outputs])
 
     def _generate(self, count: int) -> tuple[list[Any], float]:
-        """Its outputs for all prompts, `count` tokens each, and the seconds that they took."""
+        """Outputs of `count` tokens for all prompts, and the seconds that they took."""
         params = self._sampling(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
         prompts = [{"prompt_token_ids": prompt} for prompt in self.task.prompts]
         started = time.monotonic()
@@ -385,7 +370,7 @@ class Vllm(Contestant):
 
 
 def vllm_gap(output: Any) -> float | None:
-    """Mean seconds per token after the first, by vLLM's own times of a request; None where it has none."""
+    """Mean seconds per token after the first by vLLM's own times of a request, or None without them."""
     metrics, tokens = getattr(output, "metrics", None), len(output.outputs[0].token_ids)
     first, last = (getattr(metrics, name, None) for name in ("first_token_ts", "last_token_ts"))
     return (last - first) / (tokens - 1) if first and last and tokens > 1 else None

@@ -1,6 +1,6 @@
-"""decode: the whole engine's time per output token over a filled cache, beside transformers and beside the bytes' limit.
+"""decode: the whole engine's time per output token over a filled cache, beside transformers and the limit by bytes.
 
-No prompt is computed: random keys and values stand in its place (`synthetic`).
+No prompt is computed; the cache is filled with random keys and values (`synthetic`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distributed_sparse.config import set_override
-from distributed_sparse.model.limits import resolve_device, resolve_dtype
 from distributed_sparse.model.sharding import ShardSpec, tensor_slices
-from distributed_sparse.selection import resolve_sparse_config
 from distributed_sparse.tools.bench.contestants import Contestant, Engine, Round, Task, Transformers, Vllm
 from distributed_sparse.tools.bench.failures import caught
 from distributed_sparse.tools.bench.flashinfer_dense import METHOD as FLASHINFER
@@ -35,7 +32,7 @@ from distributed_sparse.tools.bench.timing import (
     torch_threads,
 )
 from distributed_sparse.tools.bench.transformers_peer import TransformersDecode, Truth
-from distributed_sparse.tools.planner.rank import RankCostModel
+from distributed_sparse.tools.planner.plan import sparse_sections
 from distributed_sparse.utils.validation import check_choice
 
 PEERS = ("transformers", "flashinfer", "vllm")
@@ -44,12 +41,12 @@ OUTPUT_LEN = {"cpu": 16, "cuda": 256}
 """Tokens of a round."""
 
 MEMORY_SHARE = 0.85
-"""Of the free memory: contestants are open together where they take no more."""
+"""Contestants are open together if they take at most this share of free memory."""
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """The grid, and who takes part. `tensor_parallel_size` is of this engine alone; transformers has one process."""
+    """The grid and the contestants. `tensor_parallel_size` applies to this engine alone; transformers has one process."""
 
     model: str = ATTENTION_HEAVY
     context: tuple[int, ...] = (32768,)
@@ -58,20 +55,20 @@ class DecodeSettings:
     tensor_parallel_size: tuple[int, ...] = (1,)
     peer: tuple[str, ...] = ("transformers",)
     set: tuple[str, ...] = ()
-    """Keys of the sparse methods: "sparse.token_budget=1024"."""
+    """Overrides for all sparse methods: "sparse.token_budget=1024"."""
     dtype: str = "auto"
     device: str = "cpu"
     threads: int | None = None
-    """torch threads of each rank, and of transformers; None: all cores for one process, its share for each of several."""
+    """torch threads of each rank and of transformers; None: all cores for one process, equal shares for several."""
     page_size: int = 16
     rounds: int = 3
     output_len: int | None = None
     """Tokens that each sequence generates in a round; None: 16 on a CPU, 256 on a GPU."""
     warm_up_s: float = 0.3
     ttft: tuple[int, ...] = ()
-    """Also the time to the first token of prompts of so many tokens, truly computed."""
+    """Also measure the time to first token of prompts of so many tokens, which are computed."""
     max_num_batched_tokens: int = 2048
-    """Of the engine whose time to the first token is taken."""
+    """For engines whose time to first token is measured."""
 
     def __post_init__(self) -> None:
         for name in self.peer:
@@ -86,91 +83,73 @@ class DecodeSettings:
         for context in self.context:
             if context < shortest:
                 raise ValueError(
-                    f"--context {context} is too short for --output-len {self.output_len}: a prompt that is filled "
-                    f"has {FILL_FROM} tokens or more, and half a round comes before the context; give {shortest} or more"
+                    f"--context {context} is too short for --output-len {self.output_len}: a filled prompt has "
+                    f"{FILL_FROM} tokens or more and is half a round shorter than the context; give {shortest} or more"
                 )
 
-    def sections(self) -> dict[str, dict[str, Any] | None]:
-        """A `sparse:` section for each method, with what `set` changes in all of them. Raises ValueError by name."""
-        found: dict[str, dict[str, Any] | None] = {}
-        for method in self.method:
-            run: dict[str, Any] = {"sparse": {"method": method}}
-            for override in self.set if method != "dense" else ():
-                set_override(run, override)
-            if set(run) != {"sparse"} or run["sparse"].get("method") != method:
-                raise ValueError(
-                    f"--set {','.join(self.set)}: only keys of sparse methods can be set: sparse.token_budget=1024"
-                )
-            resolve_sparse_config(run["sparse"])  # what is wrong with it is said before anything is loaded
-            found[method] = run["sparse"]
-        return found
+    def sections(self) -> dict[str, dict[str, Any]]:
+        return sparse_sections(self.method, self.set)
 
 
-def bench_decode(settings: DecodeSettings, told: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
-    """Time every method at every point of the grid, in rounds: all of a point's contestants take turns.
+def bench_decode(
+    settings: DecodeSettings, on_row: Callable[[dict[str, Any]], object] = lambda row: None
+) -> list[dict[str, Any]]:
+    """Time every method at every point of the grid. All contestants of a point take turns.
 
     Args:
-        told: is given each row as soon as its point is done.
+        on_row: called with each row as soon as its point is done.
 
     Returns:
-        Rows of "contestant", "tensor_parallel_size", "context", "batch", and either "tpot_ms" (median over all rounds' steps,
-        after the warm-up) with "p10_ms" and "p90_ms", "MB_per_step" (of one rank: weights, and what attention reads by the
-        engine's own counters), "bytes_ms" (their time at the read bandwidth measured in this run; on a CPU all ranks share it),
-        "over_bytes" (tpot over it), "speedup_over_dense" (median of the rounds' ratios, to dense at the same
-        tensor_parallel_size) beside "bytes_limit" (the same ratio of the bytes), "speedup_over_transformers" (the better of its
-        caches), "speedup_over_one_rank", "in_turns" and "checked"; or "unavailable", the reason; or "wrong", what differs, or
-        how an engine of this project failed.
+        Rows of "contestant", "tensor_parallel_size", "context", "batch", and either
+
+        - "tpot_ms" (median over the steps of all rounds, without warm-up) with "p10_ms" and "p90_ms"; "MB_per_step" (of one
+          rank: weights, and attention by the engine's own counters); "bytes_ms" (their time at the read bandwidth measured in
+          this run; on a CPU the ranks share it); "over_bytes" (tpot over it); "speedup_over_dense" (median of the rounds'
+          ratios to dense at the same tensor_parallel_size) and "bytes_limit" (the same ratio of the bytes);
+          "speedup_over_transformers" (its faster cache), "speedup_over_one_rank", "in_turns" and "checked"; or
+        - "unavailable" with the reason; or
+        - "wrong" with the difference, or with the failure of an engine of this project.
     """
-    device = resolve_device(settings.device)
     sections = settings.sections()
     rows: list[dict[str, Any]] = []
-    with bench_model(settings.model) as model, torch_threads(settings.threads) as threads, one_ray(settings):
-        dtype = resolve_dtype(settings.dtype, model.config.dtype)
-        bandwidths = _bandwidths(settings, device, threads)
-        truth, unchecked = _truth(model, dtype, device)
+    num_ranks = max(settings.tensor_parallel_size)
+    with benchmarked(settings.model, settings.dtype, settings.device, settings.threads, num_ranks) as (model, threads):
+        bandwidths = _bandwidths(settings, model.device, threads)
+        truth, unchecked = _truth(model)
         for context, batch in product(settings.context, settings.batch):
             assert settings.output_len is not None
             task = Task(
-                model,
-                dtype,
-                device,
-                context,
-                batch,
-                settings.output_len,
-                settings.warm_up_s,
-                settings.page_size,
-                settings.threads,
-            )
+                model, context, batch,
+                settings.output_len, settings.warm_up_s, settings.page_size, settings.threads,
+            )  # fmt: skip
             contestants, absent = _contestants(task, settings, sections, truth, unchecked)
             point = Point(contestants, settings.rounds)
             point.run(truth)
-            again = _bandwidths(settings, device, threads)  # a busy moment lowers one of the two, and nothing raises it
+            again = _bandwidths(settings, model.device, threads)  # load can only lower a measurement: keep the higher one
             bandwidths = {ranks: max(found, again[ranks]) for ranks, found in bandwidths.items()}
             of_point = [*point.rows(bandwidths, unchecked), *absent]
             for row in of_point:
-                row |= {"context": context, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
-                told(row)
+                row |= {"context": context, "batch": batch, "dtype": model.dtype_name}
+                on_row(row)
             rows += of_point
     return rows
 
 
 @contextmanager
-def one_ray(settings: DecodeSettings) -> Iterator[None]:
-    """One Ray for all engines of several ranks."""
-    if max(settings.tensor_parallel_size) == 1:
-        yield
-        return
-    from distributed_sparse.ray_backend.session import ensure_ray
+def benchmarked(model: str, dtype: str, device: str, threads: int | None, num_ranks: int) -> Iterator[tuple[BenchModel, int]]:
+    """The model and the torch threads of a benchmark, with one Ray for all of its engines (none for a single rank)."""
+    with ExitStack() as opened:
+        found = opened.enter_context(bench_model(model, dtype, device))
+        count = opened.enter_context(torch_threads(threads))
+        if num_ranks > 1:
+            from distributed_sparse.ray_backend.session import ensure_ray
 
-    session = ensure_ray(max(settings.tensor_parallel_size))
-    try:
-        yield
-    finally:
-        session.release()
+            opened.callback(ensure_ray(num_ranks).release)
+        yield found, count
 
 
 def _bandwidths(settings: DecodeSettings, device: torch.device, threads: int) -> dict[int, float]:
-    """Read bandwidth per rank: on a CPU of so many threads as all ranks have together, shared among them."""
+    """Read bandwidth per rank, by number of ranks. On a CPU, that of all ranks' threads together over the ranks."""
     if device.type != "cpu":
         return dict.fromkeys({1, *settings.tensor_parallel_size}, read_bandwidth(device))
     found = {}
@@ -181,20 +160,20 @@ def _bandwidths(settings: DecodeSettings, device: torch.device, threads: int) ->
     return found
 
 
-def _truth(model: BenchModel, dtype: torch.dtype, device: torch.device) -> tuple[Truth | None, str | None]:
-    """transformers with these weights, or why not."""
+def _truth(model: BenchModel) -> tuple[Truth | None, str | None]:
+    """transformers with the engine's weights, or the reason why it is unavailable."""
     slices = tensor_slices(model.config, ShardSpec(0, 1)).values()
-    num_bytes = sum(part.num_read for part in slices) * dtype.itemsize
+    num_bytes = sum(part.num_read for part in slices) * model.dtype.itemsize
     with caught("transformers", is_peer=True) as failed:
-        check_memory("transformers' model", num_bytes, device)
-        return Truth(model, dtype, device), None
+        check_memory("transformers' model", num_bytes, model.device)
+        return Truth(model), None
     return None, failed["unavailable"]
 
 
 def _contestants(
-    task: Task, settings: DecodeSettings, sections: dict[str, dict[str, Any] | None], truth: Truth | None, unchecked: str | None
+    task: Task, settings: DecodeSettings, sections: dict[str, dict[str, Any]], truth: Truth | None, unchecked: str | None
 ) -> tuple[list[Contestant], list[dict[str, Any]]]:
-    """Who takes part, and rows of those that cannot."""
+    """The contestants, and rows of peers that are unavailable."""
     sizes = settings.tensor_parallel_size
     found: list[Contestant] = [Engine(task, name, sections[name], size, truth) for name, size in product(sections, sizes)]
     absent: list[dict[str, Any]] = []
@@ -215,10 +194,12 @@ def _contestants(
 
 
 def _flashinfer(task: Task, size: int, truth: Truth | None) -> list[Contestant]:
-    """The engine with the faster of flashinfer's kernels, whose steps cannot be captured, and beside it our own dense, eager.
+    """The engine with the faster of flashinfer's kernels, and this engine's dense attention, both without CUDA graphs.
+
+    flashinfer plans on the host, so that its steps cannot be captured.
 
     Raises:
-        Unavailable: flashinfer cannot be had.
+        Unavailable: flashinfer is not installed or not on this device.
     """
     import_flashinfer(task.device)
     use_tensor_cores = _tensor_cores_are_faster(task, size)
@@ -232,8 +213,8 @@ def _flashinfer(task: Task, size: int, truth: Truth | None) -> list[Contestant]:
 
 @torch.inference_mode()
 def _tensor_cores_are_faster(task: Task, size: int) -> bool:
-    """Which of flashinfer's kernels is the faster one for a layer of one rank, at the task's batch and context."""
-    geometry = replace(RankCostModel(task.model.config, size, None, task.page_size, task.dtype).geometry, device=task.device)
+    """Whether flashinfer's tensor-core kernel is the faster one for a layer of one rank at the task's batch and context."""
+    geometry = replace(task.engine(None, size).rank.geometry, device=task.device)
     shape = Shape(
         context=task.context,
         batch=task.batch,
@@ -243,32 +224,25 @@ def _tensor_cores_are_faster(task: Task, size: int) -> bool:
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
         prefill_tokens=0,
-        dtype=task.dtype,
+        dtype=task.model.dtype,
         device=task.device,
     )
-    layer = LayerSettings(
-        context=shape.context,
-        batch=shape.batch,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        page_size=shape.page_size,
-    )
+    layer = LayerSettings.of(geometry, task.context, task.batch)
     return tensor_cores_are_faster(make_inputs(layer, geometry, (), seed=0, contiguous=False), shape)
 
 
 class Point:
-    """One context and batch: its contestants, their rounds, and who had to give up."""
+    """One context and batch: the contestants, their rounds, and their failures."""
 
     def __init__(self, contestants: list[Contestant], num_rounds: int) -> None:
         self.contestants = contestants
         self.num_rounds = num_rounds
-        self.rounds: dict[str, list[Round]] = {_key(one): [] for one in contestants}
+        self.rounds: dict[str, list[Round]] = {one.key: [] for one in contestants}
         self.failed: dict[str, dict[str, str]] = {}
         self.in_turns = True
 
     def run(self, truth: Truth | None) -> None:
-        """All open together, in turns; where they do not fit together, or may not share a GPU, one after the other."""
+        """Run all in turns; if they do not fit together, or each rank needs its own GPU, one contestant after the other."""
         together = [one for one in self.contestants if not one.alone]
         apart = [one for one in self.contestants if one.alone]
         device = self.contestants[0].task.device
@@ -280,15 +254,16 @@ class Point:
         if truth is not None and not (loaded and self.in_turns):
             truth.drop()
         if together:
-            self._run(together)
+            self.take_turns(together)
         if apart and truth is not None:
-            truth.drop()  # who runs alone has the whole memory
+            truth.drop()  # a contestant that runs alone gets the whole memory
         for one in _grouped(apart):
-            self._run(one)
+            self.take_turns(one)
             if truth is not None:
                 truth.drop()
 
-    def _run(self, contestants: Sequence[Contestant]) -> None:
+    def take_turns(self, contestants: Sequence[Contestant]) -> None:
+        """Open these contestants, run all rounds in turns, and close them; a failed one takes no further part."""
         with ExitStack() as opened:
             running = []
             for one in contestants:
@@ -298,9 +273,9 @@ class Point:
                     running.append(one)
             for _ in range(self.num_rounds):
                 for one in running:
-                    if _key(one) not in self.failed:
+                    if one.key not in self.failed:
                         with self._may_fail(one):
-                            self.rounds[_key(one)].append(one.round())
+                            self.rounds[one.key].append(one.round())
             for one in running:
                 with self._may_fail(one):
                     self.failed |= {key: {"wrong": why} for key, why in one.judge(self.rounds).items()}
@@ -311,15 +286,15 @@ class Point:
 
     @contextmanager
     def _may_fail(self, one: Contestant) -> Iterator[None]:
-        """What ends one contestant ends none of the others; what failed first is told."""
+        """Keep a contestant's first failure; the others go on."""
         with caught(one.name, one.is_peer) as failed:
             yield
         if failed:
-            self.failed.setdefault(_key(one), failed)
+            self.failed.setdefault(one.key, failed)
 
     def rows(self, bandwidths: dict[int, float], unchecked: str | None) -> list[dict[str, Any]]:
-        """One per contestant."""
-        done = {_key(one): one for one in self.contestants if self.rounds[_key(one)] and _key(one) not in self.failed}
+        """One row per contestant."""
+        done = {one.key: one for one in self.contestants if self.rounds[one.key] and one.key not in self.failed}
         best = min(
             (name for name, one in done.items() if isinstance(one, Transformers)),
             key=lambda name: float(np.median([own.median for own in self.rounds[name]])),
@@ -327,7 +302,7 @@ class Point:
         )
         rows = []
         for one in self.contestants:
-            key, size = _key(one), one.tensor_parallel_size
+            key, size = one.key, one.tensor_parallel_size
             row: dict[str, Any] = {"contestant": one.name, "tensor_parallel_size": size}
             rows.append(row)
             if key not in done:
@@ -355,17 +330,13 @@ class Point:
         return rows
 
     def _ratio(self, other: str | None, own: str) -> float | None:
-        """How many times as long the other takes: the median over rounds, each measured close to the other's."""
+        """The other's time over this one's: the median over rounds of the ratio within a round."""
         if other is None:
             return None
         return float(np.median([theirs.median / mine.median for theirs, mine in zip(self.rounds[other], self.rounds[own])]))
 
 
-def _key(one: Contestant) -> str:
-    return f"{one.name} {one.tensor_parallel_size}"
-
-
 def _grouped(contestants: Sequence[Contestant]) -> list[list[Contestant]]:
-    """One by one, but for transformers' caches, which share what they are filled with."""
+    """Each contestant alone, except that transformers' two caches share what they are filled with."""
     shared: list[Contestant] = [one for one in contestants if isinstance(one, Transformers)]
     return [[one] for one in contestants if one not in shared] + ([shared] if shared else [])

@@ -1,4 +1,4 @@
-"""flashinfer_dense: dense decode by flashinfer's paged kernel inside this engine: a peer that differs in attention alone."""
+"""flashinfer_dense: dense decode by flashinfer's paged kernel inside this engine, a peer that differs in attention alone."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, Sp
 from distributed_sparse.tools.bench.peers import WORKSPACE_BYTES, import_peer
 
 METHOD = f"{__name__}:FlashInferPolicy"
-"""What `sparse.method` says for it."""
+"""Its `sparse.method`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlashInferConfig(SparseConfig):
-    """With `dense_layers: 0` every layer is flashinfer's."""
+    """With `dense_layers: 0`, flashinfer runs every layer."""
 
     method: ClassVar[str] = "flashinfer"
     use_tensor_cores: bool = False
-    """Its kernel for large query groups, instead of the one without matrix units."""
+    """Use the kernel for large query groups instead of the one without tensor cores."""
 
 
 class FlashInferPolicy(Policy):
-    """Every row reads its whole context in flashinfer's kernel, and hands the result over as `partial`; no list is left."""
+    """flashinfer attends to every row's whole context and returns the result as `partial`, with an empty selection."""
 
     config: FlashInferConfig
     config_class = FlashInferConfig
-    graph_safe = False  # its plan is made on the host, for the step's lengths
+    graph_safe = False  # flashinfer plans on the host, for the step's lengths
 
     def __init__(self, config: SparseConfig, geometry: Geometry) -> None:
         super().__init__(config, geometry)
-        self._wrapper: Any = None  # made at the first step: on paper, where bytes are counted, there is no device
+        self._wrapper: Any = None  # made at the first step: cost models have no device
         self._planned: DecodeBatch | None = None
 
     def select(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Selection:
-        if batch is not self._planned:  # once per step, as flashinfer means it
+        if batch is not self._planned:  # once per step, as flashinfer recommends
             self._plan(batch, q.dtype)
             self._planned = batch
         out, log2_sum_exp = self._wrapper.run(q, (cache.k_pages, cache.v_pages), return_lse=True)
@@ -61,15 +61,9 @@ class FlashInferPolicy(Policy):
         listed = torch.arange(batch.page_table.shape[1], device=batch.page_table.device) < batch.num_pages[:, None]
         indptr = torch.zeros(len(batch.num_pages) + 1, dtype=torch.int32, device=listed.device)
         indptr[1:] = batch.num_pages.cumsum(0)
+        heads = geometry.num_kv_heads * geometry.group_size
+        sizes = (heads, geometry.num_kv_heads, geometry.head_dim, geometry.page_size)
         self._wrapper.plan(
-            indptr,
-            batch.page_table[listed],
-            batch.last_page_len,
-            geometry.num_kv_heads * geometry.group_size,
-            geometry.num_kv_heads,
-            geometry.head_dim,
-            geometry.page_size,
-            q_data_type=dtype,
-            kv_data_type=dtype,
-            sm_scale=geometry.scale,
-        )
+            indptr, batch.page_table[listed], batch.last_page_len, *sizes,
+            q_data_type=dtype, kv_data_type=dtype, sm_scale=geometry.scale,
+        )  # fmt: skip

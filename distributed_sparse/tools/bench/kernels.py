@@ -1,4 +1,4 @@
-"""kernels: every kernel's time over a grid, beside its bytes at the measured copy bandwidth and beside other libraries."""
+"""kernels: every kernel's time over a grid, beside its bytes at the measured copy bandwidth and other libraries."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from distributed_sparse.cache import Geometry, PageMinMax, QuantizedKeys
 from distributed_sparse.tools.bench.failures import caught
 from distributed_sparse.tools.bench.layer import Inputs, LayerSettings, make_rotation
 from distributed_sparse.tools.bench.ops import OPS
-from distributed_sparse.tools.bench.ops.base import Op, Row, Shape, row_of
+from distributed_sparse.tools.bench.ops.base import Op, Shape
+from distributed_sparse.tools.bench.rows import Row
 from distributed_sparse.tools.bench.timing import Times, copy_bandwidth, one_line, time_in_turn
 from distributed_sparse.utils.validation import check_choice
 
 CHECKED_ROWS = 4
-"""(sequence, KV head) rows that are compared with the float64 reference, where there are more."""
+"""At most so many (sequence, KV head) rows are compared with the float64 reference."""
 
 OWN = ""
-"""The kernel itself, beside its peers' names."""
+"""Name of the kernel itself among its peers' names."""
 
 GRID = ("context", "batch", "token_budget", "page_size")
 
@@ -31,12 +32,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"context": (8192, 32768), "batch": (1,), "dtype": "float32", "prefill_tokens": 256, "repeats": 11},
     "cuda": {"context": (8192, 32768, 131072), "batch": (1, 8, 64), "dtype": "bfloat16", "prefill_tokens": 0, "repeats": 31},
 }
-"""What is left open, by device."""
+"""Defaults by device."""
 
 
 @dataclass(frozen=True)
 class KernelSettings:
-    """The grid, and the shape of one layer's attention. What is empty or None is taken from `DEFAULTS`."""
+    """The grid, and the shape of one layer's attention. Empty or None fields come from `DEFAULTS`."""
 
     context: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
@@ -51,7 +52,7 @@ class KernelSettings:
     dtype: str | None = None
     device: str = "cpu"
     threads: int | None = None
-    """torch threads, set by who calls; None: torch's own."""
+    """torch threads, which the caller sets; None: torch's default."""
     caches: int = 3
     repeats: int | None = None
     seed: int = 0
@@ -68,20 +69,19 @@ class KernelSettings:
 
 @torch.inference_mode()
 def bench_kernels(
-    settings: KernelSettings, told: Callable[[dict[str, Any]], object] = lambda row: None
+    settings: KernelSettings, on_row: Callable[[dict[str, Any]], object] = lambda row: None
 ) -> list[dict[str, Any]]:
     """Time every op at every point of the grid.
 
     Args:
-        told: is given each row as soon as it is there.
+        on_row: called with each row as soon as it is known.
 
     Returns:
-        Rows of "op", "implementation" ("triton", or "cpu": C++ where the op has it, else torch; or a peer's name, of its
-        variants the fastest), the point, and either median ms with its 10th and 90th percentile, "launched"
-        (`Times.launched`), "MB" (read and written, by the op's formula), "bytes_ms" (their time at the measured copy
+        Rows of "op", "implementation" and the point. "implementation" is "triton"; or "cpu", which is C++ where the op has it,
+        else torch; or the name of a peer, with its fastest variant. A row has either median ms with 10th and 90th percentile,
+        "launched" (`Times.launched`), "MB" (read and written, by the op's formula), "bytes_ms" (their time at the measured copy
         bandwidth), "bandwidth_share", "TFLOP_per_s" where operations are the limit, "over_ours" (a peer's time over the op's
-        own) and "checked"; or "unavailable", why it could not be measured; or "wrong", how it differs from the reference, or
-        how it failed.
+        own) and "checked"; or "unavailable" with the reason; or "wrong" with the difference from the reference or the failure.
     """
     device = torch.device(settings.device)
     bandwidth = copy_bandwidth(device)
@@ -95,23 +95,21 @@ def bench_kernels(
             row |= {name: value for name, value in point.items() if name in OPS[row["op"]].axes}
             row |= {"dtype": settings.dtype, "copy_bandwidth_GB_per_s": bandwidth / 1e9}
             rows.append({"op": row.pop("op"), "implementation": implementation, **row})
-            told(rows[-1])
+            on_row(rows[-1])
     return rows
 
 
 def shapes(settings: KernelSettings) -> Iterator[Shape]:
     """The points of the grid."""
     assert settings.dtype is not None
-    for context, batch, budget, page_size in product(*(getattr(settings, name) for name in GRID)):
+    for values in product(*(getattr(settings, name) for name in GRID)):
+        point = dict(zip(GRID, values))
         yield Shape(
-            context=context,
-            batch=batch,
-            token_budget=budget,
-            page_size=page_size,
+            **point,
             num_heads=settings.num_heads,
             num_kv_heads=settings.num_kv_heads,
             head_dim=settings.head_dim,
-            prefill_tokens=min(settings.prefill_tokens or context, context),
+            prefill_tokens=min(settings.prefill_tokens or point["context"], point["context"]),
             dtype=getattr(torch, settings.dtype),
             device=torch.device(settings.device),
         )
@@ -125,7 +123,7 @@ def _is_new(op: Op, done: set[tuple[Any, ...]]) -> bool:
 
 
 def _bench_point(ops: list[Op], shape: Shape, settings: KernelSettings, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """Rows of all ops at one shape. It alone holds the point's data, so that they are gone before the next point's are made."""
+    """Rows of all ops at one shape. Only this frame holds the point's data, which is freed before the next point."""
     if not ops:
         return
     with caught("the point's data") as failed:
@@ -135,21 +133,18 @@ def _bench_point(ops: list[Op], shape: Shape, settings: KernelSettings, bandwidt
 
 
 def _make_data(settings: KernelSettings, shape: Shape) -> list[Inputs]:
-    """Caches of different contents, or sets of queries on a large one, which are taken in turn."""
-    layer = LayerSettings(
-        context=shape.context,
-        batch=shape.batch,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        page_size=shape.page_size,
-        heavy_tokens=0,  # a pilot in which one token has all the weight has statistics that float32 cannot hold
+    """Caches of different contents, or sets of queries on a large one, to use in turn."""
+    geometry = Geometry(
+        shape.num_kv_heads, shape.group, shape.head_dim, shape.page_size, shape.dtype, shape.device, first_kv_head=0
+    )
+    layer = LayerSettings.of(
+        geometry,
+        shape.context,
+        shape.batch,
+        heavy_tokens=0,  # one token of nearly all the weight would make statistics that float32 cannot hold
         key_spread=1.0,
         caches=settings.caches,
         seed=settings.seed,
-    )
-    geometry = Geometry(
-        shape.num_kv_heads, shape.group, shape.head_dim, shape.page_size, shape.dtype, shape.device, first_kv_head=0
     )
     return make_rotation(layer, geometry, (PageMinMax(), QuantizedKeys(4)))
 
@@ -173,7 +168,7 @@ def _bench_op(op: Op, data: list[Inputs], settings: KernelSettings, bandwidth: f
     if failed:
         yield {"op": op.name, **failed}
         return
-    num_bytes = sum(op.num_bytes)
+    num_bytes, operations = sum(op.num_bytes()), op.num_operations()
     for implementation, taken in _fastest_variants(times).items():
         row = {
             "op": op.name,
@@ -182,7 +177,7 @@ def _bench_op(op: Op, data: list[Inputs], settings: KernelSettings, bandwidth: f
             "MB": num_bytes / 1e6,
             "bytes_ms": num_bytes / bandwidth * 1e3,
             "bandwidth_share": num_bytes / taken.median / bandwidth,
-            "TFLOP_per_s": None if op.num_operations is None else op.num_operations / taken.median / 1e12,
+            "TFLOP_per_s": None if operations is None else operations / taken.median / 1e12,
             "over_ours": taken.median / times[OWN].median,
             "checked": checked,
         }
@@ -191,20 +186,20 @@ def _bench_op(op: Op, data: list[Inputs], settings: KernelSettings, bandwidth: f
 
 
 def _check(op: Op, data: Inputs, arguments: Any, seed: int) -> tuple[str, Any]:
-    """Compare one run with the reference: what of it was compared, and its result. Raises `WrongResult`."""
+    """Compare one run with the reference; how much of it was compared, and its result. Raises `WrongResult`."""
     rows = [] if op.checks_whole else _some_rows(data, op.shape, seed)
     op.before_check(arguments)
     result = op.run(arguments)
-    op.check(data, arguments, result, rows)
+    op.check(arguments, result, rows)
     return op.compared(len(rows)), result
 
 
 def _peer(op: Op, name: str, data: list[Inputs], arguments: list[Any], result: Any) -> Callable[[int], object]:
-    """A peer's function of the round's number, once it has given what the op gives.
+    """A peer as a function of the round's number, after its result was compared with the op's.
 
     Raises:
-        Unavailable: it cannot be had.
-        WrongResult: it gives something else.
+        Unavailable: the peer cannot run here.
+        WrongResult: its result differs.
     """
     made = [op.peers(one, arguments[0])[name]() for one in data]
     op.check_peer(name, arguments[0], result, made[0](arguments[0]))
@@ -212,7 +207,7 @@ def _peer(op: Op, name: str, data: list[Inputs], arguments: list[Any], result: A
 
 
 class PeerFailed(Exception):
-    """A peer failed while it was timed; says how.
+    """A peer failed while it was timed.
 
     Attributes:
         peer: its name.
@@ -238,7 +233,7 @@ def _time_in_turn(
     rotation: int,
     refused: dict[str, dict[str, str]],
 ) -> dict[str, Times]:
-    """The times of all, anew without a peer that fails among them, which goes to `refused`."""
+    """Time all functions. When a peer fails, note it in `refused` and start again without it."""
     while True:
         try:
             return time_in_turn(functions, repeats, device, rotation=rotation)
@@ -248,12 +243,12 @@ def _time_in_turn(
 
 
 def _library(name: str) -> str:
-    """Of a peer's name "library/variant"."""
+    """The library of a peer's name "library/variant"."""
     return name.partition("/")[0]
 
 
 def _fastest_variants(times: dict[str, Times]) -> dict[str, Times]:
-    """Of each library the fastest variant alone, under its whole name."""
+    """Each library's fastest variant, under its full name."""
     fastest: dict[str, str] = {}
     for name in sorted(times, key=lambda name: times[name].median):
         fastest.setdefault(_library(name), name)
@@ -261,7 +256,7 @@ def _fastest_variants(times: dict[str, Times]) -> dict[str, Times]:
 
 
 def _refused_libraries(refused: dict[str, dict[str, str]], times: dict[str, Times]) -> list[dict[str, Any]]:
-    """What is to be told of refused peers: every wrong variant, and libraries none of whose variants were timed."""
+    """Rows for refused peers: every wrong variant, and each library of which no variant was timed."""
     rows: dict[str, dict[str, Any]] = {}
     timed = {_library(name) for name in times}
     for name, row in refused.items():
@@ -273,9 +268,9 @@ def _refused_libraries(refused: dict[str, dict[str, str]], times: dict[str, Time
 
 
 def _some_rows(data: Inputs, shape: Shape, seed: int) -> list[Row]:
-    """All rows, or `CHECKED_ROWS` of them, among them always one of the first sequence."""
+    """All rows, or `CHECKED_ROWS` of them with always one of the first sequence."""
     everything = list(product(range(shape.batch), range(shape.num_kv_heads)))
     if len(everything) > CHECKED_ROWS:
         always = everything.pop(shape.num_kv_heads - 1)
         everything = [always, *random.Random(seed).sample(everything, CHECKED_ROWS - 1)]
-    return [row_of(data, b, h) for b, h in everything]
+    return [Row(data.batch, b, h, shape.num_kv_heads) for b, h in everything]

@@ -1,8 +1,7 @@
-"""layer: one attention layer's decode step, select + attend, against torch SDPA over contiguous K and V in the same run."""
+"""layer: one attention layer's decode step (select, attend) beside torch SDPA over contiguous K and V in the same run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -18,31 +17,34 @@ from distributed_sparse.selection.base import DecodeBatch, Policy, Selection, at
 from distributed_sparse.selection.quest import QuestPolicy
 from distributed_sparse.tools.bench.accuracy import MAX_ERROR, WrongResult, check_close
 from distributed_sparse.tools.bench.failures import caught
+from distributed_sparse.tools.bench.rows import Row
 from distributed_sparse.tools.bench.timing import Times, Unavailable, check_memory, read_bandwidth, time_in_turn
 from distributed_sparse.utils.timer import Timer
 
 PARTS = ("append", "score", "top_k", "estimate", "prune", "sample", "attend")
-"""What a step is made of; `attend` holds the part that a policy attends itself."""
+"""Parts of a step; `attend` includes the part that a policy attends itself."""
 
 LARGE_CACHE_BYTES = 1 << 30
-"""One cache of this size is enough: no processor holds it, and every set of queries chooses other pages of it."""
+"""One cache of this size is enough: no processor cache holds it, and every set of queries selects other pages."""
 
 CONTIGUOUS_SHARE = 0.9
-"""Of the free memory: K and V are kept contiguous beside the pages, for peers that need them, where all takes no more."""
+"""K and V are also kept contiguous, for peers that need that, if everything takes at most this share of free memory."""
 
 CHECKED_SEQUENCES = 2
-"""Of a batch, so many sequences are compared with float64 attention: it is computed on the CPU, row by row."""
+"""Sequences of a batch that are compared with float64 attention, which runs on the CPU row by row."""
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """One layer's shape. `caches` are filled with different data and taken in turn, so that no processor cache holds one; of
-    large ones (`LARGE_CACHE_BYTES`) there is one alone, with as many sets of queries.
+    """One layer's shape and data.
 
-    Queries and values are standard normal, keys normal of standard deviation `key_spread`, which is that of the logits, too.
-    Beside them every query head finds `heavy_tokens` tokens, anywhere in the context, whose logit is `heavy_logit`. With 0
-    tokens attention is flat: the worst case of the adaptive methods. As few tokens are heavy, vAttention gets a smaller top-k
-    and pilot than by default (.05 and .02).
+    `caches` caches of different data are used in turn, so that no processor cache holds one. A cache of `LARGE_CACHE_BYTES` or
+    more is used alone, with as many sets of queries.
+
+    Queries and values are standard normal. Keys are normal of standard deviation `key_spread`, which is then that of the logits
+    too. In addition, every query head has `heavy_tokens` tokens anywhere in the context whose logit is `heavy_logit`; with 0 of
+    them attention is flat, the worst case of the adaptive methods. Because few tokens are heavy, vAttention's top-k and pilot
+    are smaller than its defaults (.05 and .02).
     """
 
     context: int = 32768
@@ -72,10 +74,23 @@ class LayerSettings:
         for name, keys in _methods(self).items():
             resolve_sparse_config({"method": name, **keys}).check(self.page_size)
 
+    @classmethod
+    def of(cls, geometry: Geometry, context: int, batch: int, **more: Any) -> LayerSettings:
+        """Settings with a geometry's heads and page size."""
+        return cls(
+            context=context,
+            batch=batch,
+            num_heads=geometry.num_kv_heads * geometry.group_size,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            page_size=geometry.page_size,
+            **more,
+        )
+
 
 @dataclass
 class Inputs:
-    """Contents of one cache: k and v contiguous [B, H_kv, n, d] (or the newest token's alone), and in scattered pages."""
+    """One cache and its queries: k and v contiguous [B, H_kv, n, d] (n = 1: the newest token's alone) and in pages."""
 
     q: Tensor
     k: Tensor
@@ -86,13 +101,13 @@ class Inputs:
 
 @torch.inference_mode()  # as the engine decodes
 def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
-    """Time SDPA, paged dense, Quest, Twilight, vAttention and the window; one row each.
+    """Time SDPA, paged dense, Quest, Twilight, vAttention and the window, one row each.
 
     Returns:
-        Rows of "method", and either median ms and its 10th and 90th percentile, "launched" (`Times.launched`), density, bytes
-        by the formula, their time at the measured read bandwidth, the share of it that is reached, the speed over SDPA, and
-        the ms of each of `PARTS` (taken apart, with a clock around every part); or "unavailable", the reason; or "wrong", how
-        its result differs from the float64 one, or how it failed.
+        Rows of "method" and either median ms with 10th and 90th percentile, "launched" (`Times.launched`), density, bytes by
+        the formula, their time at the measured read bandwidth, the share of that bandwidth, the speedup over SDPA, and the ms
+        of each of `PARTS` (from a separate run that times each part); or "unavailable" with the reason; or "wrong" with the
+        difference from the float64 result or the failure.
 
     Raises:
         Unavailable: the caches do not fit into memory.
@@ -100,13 +115,20 @@ def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     group_size = settings.num_heads // settings.num_kv_heads
     geometry = Geometry(settings.num_kv_heads, group_size, settings.head_dim, settings.page_size, dtype, device, 0)
-    methods = {name: _policy(name, keys, geometry) for name, keys in _methods(settings).items()}
+    methods: dict[str, Policy] = {
+        name: policy_class(name)(resolve_sparse_config({"method": name, **keys}), geometry)
+        for name, keys in _methods(settings).items()
+    }
     kinds = tuple(dict.fromkeys(kind for policy in methods.values() for kind in policy.metadata))
     inputs = make_rotation(settings, geometry, kinds)
     failed = _failures(methods, inputs[0], geometry)
-    functions: dict[str, Any] = {} if "sdpa" in failed else {"sdpa": lambda number: _sdpa(inputs[number % len(inputs)])}
-    for name in [name for name in methods if name not in failed]:
-        functions[name] = lambda number, policy=methods[name]: _decode(inputs[number % len(inputs)], policy, geometry)
+    functions: dict[str, Any] = {
+        name: lambda number, policy=policy: _decode(inputs[number % len(inputs)], policy, geometry)
+        for name, policy in methods.items()
+        if name not in failed
+    }
+    if "sdpa" not in failed:
+        functions = {"sdpa": lambda number: _sdpa(inputs[number % len(inputs)])} | functions
     bandwidth = read_bandwidth(device)
     times = time_in_turn(functions, settings.repeats, device, rotation=len(inputs))
     rows: list[dict[str, Any]] = []
@@ -117,7 +139,7 @@ def bench_layer(settings: LayerSettings) -> list[dict[str, Any]]:
 
 
 def _failures(methods: dict[str, Policy], one: Inputs, geometry: Geometry) -> dict[str, dict[str, str]]:
-    """Who is not to be timed, and why: "wrong" or "unavailable", by name."""
+    """Methods that are not timed: name -> "wrong" or "unavailable" with the reason."""
     failed: dict[str, dict[str, str]] = {}
     if one.k.shape[2] != one.batch.max_context_len:
         failed["sdpa"] = {"unavailable": "out of memory: no room for contiguous K and V beside the pages"}
@@ -138,14 +160,13 @@ def _row(
     bandwidth: float,
     settings: LayerSettings,
 ) -> dict[str, Any]:
-    """A method's (None: SDPA's) times beside its bytes."""
+    """The times of a method (policy None: SDPA) beside its bytes."""
     all_tokens = settings.batch * settings.context * settings.num_kv_heads
     token_bytes = 2 * geometry.head_dim * geometry.dtype.itemsize
     tokens, apart, scored = float(all_tokens), 0.0, 0
     if policy is not None:
-        selections = [_select(one, policy) for one in inputs]
-        tokens = _mean(s.attended(one.batch.last_page_len, settings.page_size) for one, s in zip(inputs, selections))
-        apart = _mean(s.extra_tokens_read for s in selections if s.extra_tokens_read is not None)
+        selections = [policy.select(one.q, one.cache, one.batch) for one in inputs]
+        tokens, apart = mean_tokens(inputs, selections)
         scored = policy.bytes_scored([settings.context] * settings.batch)
     num_bytes, seconds = (tokens + apart) * token_bytes + scored, times[name].median
     return {
@@ -162,19 +183,16 @@ def _row(
 
 
 def breakdown(inputs: list[Inputs], policy: Policy, geometry: Geometry, repeats: int) -> dict[str, float]:
-    """Mean ms of a decode step's parts. The step's own token is appended, too, in place of the last one."""
+    """Mean ms of a decode step's parts. The append rewrites the newest token."""
     device = inputs[0].q.device
     for warm in (True, False):
         timer = policy.timer = Timer(device, enabled=not warm)
         for number in range(2 if warm else repeats):
             one = inputs[number % len(inputs)]
-            newest = one.batch.context_lens.long() - 1
-            rows = torch.arange(len(newest), dtype=torch.int32, device=device)
-            page = one.batch.page_table.gather(1, (newest // geometry.page_size)[:, None])[:, 0]
-            runs = AppendRuns(page, rows, (newest % geometry.page_size).int(), torch.ones_like(rows))
+            runs = newest_runs(one)
             with timer("append"):
                 one.cache.append(one.k[:, :, -1], one.v[:, :, -1], runs)
-            selection = _select(one, policy)
+            selection = policy.select(one.q, one.cache, one.batch)
             with timer("attend"):
                 _attend(one, selection, geometry)
             timer.steps += 1
@@ -184,10 +202,18 @@ def breakdown(inputs: list[Inputs], policy: Policy, geometry: Geometry, repeats:
     return {part: ms.get(part, 0.0) for part in PARTS}
 
 
-def make_rotation(settings: LayerSettings, geometry: Geometry, kinds: tuple[Metadata, ...]) -> list[Inputs]:
-    """What is taken in turn: `caches` different caches, or as many sets of queries on a large one.
+def newest_runs(one: Inputs) -> AppendRuns:
+    """The append of each sequence's newest token, in place of itself."""
+    newest, size = one.batch.context_lens.long() - 1, one.batch.page_size
+    rows = torch.arange(len(newest), dtype=torch.int32, device=newest.device)
+    page = one.batch.page_table.gather(1, (newest // size)[:, None])[:, 0]
+    return AppendRuns(page, rows, (newest % size).int(), torch.ones_like(rows))
 
-    Where K and V do not fit once more beside the pages, of each sequence only the newest token's are contiguous.
+
+def make_rotation(settings: LayerSettings, geometry: Geometry, kinds: tuple[Metadata, ...]) -> list[Inputs]:
+    """The inputs to use in turn: `caches` different caches, or as many sets of queries on a large one.
+
+    If K and V do not fit once more beside the pages, only each sequence's newest token is kept contiguous.
 
     Raises:
         Unavailable: the caches do not fit.
@@ -216,11 +242,11 @@ def make_inputs(
     contiguous: bool = True,
     scattered: bool = True,
 ) -> Inputs:
-    """Data as `LayerSettings` says.
+    """Data as described in `LayerSettings`.
 
     Args:
-        contiguous: keep K and V beside the pages, too; else of each sequence the newest token's alone.
-        scattered: its pages lie all over the cache; else one behind the other, as an engine gives them out at first.
+        contiguous: keep all of K and V beside the pages; else only each sequence's newest token.
+        scattered: place pages all over the cache; else one after the other, as an engine allocates them at first.
     """
     return make_query_sets(settings, geometry, kinds, seed, 1, contiguous, scattered)[0]
 
@@ -234,7 +260,7 @@ def make_query_sets(
     contiguous: bool = True,
     scattered: bool = True,
 ) -> list[Inputs]:
-    """The same with `count` sets of queries on one cache, each with heavy tokens and random numbers of its own."""
+    """`make_inputs` with `count` sets of queries on one cache, each with its own heavy tokens and random numbers."""
     generator, scatter = (torch.Generator(geometry.device).manual_seed(seed) for _ in range(2))
     n, page_size, heads = settings.context, settings.page_size, settings.num_kv_heads
     pages_each = -(-n // page_size)
@@ -284,37 +310,62 @@ def make_query_sets(
 
 
 def check(one: Inputs, policy: Policy, geometry: Geometry) -> None:
-    """Compare a method's output with float64 attention over what it chose, and Quest's pages with float64 scores.
+    """Compare a method's output with float64 attention over its selection, and Quest's pages with float64 scores.
 
-    Of a large batch, `CHECKED_SEQUENCES` are compared.
+    Of a large batch, the first `CHECKED_SEQUENCES` are compared.
     """
-    selection = _select(one, policy)
+    selection = policy.select(one.q, one.cache, one.batch)
     if isinstance(policy, QuestPolicy):
         check_pages(one, policy, selection)
-    out = _attend(one, selection, geometry)[:CHECKED_SEQUENCES]
-    first = None if selection.partial_selection is None else _reference(one, selection.partial_selection, geometry, None)
-    expected, _ = _reference(one, selection, geometry, first)
-    check_close(type(policy).__name__, out, expected, MAX_ERROR[geometry.dtype])
+    out = _attend(one, selection, geometry)
+    found, expected = [], []
+    for row in _checked_rows(one):
+        partial = None
+        if selection.partial_selection is not None:
+            partial = _reference(one, selection.partial_selection, geometry, row, None)
+        found.append(row.part(out))
+        expected.append(_reference(one, selection, geometry, row, partial)[0])
+    check_close(type(policy).__name__, torch.cat(found), torch.cat(expected), MAX_ERROR[geometry.dtype])
 
 
 def check_pages(one: Inputs, policy: QuestPolicy, selection: Selection) -> None:
-    """Quest's pages against the float64 scores: as good as the best ones, to float32 rounding."""
+    """Check that Quest's pages are the best ones by their float64 scores, up to float32 rounding."""
     batch, config = one.batch, policy.config
-    table = batch.page_table[:CHECKED_SEQUENCES]
-    bounds, local = one.cache.metadata["page_min_max"][table.flatten().long()].cpu(), _local(table)
-    num_pages = batch.num_pages[:CHECKED_SEQUENCES].cpu()
-    scores = page_scores_reference(one.q[:CHECKED_SEQUENCES].cpu(), bounds, local, num_pages, config.group_reduction)
-    scores[:, :, : config.sink_pages] = scores[:, :, scores.shape[2] - config.recent_pages :] = torch.inf
-    k = -(-config.token_budget // batch.page_size)
-    if k >= scores.shape[2]:
-        return
-    threshold = scores.topk(k, dim=-1).values[..., -1:]
-    pages = selection.pages[:CHECKED_SEQUENCES, :, :k].cpu()
-    chosen = torch.stack([torch.isin(own, listed) for own, row in zip(table.cpu(), pages) for listed in row])
-    chosen = chosen.view(*pages.shape[:2], -1)
-    worst = scores.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
-    if not ((chosen.sum(-1) == k).all() and (worst >= threshold - 1e-4 * threshold.abs()).all()):
-        raise WrongResult("Quest chose other pages than the best by their float64 scores")
+    for row in _checked_rows(one):
+        whole = {"q": one.q, "page_min_max": one.cache.metadata["page_min_max"], "pages": selection.pages}
+        given = row.arguments({**whole, "page_table": batch.page_table, "num_pages": batch.num_pages})
+        chosen = given.pop("pages")[0, 0].long()
+        scores = page_scores_reference(**given, group_reduction=config.group_reduction)[0, 0]
+        scores[: config.sink_pages] = scores[len(scores) - config.recent_pages :] = torch.inf
+        k = -(-config.token_budget // batch.page_size)
+        if k >= len(scores):
+            return
+        worst, least = scores[chosen[:k]].min(), scores.topk(k).values[-1]
+        if len(chosen[:k].unique()) < k or not worst >= least - 1e-4 * least.abs():
+            raise WrongResult("Quest chose other pages than the best by their float64 scores")
+
+
+def _checked_rows(one: Inputs) -> list[Row]:
+    batch, heads = one.q.shape[0], one.cache.k_pages.shape[1]
+    return [Row(one.batch, b, h, heads) for b, h in product(range(min(batch, CHECKED_SEQUENCES)), range(heads))]
+
+
+def _reference(
+    one: Inputs, selection: Selection, geometry: Geometry, row: Row, partial: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """float64 attention of one row over what `selection` lists."""
+    given = {
+        "q": one.q,
+        "k_pages": one.cache.k_pages,
+        "v_pages": one.cache.v_pages,
+        "pages": selection.pages,
+        "num_pages": selection.num_pages,
+        "last_page_len": one.batch.last_page_len,
+        "tokens": selection.tokens,
+        "num_tokens": selection.num_tokens,
+        "log_weight": selection.log_weight,
+    }
+    return attend_reference(**row.arguments(given), scale=geometry.scale, partial=partial)
 
 
 def _methods(settings: LayerSettings) -> dict[str, dict[str, Any]]:
@@ -328,54 +379,11 @@ def _methods(settings: LayerSettings) -> dict[str, dict[str, Any]]:
     }
 
 
-def _policy(method: str, keys: dict[str, Any], geometry: Geometry) -> Policy:
-    return policy_class(method)(resolve_sparse_config({"method": method, **keys}), geometry)
-
-
-def _mean(counts: Iterable[Tensor]) -> float:
-    """Mean over the caches of the tokens that all rows of one read; 0 without any."""
-    sums = [float(of_rows.sum()) for of_rows in counts]
-    return sum(sums) / len(sums) if sums else 0.0
-
-
-def _local(table: Tensor) -> Tensor:
-    """Pages of a few sequences, int32 [B, P], numbered anew: 0, 1, ... from the first sequence's first page on."""
-    return torch.arange(table.numel(), dtype=torch.int32, device=table.device).view(table.shape)
-
-
-def _reference(
-    one: Inputs, selection: Selection, geometry: Geometry, partial: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """float64 attention of the first sequences over what `selection` lists; their pages alone leave the device."""
-    table, size = one.batch.page_table[:CHECKED_SEQUENCES], geometry.page_size
-    own_pages = table.flatten().long()
-    place = torch.zeros(len(one.cache.k_pages), dtype=torch.int32, device=table.device)
-    place[own_pages] = _local(table).flatten()
-
-    def of_checked(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[:CHECKED_SEQUENCES].cpu()
-
-    def renumbered(pages: Tensor) -> Tensor:
-        return place[pages.long().clamp(0, len(place) - 1)]  # past the counts lists hold anything
-
-    tokens = selection.tokens
-    return attend_reference(
-        one.q[:CHECKED_SEQUENCES].cpu(),
-        one.cache.k_pages[own_pages].cpu(),
-        one.cache.v_pages[own_pages].cpu(),
-        renumbered(selection.pages[:CHECKED_SEQUENCES]).cpu(),
-        selection.num_pages[:CHECKED_SEQUENCES].cpu(),
-        one.batch.last_page_len[:CHECKED_SEQUENCES].cpu(),
-        geometry.scale,
-        tokens=of_checked(None if tokens is None else renumbered(tokens // size) * size + tokens % size),
-        num_tokens=of_checked(selection.num_tokens),
-        log_weight=of_checked(selection.log_weight),
-        partial=partial,
-    )
-
-
-def _select(one: Inputs, policy: Policy) -> Selection:
-    return policy.select(one.q, one.cache, one.batch)
+def mean_tokens(inputs: list[Inputs], selections: list[Selection]) -> tuple[float, float]:
+    """Tokens attended by all rows, and tokens read in addition: means over the inputs."""
+    attended = [s.attended(one.batch.last_page_len, one.batch.page_size).sum() for one, s in zip(inputs, selections)]
+    extra = [s.extra_tokens_read.sum() for s in selections if s.extra_tokens_read is not None]
+    return float(sum(attended)) / len(inputs), float(sum(extra)) / len(inputs)
 
 
 def _attend(one: Inputs, selection: Selection, geometry: Geometry) -> Tensor:
@@ -387,4 +395,4 @@ def _sdpa(one: Inputs) -> Tensor:
 
 
 def _decode(one: Inputs, policy: Policy, geometry: Geometry) -> Tensor:
-    return _attend(one, _select(one, policy), geometry)
+    return _attend(one, policy.select(one.q, one.cache, one.batch), geometry)

@@ -1,4 +1,4 @@
-"""measure: this machine as `Hardware`: short runs of the engine's own operations, in as many processes as there are ranks."""
+"""machine_rates: this machine as `Hardware`, from short runs of the engine's own operations in one process per rank."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,14 +18,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from distributed_sparse.cache import AppendRuns
 from distributed_sparse.kernels.huge_pages import zeros
 from distributed_sparse.kernels.layer.linear import linear
 from distributed_sparse.kernels.layer.rms_norm import add_rms_norm
 from distributed_sparse.selection.base import Policy, attend_selection
 from distributed_sparse.selection.dense import DenseConfig, DensePolicy
 from distributed_sparse.shard.collectives.collectives import Collectives
-from distributed_sparse.tools.bench.layer import Inputs, LayerSettings, make_inputs
+from distributed_sparse.tools.bench.layer import Inputs, LayerSettings, make_inputs, mean_tokens, newest_runs
 from distributed_sparse.tools.bench.timing import Times, time_in_turn
 from distributed_sparse.tools.planner.hardware import MEASURED, Hardware, Interconnect, Protocol, Rate
 from distributed_sparse.tools.planner.launches import dense_launches
@@ -34,60 +33,60 @@ from distributed_sparse.tools.planner.rank import RankCostModel
 CPU = torch.device("cpu")
 
 MAX_TOKENS = 16384
-"""Of all sequences that attention is timed with: enough to leave every processor cache."""
+"""Tokens of all sequences in the timed attention: more than any processor cache holds."""
 
 CACHES = 3
-"""Sets of matrices and of pages that are taken in turn, for the same reason."""
+"""Sets of matrices and pages to use in turn, so that no processor cache holds them."""
 
 REPEATS = 7
 
 BUFFER_BYTES = 1 << 28
-"""What tells the read bandwidth: far larger than any processor cache, and one for each rank."""
+"""Buffer of each rank that gives the read bandwidth: far larger than any processor cache."""
 
 
 NO_LINKS = Interconnect(1.0, (Protocol(0.0, 0.0, 1.0),))
-"""Of one rank, which sends nothing."""
+"""Links of a single rank, which sends nothing."""
 
 
 def large_message(small: int) -> int:
-    """Bytes of the all-reduce that tells the links' bandwidth, beside a step's own message."""
+    """Bytes of the all-reduce that gives the links' bandwidth, beside a step's own message."""
     return max(1 << 22, 2 * small)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What one rank's process reached while the others did the same."""
+    """Rates of one rank's process while the others ran the same."""
 
     reading: Rate
     matrices: Rate
-    """In bytes per second, with one row."""
+    """Bytes per second with one token."""
     operations: Rate
-    """In operations per second, with a row per sequence."""
+    """Operations per second with a token per sequence."""
     dense: Rate
     methods: list[tuple[Rate, Rate]]
-    """Attention and scoring of each method; the same rate twice where they cannot be told apart."""
+    """Attention and scoring of each method; the same rate twice where they cannot be separated."""
     kernel: Rate
     all_reduces: tuple[Rate, Rate] | None
-    """Of the step's own message, and of a large one; None with one rank."""
+    """All-reduce of the step's own message and of a large one; None with one rank."""
 
 
 def measure_cpu(
     ranks: list[RankCostModel], context: int, batch: int, num_threads: int | None = None, timeout_s: float = 600.0
 ) -> list[Hardware]:
-    """This machine's CPUs as the device of each of `ranks`, at what they reach with such a context and batch.
+    """This machine's CPUs as the device of each of `ranks`, at the rates that they reach with this context and batch.
 
-    The ranks' processes run together, each with its share of the cores, and the slowest one counts. Some ten seconds. A rate
-    depends on what is read: contexts that fit into a processor's cache, or larger batches, have others.
+    The ranks' processes run together, each with its share of the cores, and the slowest one counts. Takes some ten seconds.
+    Other contexts or batches have other rates, for example contexts that fit into a processor cache.
 
     Args:
         ranks: of one tensor_parallel_size, one per method.
-        context: tokens of each sequence that is timed, cut to `MAX_TOKENS`; of a grid, its largest.
-        batch: sequences that are timed, as many as `MAX_TOKENS` has room for; of a grid, its largest.
-        num_threads: torch threads of each rank; None: its share of the cores, as the engine has it.
-        timeout_s: for all of it.
+        context: tokens of each timed sequence, at most `MAX_TOKENS`; for a grid, its largest context.
+        batch: timed sequences, at most as many as fit into `MAX_TOKENS`; for a grid, its largest batch.
+        num_threads: torch threads of each rank; None: its share of the cores, as in the engine.
+        timeout_s: for the whole measurement.
 
     Raises:
-        RuntimeError: a process ended, or said nothing in time.
+        RuntimeError: a process ended or timed out.
     """
     world_size = ranks[0].shard.world_size
     context = min(context, MAX_TOKENS)
@@ -121,12 +120,12 @@ def _receive(number: int, end: Connection, timeout_s: float) -> Found:
         if end.poll(max(timeout_s, 0.0)):
             return end.recv()
     except EOFError:
-        raise RuntimeError(f"the measuring process of rank {number} ended; its error stands above") from None
+        raise RuntimeError(f"the measuring process of rank {number} ended; see its error above") from None
     raise RuntimeError(f"the measuring process of rank {number} did not answer in time")
 
 
 def _as_hardware(found: list[Found], ranks: list[RankCostModel], batch: int) -> list[Hardware]:
-    """The slowest of the ranks, as they wait for each other."""
+    """The rates of the slowest rank, as ranks wait for each other."""
     world_size = len(found)
     reading, matrices, operations, dense = (
         _least(getattr(each, name) for each in found) for name in ("reading", "matrices", "operations", "dense")
@@ -135,31 +134,30 @@ def _as_hardware(found: list[Found], ranks: list[RankCostModel], batch: int) -> 
     links, common = NO_LINKS, [reading, matrices, operations, dense, kernel]
     of_ranks = [each.all_reduces for each in found if each.all_reduces is not None]
     if of_ranks:
-        # Whoever comes last waits for nobody: the shortest time is the operation's own.
+        # The last rank to arrive does not wait, so the shortest time is that of the operation itself.
         small, large = (_least(each[place] for each in of_ranks) for place in range(2))
         links = _links(ranks[0].all_reduce_bytes_each(batch), small.median, large.median, world_size)
         common += [small, large]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world_size
+    device = Hardware(
+        name=MEASURED,
+        memory_bytes=memory,
+        bandwidth=reading.median,
+        flops_16=operations.median,
+        flops_32=operations.median,
+        links=links,
+        weights_share=matrices.median / reading.median,
+        dense_share=dense.median / reading.median,
+        flops_share=1.0,
+        kernel_s=kernel.median,
+        measured=True,
+    )
     devices = []
     for place in range(len(ranks)):
         attention, scoring = (_least(each.methods[place][part] for each in found) for part in range(2))
-        device = Hardware(
-            name=MEASURED,
-            memory_bytes=memory,
-            bandwidth=reading.median,
-            flops_16=operations.median,
-            flops_32=operations.median,
-            links=links,
-            weights_share=matrices.median / reading.median,
-            dense_share=dense.median / reading.median,
-            sparse_share=attention.median / reading.median,
-            select_share=scoring.median / reading.median,
-            flops_share=1.0,
-            kernel_s=kernel.median,
-            measured=True,
-            rates=tuple(dict.fromkeys([*common, attention, scoring])),
-        )
-        devices.append(device)
+        rates = tuple(dict.fromkeys([*common, attention, scoring]))
+        shares = {"sparse_share": attention.median / reading.median, "select_share": scoring.median / reading.median}
+        devices.append(replace(device, **shares, rates=rates))
     return devices
 
 
@@ -172,7 +170,7 @@ def _least(rates: Iterable[Rate]) -> Rate:
 
 
 def _links(small: int, small_s: float, large_s: float, world_size: int) -> Interconnect:
-    """Latency and bandwidth of a ring in which messages of two sizes took so long."""
+    """Latency and bandwidth of a ring, from the times of messages of two sizes."""
     factor = 2 * (world_size - 1) / world_size
     bandwidth = factor * (large_message(small) - small) / max(large_s - small_s, 1e-6)
     return Interconnect(bandwidth, (Protocol(max(small_s - factor * small / bandwidth, 0.0), 0.0, 1.0),))
@@ -191,21 +189,14 @@ def _run(
     collectives.meet()
     with torch.inference_mode():
         answer.send(_measure(ranks, context, batch, collectives))
-    collectives.barrier()  # nobody leaves while another still reduces
+    collectives.barrier()  # no rank leaves while another still reduces
     collectives.close()
 
 
 def _measure(ranks: list[RankCostModel], context: int, batch: int, collectives: Collectives) -> Found:
     rank = ranks[0]
     kinds = tuple(dict.fromkeys(kind for each in ranks for policy in each.policies for kind in policy.metadata))
-    settings = LayerSettings(
-        context=context,
-        batch=batch,
-        num_heads=rank.sizes.num_attention_heads,
-        num_kv_heads=rank.geometry.num_kv_heads,
-        head_dim=rank.geometry.head_dim,
-        page_size=rank.geometry.page_size,
-    )
+    settings = LayerSettings.of(rank.geometry, context, batch)
     collectives.barrier()
     reading = _reading()
     collectives.barrier()
@@ -229,19 +220,19 @@ def _measure(ranks: list[RankCostModel], context: int, batch: int, collectives: 
 
 
 def _per_second(name: str, amount: float, times: Times, unit: str = "bytes/s") -> Rate:
-    """So much was done in each of these times."""
+    """The rate of doing `amount` in each of these times."""
     low, high = times.spread
     return Rate(name, unit, amount / times.median, amount / high, amount / low)
 
 
 def _seconds(name: str, times: Times, parts: int = 1) -> Rate:
-    """Each of these times was that of so many parts."""
+    """The time of one of `parts` equal parts."""
     low, high = times.spread
     return Rate(name, "s", times.median / parts, low / parts, high / parts)
 
 
 def _reading() -> Rate:
-    """Of memory that no processor cache holds."""
+    """Read bandwidth of memory that no processor cache holds."""
     buffer = zeros((BUFFER_BYTES // torch.float32.itemsize,), torch.float32, CPU).fill_(1)
     return _per_second("reading", BUFFER_BYTES, time_in_turn({"read": lambda _: buffer.sum()}, REPEATS, CPU)["read"])
 
@@ -253,7 +244,7 @@ def _layer_matrices(rank: RankCostModel) -> list[tuple[int, int]]:
 
 
 def _matrices(rank: RankCostModel, batch: int) -> tuple[Rate, Rate]:
-    """Bytes per second that a layer's matrices reach with one row, and operations per second with a row per sequence."""
+    """Bytes per second of a layer's matrices with one token, and operations per second with a token per sequence."""
     dtype, shapes = rank.geometry.dtype, _layer_matrices(rank)
     layers = [[zeros(shape, dtype, CPU).fill_(0.01) for shape in shapes] for _ in range(CACHES)]
     inputs = {rows: [torch.ones(rows, width, dtype=dtype) for _, width in shapes] for rows in (1, batch)}
@@ -270,8 +261,7 @@ def _matrices(rank: RankCostModel, batch: int) -> tuple[Rate, Rate]:
 
 
 def _attention(policy: Policy, inputs: list[Inputs], rank: RankCostModel, method: str) -> tuple[Rate, Rate]:
-    """Bytes per second that a layer's attention and its selection reach."""
-    scale, page_size = rank.geometry.scale, rank.geometry.page_size
+    """Bytes per second of a layer's attention and of its selection."""
     selections = [policy.select(one.q, one.cache, one.batch) for one in inputs]
 
     def select(number: int) -> None:
@@ -280,16 +270,12 @@ def _attention(policy: Policy, inputs: list[Inputs], rank: RankCostModel, method
 
     def attend(number: int) -> Tensor:
         one = inputs[number % CACHES]
-        return attend_selection(one.q, one.cache, one.batch, selections[number % CACHES], scale)
+        return attend_selection(one.q, one.cache, one.batch, selections[number % CACHES], rank.geometry.scale)
 
     times = time_in_turn({"select": select, "attend": attend}, REPEATS, CPU)
-    tokens = 0.0
-    for one, selection in zip(inputs, selections):
-        tokens += selection.attended(one.batch.last_page_len, page_size).sum().item() / CACHES
-        tokens += selection.extra_tokens_read.sum().item() / CACHES if selection.extra_tokens_read is not None else 0.0
-    kv_bytes = tokens * 2 * rank.geometry.head_dim * rank.geometry.dtype.itemsize
+    kv_bytes = sum(mean_tokens(inputs, selections)) * 2 * rank.geometry.head_dim * rank.geometry.dtype.itemsize
     scored = 0 if selections[0].is_dense else policy.bytes_scored(inputs[0].batch.context_lens.tolist())
-    if scored == 0 or selections[0].partial is not None:  # choosing reads no bytes of its own, or K and V, too
+    if scored == 0 or selections[0].partial is not None:  # selection reads no metadata, or also K and V
         together = Times([sum(of_round) for of_round in zip(times["select"].samples, times["attend"].samples)])
         rate = _per_second(f"{method}: attention", kv_bytes + scored, together)
         return rate, rate
@@ -298,17 +284,14 @@ def _attention(policy: Policy, inputs: list[Inputs], rank: RankCostModel, method
 
 
 def _small_operations(rank: RankCostModel, one: Inputs) -> Rate:
-    """Seconds of one of a layer's kernels, on average over those that are neither a matrix nor attention."""
+    """Mean seconds of a layer's kernels that are neither a matrix nor attention."""
     model, geometry, sizes = rank.model, rank.geometry, rank.sizes
     batch, dtype = len(one.q), geometry.dtype
     x = torch.ones(batch, model.hidden_size, dtype=dtype)
     gate, norm = torch.ones(batch, sizes.intermediate_size, dtype=dtype), torch.ones(model.hidden_size, dtype=dtype)
     k, v = one.k[:, :, -1].contiguous(), one.v[:, :, -1]
     angle = torch.zeros(batch, model.head_dim // 2)
-    newest = one.batch.context_lens.long() - 1
-    rows = torch.arange(batch, dtype=torch.int32)
-    page = one.batch.page_table.gather(1, (newest // geometry.page_size)[:, None])[:, 0]
-    runs = AppendRuns(page, rows, (newest % geometry.page_size).int(), torch.ones_like(rows))
+    runs = newest_runs(one)
 
     def layer(number: int) -> None:
         one.cache.rotary_append(one.q, k, v, angle, angle, runs)
@@ -321,7 +304,7 @@ def _small_operations(rank: RankCostModel, one: Inputs) -> Rate:
 
 
 def _all_reduce(num_bytes: int, rank: RankCostModel, collectives: Collectives) -> Rate:
-    """Seconds of an all-reduce after some work, as it comes in a layer."""
+    """Seconds of an all-reduce after some work, as in a layer."""
     message = torch.zeros(num_bytes // rank.geometry.dtype.itemsize, dtype=rank.geometry.dtype)
     matrix, x = torch.ones(1024, 1024), torch.ones(1, 1024)
     seconds = []

@@ -1,4 +1,4 @@
-"""models: what the whole-engine benchmarks run: a shape with dummy weights, or a checkpoint."""
+"""models: the models of the whole-engine benchmarks: a shape with dummy weights, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
+from distributed_sparse.model.limits import resolve_device, resolve_dtype
 
-ATTENTION_HEAVY = "attention-heavy"
+ATTENTION_HEAVY, NEGLIGIBLE = "attention-heavy", "negligible"
 
 CONFIGS: dict[str, dict[str, Any]] = {
     ATTENTION_HEAVY: {
@@ -36,27 +39,41 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "torch_dtype": "float32",
     }
 }
-"""Shapes by name: one whose time goes to attention, not to matrices, already at moderate contexts."""
+CONFIGS[NEGLIGIBLE] = CONFIGS[ATTENTION_HEAVY] | {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+}
+"""Shapes by name. Attention dominates `ATTENTION_HEAVY` at moderate contexts; GPU kernels support both head_dims."""
 
 SHAPES = Path(__file__).resolve().parents[3] / "configs" / "models"
-"""Where the repository keeps the shapes of public models."""
+"""The repository's shapes of public models."""
 
 
 @dataclass(frozen=True)
 class BenchModel:
-    """A folder that an engine can load, and how."""
+    """A folder that an engine can load with `load_format`, and the dtype and device to run it."""
 
     path: Path
     load_format: str
     config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 @contextmanager
-def bench_model(name: str) -> Iterator[BenchModel]:
-    """A model by its name in `CONFIGS` or in configs/models, a folder, or a hub id. Without weights: dummy ones.
+def bench_model(name: str, dtype: str = "auto", device: str = "cpu") -> Iterator[BenchModel]:
+    """A model by its name in `CONFIGS` or in configs/models, a folder, or a hub id. Missing weights are dummies.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no such model.
     """
     with tempfile.TemporaryDirectory() as folder:
         if name in CONFIGS:
@@ -67,4 +84,5 @@ def bench_model(name: str) -> Iterator[BenchModel]:
             local = given.expanduser().is_dir()
             load_format = "dummy" if local and not any(given.expanduser().glob("*.safetensors")) else "auto"
             path = resolve_checkpoint(str(given), load_format)
-        yield BenchModel(path, load_format, ModelConfig.from_pretrained(path))
+        config = ModelConfig.from_pretrained(path)
+        yield BenchModel(path, load_format, config, resolve_dtype(dtype, config.dtype), resolve_device(device))

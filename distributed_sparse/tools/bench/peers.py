@@ -1,6 +1,6 @@
-"""peers: what other libraries compute of the same data. Each maker returns a function of an op's arguments.
+"""peers: computations by other libraries on the same data. Each maker returns a function of an op's arguments.
 
-Makers raise `Unavailable` where a library, a device or the contiguous copy of K and V is missing.
+Makers raise `Unavailable` if a library, a device or the contiguous copy of K and V is missing.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ if TYPE_CHECKING:
     from distributed_sparse.tools.bench.ops.base import Shape
 
 WORKSPACE_BYTES = 128 << 20
-"""What flashinfer's own examples give its wrappers."""
+"""Workspace size in flashinfer's own examples."""
 
 Function = Callable[[dict[str, Any]], Tensor]
 
 
 def import_peer(name: str) -> Any:
-    """A library that this project does not depend on.
+    """Import a library that this project does not depend on.
 
     Raises:
-        Unavailable: it is not here, or does not load.
+        Unavailable: it is not installed, or does not load.
     """
     try:
         return importlib.import_module(name)
-    except Exception as error:  # a library built for other versions fails in its own ways
+    except Exception as error:  # a library built for other versions may raise anything
         raise Unavailable(f"{name} is not importable here ({one_line(error)})") from error
 
 
 def import_flashinfer(device: torch.device) -> Any:
-    """flashinfer, whose kernels run on GPUs alone. Raises `Unavailable`."""
+    """flashinfer, whose kernels need a GPU. Raises `Unavailable`."""
     if device.type != "cuda":
         raise Unavailable(f"flashinfer has no kernels for {device.type}")
     return import_peer("flashinfer")
 
 
 def contiguous(data: Inputs, shape: Shape) -> tuple[Tensor, Tensor]:
-    """K and V as [B, H_kv, n, d]. Raises `Unavailable` where there was no room for them beside the pages."""
+    """K and V as [B, H_kv, n, d]. Raises `Unavailable` if they did not fit beside the pages."""
     if data.k.shape[2] != shape.context:
         raise Unavailable("out of memory: no room for contiguous K and V beside the pages")
     return data.k, data.v
@@ -58,7 +58,7 @@ def contiguous(data: Inputs, shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def sdpa_decode(data: Inputs, shape: Shape) -> Function:
-    """torch's attention over contiguous K and V, the query group as its rows: its fastest form for decode."""
+    """torch SDPA over contiguous K and V with the query group as query positions, its fastest form for decode."""
     k, v = contiguous(data, shape)
     return lambda arguments: F.scaled_dot_product_attention(
         arguments["q"].unflatten(1, (shape.num_kv_heads, shape.group)), k, v
@@ -76,18 +76,18 @@ def flex_decode(data: Inputs, shape: Shape) -> Function:
 
 @lru_cache(maxsize=1)
 def _compiled_flex(shape: Shape) -> Any:
-    """Compiled anew for every shape: past a number of them (`recompile_limit`) torch would run it uncompiled."""
+    """Compile anew for every shape: after `recompile_limit` shapes torch would run it uncompiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.reset()
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)  # fullgraph: an error, where it is not compiled
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)  # fullgraph: raise instead of running uncompiled
 
 
 def flashinfer_decode(data: Inputs, shape: Shape, use_tensor_cores: bool) -> Function:
-    """flashinfer's paged decode over the very pages; planned once, as an engine does per step.
+    """flashinfer's paged decode over the engine's pages, planned once as an engine does per step.
 
     Args:
-        use_tensor_cores: its kernel for large query groups, instead of the one without matrix units.
+        use_tensor_cores: use the kernel for large query groups instead of the one without tensor cores.
     """
     flashinfer = import_flashinfer(shape.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(_workspace(shape.device), "HND", use_tensor_cores=use_tensor_cores)
@@ -101,10 +101,10 @@ def flashinfer_decode(data: Inputs, shape: Shape, use_tensor_cores: bool) -> Fun
 
 
 def tensor_cores_are_faster(data: Inputs, shape: Shape) -> bool:
-    """Which of flashinfer's decode kernels is the faster one for such a step; one may not have its sizes.
+    """Whether flashinfer's tensor-core decode kernel is the faster one; a kernel may not support the sizes.
 
     Raises:
-        Unavailable: neither has, or flashinfer is not here.
+        Unavailable: no kernel supports the sizes, or flashinfer is not installed.
     """
     functions: dict[str, Function] = {}
     for name, use_tensor_cores in (("cuda", False), ("tensor", True)):
@@ -127,7 +127,7 @@ def _call(function: Function, arguments: dict[str, Any], number: int) -> Tensor:
 
 
 def sdpa_prefill(data: Inputs, shape: Shape) -> Function:
-    """torch's attention over contiguous K and V of all query heads, the mask aligned to the lower right."""
+    """torch SDPA over contiguous K and V repeated for all query heads, with a mask aligned to the lower right."""
     k, v = (x[:1].repeat_interleave(shape.group, dim=1) for x in contiguous(data, shape))  # enable_gqa is slow on CPUs
     whole = shape.prefill_tokens == shape.context
     mask = None if whole else causal_lower_right(shape.prefill_tokens, shape.context)
@@ -141,7 +141,7 @@ def sdpa_prefill(data: Inputs, shape: Shape) -> Function:
 
 
 def flashinfer_prefill(data: Inputs, shape: Shape) -> Function:
-    """flashinfer's paged prefill over the very pages."""
+    """flashinfer's paged prefill over the engine's pages."""
     flashinfer = import_flashinfer(shape.device)
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(shape.device), "HND")
     queries = torch.tensor([0, shape.prefill_tokens], dtype=torch.int32, device=shape.device)
@@ -158,12 +158,12 @@ def flashinfer_prefill(data: Inputs, shape: Shape) -> Function:
 
 
 def torch_topk(shape: Shape) -> Callable[[dict[str, Any]], Tensor]:
-    """torch's top-k over the scores: indices alone, neither forced pages nor ascending order nor physical ids."""
+    """torch's top-k over the scores: indices only, without forced pages, ascending order or physical ids."""
     return lambda arguments: arguments["scores"].topk(shape.budget_pages, dim=-1).indices
 
 
 def flashinfer_topk(shape: Shape) -> Callable[[dict[str, Any]], Tensor]:
-    """The same by flashinfer's radix select."""
+    """`torch_topk` by flashinfer's radix select."""
     flashinfer = import_flashinfer(shape.device)
     if not hasattr(flashinfer, "top_k"):
         raise Unavailable(f"flashinfer {getattr(flashinfer, '__version__', '')} has no top_k")
@@ -180,7 +180,7 @@ def _workspace(device: torch.device) -> Tensor:
 
 
 def _page_lists(data: Inputs, shape: Shape, batch: int | None = None) -> tuple[Tensor, Tensor]:
-    """Whole page tables as flashinfer takes them: indptr int32 [B + 1], indices int32 [B * P]."""
+    """Whole page tables for flashinfer: indptr int32 [B + 1], indices int32 [B * P]."""
     batch = shape.batch if batch is None else batch
     indptr = torch.arange(batch + 1, dtype=torch.int32, device=shape.device) * shape.pages
     return indptr, data.batch.page_table[:batch].flatten()

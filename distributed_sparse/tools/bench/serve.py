@@ -1,4 +1,4 @@
-"""serve: requests that arrive whether or not the engine keeps up. Names and definitions are those of `vllm bench serve`."""
+"""serve: open-loop arrivals of requests, with the names and definitions of `vllm bench serve`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,27 +14,24 @@ import torch
 
 from distributed_sparse.client.client import EngineError
 from distributed_sparse.llm import LLM
-from distributed_sparse.model.limits import resolve_device, resolve_dtype
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.tools.bench.accuracy import WrongResult
-from distributed_sparse.tools.bench.decode import DecodeSettings, one_ray
+from distributed_sparse.tools.bench.decode import DecodeSettings, benchmarked
 from distributed_sparse.tools.bench.failures import caught
-from distributed_sparse.tools.bench.models import BenchModel, bench_model
-from distributed_sparse.tools.bench.synthetic import SyntheticLLM, SyntheticShard
-from distributed_sparse.tools.bench.timing import check_memory, torch_threads
-from distributed_sparse.tools.bench.ttft import NEVER
-from distributed_sparse.tools.common.latency import RequestTimes, spread_ms
-from distributed_sparse.tools.planner.rank import RankCostModel
+from distributed_sparse.tools.bench.models import BenchModel
+from distributed_sparse.tools.bench.synthetic import EngineSpec, SyntheticLLM
+from distributed_sparse.tools.common.latency import RequestTimes, latencies, spread_ms
+from distributed_sparse.tools.planner.plan import sparse_sections
 
 CHECKED_REQUESTS = 2
 
 TIE_NATS = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-"""Two tokens whose log-probabilities are so close may be chosen either way."""
+"""Two tokens count as tied if their log-probabilities differ by at most this many nats."""
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """What arrives, and at which engine."""
+    """The requests, their arrivals, and the engine."""
 
     model: str = DecodeSettings.model
     method: tuple[str, ...] = ("dense", "quest")
@@ -48,9 +44,9 @@ class ServeSettings:
     random_input_len: int = 512
     random_output_len: int = 32
     num_warmups: int = 8
-    """Requests sent at once, and not measured, before an engine's first rate."""
+    """Unmeasured requests, sent at once before an engine's first rate."""
     rounds: int = 3
-    """Runs at each rate, with other prompts and arrivals; the one of median output throughput is reported."""
+    """Runs at each rate with different prompts and arrivals; the one of median output throughput is reported."""
     seed: int = 0
     tensor_parallel_size: int = 1
     dtype: str = "auto"
@@ -69,13 +65,9 @@ class ServeSettings:
                 raise ValueError(f"--{name} {values} must be above 0")
 
     def prompts(self, count: int, round_number: int, vocab_size: int) -> list[list[int]]:
-        """Random token ids; round 0 warms up."""
+        """Prompts of random token ids; round 0 is the warm-up."""
         generators = (np.random.default_rng([self.seed, round_number, number]) for number in range(count))
         return [generator.integers(3, vocab_size, self.random_input_len).tolist() for generator in generators]
-
-    def as_decode(self) -> DecodeSettings:
-        """What both benchmarks share."""
-        return DecodeSettings(method=self.method, set=self.set, tensor_parallel_size=(self.tensor_parallel_size,))
 
 
 @dataclass
@@ -84,15 +76,15 @@ class Served:
 
     times: RequestTimes
     due: float
-    """When it was to be sent (`time.monotonic`)."""
+    """When it should be sent (`time.monotonic`)."""
     error: str | None = None
 
 
 def arrival_times(count: int, request_rate: float, burstiness: float, seed: int) -> list[float]:
-    """Seconds from the start at which requests arrive, as `get_request` of `vllm bench serve` has it.
+    """Arrival times of requests in seconds from the start, as in `get_request` of `vllm bench serve`.
 
-    Gaps are of a gamma distribution of mean 1 / request_rate, the first request's too, and stretched together so that the last
-    one arrives at count / request_rate.
+    Gaps, including the first request's, follow a gamma distribution of mean 1 / request_rate. They are scaled so that the last
+    request arrives at count / request_rate.
 
     Args:
         burstiness: shape of the distribution; inf: equal gaps.
@@ -108,62 +100,50 @@ def arrival_times(count: int, request_rate: float, burstiness: float, seed: int)
     return stretched.tolist()
 
 
-def bench_serve(settings: ServeSettings, told: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
+def bench_serve(settings: ServeSettings, on_row: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
     """Serve the same requests with each method at each rate.
 
     Returns:
-        Rows of "method", "request_rate" and what `vllm bench serve` saves: "duration" (s), "completed", "failed",
-        "total_input_tokens", "total_output_tokens", "request_throughput", "output_throughput", "total_token_throughput" (per
-        second), and {mean, median, p99}_{ttft, tpot, itl, e2el}_ms; beside them "max_send_delay_ms" (how late the client was),
-        {min, max}_output_throughput of the rounds, and "greedy_agreement" (of checked requests, the share of tokens that a
-        dense prefill of prompt and output ranks first);
-        or "unavailable" or "wrong", with the reason. "duration" begins when the first gap does, and ends with the last request.
+        Rows of "method", "request_rate" and the results that `vllm bench serve` saves: "duration" (s, from the start of the
+        first gap to the end of the last request), "completed", "failed", "total_input_tokens", "total_output_tokens",
+        "request_throughput", "output_throughput", "total_token_throughput" (per second), and
+        {mean, median, p99}_{ttft, tpot, itl, e2el}_ms. In addition "max_send_delay_ms" (how late the client sent),
+        {min, max}_output_throughput of the rounds, and "greedy_agreement" (the share of tokens of checked requests that a dense
+        prefill of prompt and output ranks first). Or "unavailable" or "wrong" with the reason.
     """
-    device, rows = resolve_device(settings.device), []
-    with bench_model(settings.model) as model, torch_threads(settings.threads), one_ray(settings.as_decode()):
-        dtype = resolve_dtype(settings.dtype, model.config.dtype)
-        for method, sparse in settings.as_decode().sections().items():
+    rows: list[dict[str, Any]] = []
+    num_ranks = settings.tensor_parallel_size
+    with benchmarked(settings.model, settings.dtype, settings.device, settings.threads, num_ranks) as (model, _):
+        for method, sparse in sparse_sections(settings.method, settings.set).items():
             of_method: list[dict[str, Any]] = []
-            with caught(method) as failed, _engine(settings, model, sparse, dtype, device) as llm:
+            with caught(method) as failed, _engine(settings, model, sparse) as llm:
                 warm_ups = settings.prompts(settings.num_warmups, 0, model.config.vocab_size)
                 asyncio.run(serve(llm, warm_ups, [0.0] * len(warm_ups), settings.random_output_len))
                 for rate in settings.request_rate:
                     rounds = range(1, settings.rounds + 1)
-                    of_method.append(median_round([_at_rate(settings, llm, rate, method, dtype, n) for n in rounds]))
+                    of_method.append(median_round([_at_rate(settings, llm, rate, method, model.dtype, n) for n in rounds]))
             if failed:
                 of_method.append({**failed})
             for row in of_method:
                 row |= {"method": method, "tensor_parallel_size": settings.tensor_parallel_size}
                 rows.append({"method": row.pop("method"), **row})
-                told(rows[-1])
+                on_row(rows[-1])
     return rows
 
 
-def _engine(
-    settings: ServeSettings, model: BenchModel, sparse: dict[str, Any] | None, dtype: torch.dtype, device: torch.device
-) -> SyntheticLLM:
-    """Room for as many requests as run at once; nothing is filled synthetically."""
-    length = settings.random_input_len + settings.random_output_len + 1
-    num_seqs = min(settings.max_num_seqs, settings.num_prompts)
-    paper = RankCostModel(model.config, settings.tensor_parallel_size, sparse, settings.page_size, dtype)
-    cache_bytes = (num_seqs * -(-length // settings.page_size) + 1) * sum(paper.page_bytes)
-    ranks = settings.tensor_parallel_size if device.type == "cpu" else 1
-    check_memory(f"{num_seqs} requests at once", ranks * (paper.weight_bytes + cache_bytes), device)
-    return SyntheticLLM(
-        str(model.path),
-        partial(SyntheticShard, fill_from=NEVER, num_threads=settings.threads),
-        load_format=model.load_format,
-        tensor_parallel_size=settings.tensor_parallel_size,
+def _engine(settings: ServeSettings, model: BenchModel, sparse: dict[str, Any]) -> SyntheticLLM:
+    """An engine with room for the requests that run at once; prompts are computed."""
+    spec = EngineSpec(
+        model=model,
         sparse=sparse,
-        dtype=str(dtype).removeprefix("torch."),
-        device=device.type,
+        tensor_parallel_size=settings.tensor_parallel_size,
         page_size=settings.page_size,
-        max_model_len=length,
-        max_num_seqs=num_seqs,
-        max_num_batched_tokens=max(settings.max_num_batched_tokens, num_seqs),
-        kv_cache_memory_bytes=cache_bytes,
-        seed=settings.seed,
+        max_model_len=settings.random_input_len + settings.random_output_len + 1,
+        max_num_seqs=min(settings.max_num_seqs, settings.num_prompts),
+        threads=settings.threads,
     )
+    load = f"{spec.max_num_seqs} requests at once"
+    return spec.start(load, max_num_batched_tokens=settings.max_num_batched_tokens, seed=settings.seed)
 
 
 def _at_rate(
@@ -181,7 +161,7 @@ def _at_rate(
 
 
 def median_round(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row of median output throughput, with the extremes of all rounds and every error; or the first that is wrong."""
+    """The row of median output throughput, with all rounds' extremes and errors; or the first wrong row."""
     for row in rounds:
         if "wrong" in row:
             return row
@@ -194,14 +174,14 @@ def median_round(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 async def serve(llm: LLM, prompts: Sequence[list[int]], due: Sequence[float], output_len: int) -> tuple[list[Served], float]:
-    """Send each request when it is due, whatever has become of the others, and wait for all of them.
+    """Send each request when it is due, whether or not others have ended, and wait for all of them.
 
     Args:
-        due: seconds from now on.
-        output_len: tokens that each generates.
+        due: seconds from now.
+        output_len: tokens to generate per request.
 
     Returns:
-        What became of each, and the seconds from now until all of them had ended.
+        The requests as the client saw them, and the seconds from now until all had ended.
     """
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
     started = time.monotonic()
@@ -214,7 +194,7 @@ async def _one(llm: LLM, prompt: list[int], params: SamplingParams, due: float) 
     times = RequestTimes(time.monotonic(), len(prompt))
     served = Served(times, due)
     try:
-        stream = await asyncio.to_thread(llm.stream, prompt, params)  # beside the loop: submitting may wait for the engine
+        stream = await asyncio.to_thread(llm.stream, prompt, params)  # submitting may block
         async for output in stream:
             tokens = output.outputs[0].token_ids
             if len(tokens) > len(times.token_ids):
@@ -227,10 +207,10 @@ async def _one(llm: LLM, prompt: list[int], params: SamplingParams, due: float) 
 
 
 def summary(served: Sequence[Served], duration: float) -> dict[str, Any]:
-    """What they took together, under the names of `vllm bench serve`; latencies and tokens of completed requests alone.
+    """Totals and latencies under the names of `vllm bench serve`, over the completed requests.
 
     Args:
-        duration: seconds of all of it, failed requests included.
+        duration: seconds until all requests, failed ones included, had ended.
     """
     completed = [one.times for one in served if one.error is None]
     errors = sorted({one.error for one in served if one.error is not None})
@@ -242,6 +222,7 @@ def summary(served: Sequence[Served], duration: float) -> dict[str, Any]:
     }
     if not completed:
         return {**row, "wrong": f"no request was completed: {errors[0]}"}
+    found = latencies(completed)
     num_input = sum(one.num_prompt_tokens for one in completed)
     num_output = sum(len(one.token_ids) for one in completed)
     row |= {
@@ -252,14 +233,9 @@ def summary(served: Sequence[Served], duration: float) -> dict[str, Any]:
         "output_throughput": num_output / duration,
         "total_token_throughput": (num_input + num_output) / duration,
     }
-    seconds = {
-        "ttft": [one.ttft for one in completed],
-        "tpot": [one.tpot for one in completed if one.tpot is not None],
-        "itl": [gap for one in completed for gap in one.itl],
-        "e2el": [one.arrivals[-1] - one.sent for one in completed],
-    }
-    for name, values in seconds.items():
-        spread = spread_ms(values) or dict.fromkeys(("mean", "median", "p99"))
+    found["e2el_ms"] = spread_ms([one.arrivals[-1] - one.sent for one in completed])
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        spread = found[f"{name}_ms"] or dict.fromkeys(("mean", "median", "p99"))
         row |= {f"{statistic}_{name}_ms": value for statistic, value in spread.items()}
     return row
 
@@ -267,12 +243,12 @@ def summary(served: Sequence[Served], duration: float) -> dict[str, Any]:
 def greedy_agreement(
     llm: LLM, prompts: Sequence[list[int]], served: Sequence[Served], method: str, dtype: torch.dtype, output_len: int
 ) -> float | None:
-    """Of the first completed requests, the share of their tokens that a dense prefill of prompt and output ranks first.
+    """The share of the first completed requests' tokens that a dense prefill of prompt and output ranks first.
 
-    A dense engine's must be, up to ties: they were decoded in a changing batch, and are prefilled alone.
+    A dense engine must reach 1 up to ties, which differ because requests decode in a changing batch but are prefilled alone.
 
     Raises:
-        WrongResult: a request has fewer tokens than it should, or a dense engine another token than its prefill.
+        WrongResult: a request has another number of tokens, or a dense engine another token than its prefill.
     """
     equal, total = 0, 0
     checked = [place for place, one in enumerate(served) if one.error is None][:CHECKED_REQUESTS]

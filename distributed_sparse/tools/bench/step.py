@@ -1,19 +1,16 @@
-"""step: what a step costs beside the shards' own time: scheduling, the channel both ways, commit."""
+"""step: the overhead of a step beside the shards' own time: scheduling, the channel both ways, commit."""
 
 from __future__ import annotations
 
-import json
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from distributed_sparse import LLM, SamplingParams
-from distributed_sparse.model.config import ModelConfig
+from distributed_sparse.tools.bench.models import NEGLIGIBLE, bench_model
+from distributed_sparse.tools.bench.synthetic import EngineSpec
 from distributed_sparse.tools.bench.timing import read_bandwidth
-from distributed_sparse.tools.planner.rank import RankCostModel
 
 
 @dataclass(frozen=True)
@@ -27,52 +24,29 @@ class StepSettings:
     device: str = "cpu"
 
 
-NEGLIGIBLE_MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 1 << 20,
-    "torch_dtype": "float32",
-}
-"""head_dim is one that kernels on a GPU have, too."""
-
 PROMPT_TOKENS = 3
 
 PAGE_SIZE = 16
 
 
 def bench_step(settings: StepSettings) -> dict[str, Any]:
-    """Medians over decode steps, in ms: the step as the Driver sees it, the slowest shard's own time, the rest.
+    """Medians over decode steps, in ms: the whole step as the Driver sees it, the slowest shard's own time, and the rest.
 
-    The rest ("overhead") is what the Driver and the channel add: schedule, encode, send, wake the shards, receive, commit. The
-    "gap" is what shards wait between two steps: from the last result of one received to the next begun by all of them.
-    bytes_ms is what a rank's weights and its attention's bytes would take at the machine's measured read bandwidth.
+    The rest ("overhead") is the Driver and the channel: schedule, encode, send, wake the shards, receive, commit. The "gap" is
+    the shards' idle time between two steps: from the last result received until all shards have begun the next step.
+    "bytes_ms" is the time of a rank's weights and attention's bytes at the machine's measured read bandwidth.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(NEGLIGIBLE_MODEL))
-        paper = RankCostModel(
-            ModelConfig.from_pretrained(Path(folder)), settings.tensor_parallel_size, None, PAGE_SIZE, torch.float32
-        )
-        max_model_len = PROMPT_TOKENS + settings.tokens
-        num_pages = settings.batch * -(-max_model_len // PAGE_SIZE) + 1
-        with LLM(
-            folder,
+    with bench_model(NEGLIGIBLE, device=settings.device) as model:
+        spec = EngineSpec(
+            model=model,
+            sparse=None,
             tensor_parallel_size=settings.tensor_parallel_size,
-            distributed_executor_backend=settings.backend,
-            load_format="dummy",
-            device=settings.device,
             page_size=PAGE_SIZE,
-            max_model_len=max_model_len,
+            max_model_len=PROMPT_TOKENS + settings.tokens,
             max_num_seqs=settings.batch,
-            max_num_batched_tokens=max(2048, settings.batch),
-            kv_cache_memory_bytes=num_pages * sum(paper.page_bytes),
-        ) as llm:
+        )
+        engine_args: dict[str, Any] = {"max_num_batched_tokens": max(2048, settings.batch), **spec.engine_args}
+        with LLM(str(model.path), distributed_executor_backend=settings.backend, **engine_args) as llm:
             params = SamplingParams(temperature=0.0, max_tokens=settings.tokens, ignore_eos=True)
             prompts = [[3 + row % 250] * PROMPT_TOKENS for row in range(settings.batch)]
             outputs = llm.generate(prompts, params, use_tqdm=False)

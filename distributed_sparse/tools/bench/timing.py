@@ -1,4 +1,4 @@
-"""measure: times of functions taken in turn within one run, and the memory bandwidths to hold them against."""
+"""timing: times of functions that run in turns, and the memory bandwidths to compare them with."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import Tensor
 from distributed_sparse.kernels.huge_pages import zeros
 
 FLUSH_BYTES = 1 << 30
-"""Read on a GPU before every timed call: it empties the L2, and takes longer than the host needs to queue the call."""
+"""Buffer read on a GPU before every timed call: it evicts the L2 and takes longer than the host needs to queue the call."""
 
 
 HOST_BOUND = 0.5
-"""A call that the host takes more than this share of the device's time to queue may have waited for the host."""
+"""A call may be host-bound if the host takes more than this share of the device's time to queue it."""
 
 
 class Unavailable(Exception):
-    """Something that cannot be measured here; says why. The benchmark prints the reason and goes on."""
+    """Something cannot be measured here. The benchmark prints the reason and continues."""
 
 
 def one_line(error: Exception) -> str:
@@ -38,7 +38,7 @@ class Times:
 
     samples: list[float]
     launched: str | None = None
-    """On a GPU how: "graph" (a CUDA graph's replay), "eager", or "eager, host-bound?" (by `HOST_BOUND`)."""
+    """On a GPU: "graph" (replayed CUDA graph), "eager", or "eager, host-bound?" (see `HOST_BOUND`)."""
 
     @property
     def median(self) -> float:
@@ -52,7 +52,7 @@ class Times:
 
     @property
     def ms(self) -> dict[str, float]:
-        """ "ms", "p10_ms" and "p90_ms", as a row of a table has them."""
+        """ "ms", "p10_ms" and "p90_ms" of a benchmark's row."""
         low, high = self.spread
         return {"ms": self.median * 1e3, "p10_ms": low * 1e3, "p90_ms": high * 1e3}
 
@@ -64,18 +64,17 @@ def time_in_turn(
     warm_up: int = 2,
     rotation: int | None = None,
 ) -> dict[str, Times]:
-    """Call every function once per round, so that a slow moment of the machine falls on all of them.
+    """Call every function once per round, so that a slow moment of the machine affects all of them.
 
-    On a GPU the device's own time of a call, by events, with an empty L2 cache: the host queues a call while the device is
-    still busy with emptying it.
+    On a GPU, times are the device's own, by events, with an empty L2 cache. The host queues a call while the device is
+    still evicting the cache.
 
     Args:
-        functions: name -> function of the round's number (to rotate its inputs, so that no cache holds them).
-        repeats: rounds that are timed.
-        warm_up: rounds before, not timed.
-        rotation: rounds after which inputs come again. On a GPU the calls of so many rounds are captured as CUDA graphs, so
-            that many small launches do not make the host the limit; what cannot be captured is called as it is. None:
-            nothing is captured.
+        functions: name -> function of the round's number, by which it rotates its inputs so that no cache holds them.
+        repeats: timed rounds.
+        warm_up: untimed rounds before them.
+        rotation: rounds after which inputs repeat. On a GPU, the calls of so many rounds are captured as CUDA graphs, so that
+            the host does not limit many small launches; a function that cannot be captured runs eagerly. None: no capture.
     """
     if device.type == "cuda":
         flushed = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
@@ -90,7 +89,7 @@ def time_in_turn(
 
 
 class _HostClock:
-    """Seconds of a function's call on the host."""
+    """Times a function's calls on the host."""
 
     def __init__(self, function: Callable[[int], object]) -> None:
         self._function = function
@@ -101,16 +100,16 @@ class _HostClock:
         return time.perf_counter() - started
 
     def launched(self, warm_up: int) -> str | None:
-        """`Times.launched`, from the call of that number on."""
+        """`Times.launched` of the calls after the first `warm_up`."""
         return None
 
 
 class _DeviceClock(_HostClock):
-    """Seconds of a call on the device, its L2 emptied before; of a replay, where the call can be captured.
+    """Times calls on the device with an empty L2, by replaying CUDA graphs where the function can be captured.
 
     Args:
-        flushed: is read before every call.
-        rotation: as of `time_in_turn`.
+        flushed: read before every call.
+        rotation: see `time_in_turn`.
     """
 
     def __init__(self, function: Callable[[int], object], flushed: Tensor, rotation: int | None) -> None:
@@ -121,7 +120,7 @@ class _DeviceClock(_HostClock):
 
     def seconds(self, number: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._flushed.sum()  # read, not written: no dirty line is left for the call to write back
+        self._flushed.sum()  # read, not written: leaves no dirty lines for the call to write back
         begin.record()
         started = time.perf_counter()
         if self._graphs:
@@ -142,13 +141,13 @@ class _DeviceClock(_HostClock):
 
 
 def _captured(function: Callable[[int], object], rotation: int, device: torch.device) -> list[torch.cuda.CUDAGraph]:
-    """A graph of each call up to number `rotation`; none where the function cannot be captured, as it waits for the device."""
+    """A graph of each of `rotation` calls; empty if the function cannot be captured because it synchronizes."""
     stream, before = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(before)
     graphs: list[torch.cuda.CUDAGraph] = []
     pool = torch.cuda.graph_pool_handle()
-    with torch.cuda.stream(stream):  # also left by a capture that fails, which does not leave its own
-        for number in range(rotation):  # what is compiled or allocated at the first call is so before the capture
+    with torch.cuda.stream(stream):  # restores the stream after a failed capture, too
+        for number in range(rotation):  # compile and allocate before the capture
             function(number)
         try:
             for number in range(rotation):
@@ -163,8 +162,8 @@ def _captured(function: Callable[[int], object], rotation: int, device: torch.de
 
 
 def read_bandwidth(device: torch.device, num_bytes: int = 1 << 29, repeats: int = 7) -> float:
-    """Bytes per second at which this process reads memory: the sum over a buffer far larger than any cache."""
-    buffer = zeros((num_bytes // 4,), torch.float32, device).fill_(1)  # in such pages as weights and cache lie in
+    """Bytes per second at which this process reads memory, from a sum over a buffer far larger than any cache."""
+    buffer = zeros((num_bytes // 4,), torch.float32, device).fill_(1)  # in huge pages, like weights and cache
     return num_bytes / time_in_turn({"read": lambda _: buffer.sum()}, repeats, device)["read"].median
 
 
@@ -176,7 +175,7 @@ def copy_bandwidth(device: torch.device, num_bytes: int = 1 << 29, repeats: int 
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[int]:
-    """That many torch threads inside, the former number after; None changes nothing. Yields the number."""
+    """Set the torch threads inside; None changes nothing. Yields the number."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -189,13 +188,13 @@ def torch_threads(count: int | None) -> Iterator[int]:
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be allocated."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what torch keeps of tensors that are gone
+        torch.cuda.empty_cache()  # memory that torch's allocator keeps
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _page_cache_bytes()
 
 
 def check_memory(what: str, num_bytes: int, device: torch.device) -> None:
-    """Refuse what would not fit: on a CPU the kernel would end the process instead of saying so.
+    """Refuse a load that does not fit: on a CPU the kernel would kill the process instead.
 
     Raises:
         Unavailable: names both sizes.
@@ -205,23 +204,8 @@ def check_memory(what: str, num_bytes: int, device: torch.device) -> None:
         raise Unavailable(f"out of memory: {what} needs {num_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
 
-@contextmanager
-def out_of_memory_is_unavailable() -> Iterator[None]:
-    """An allocation that fails inside is `Unavailable`."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise Unavailable(f"out of memory: {str(error).splitlines()[0]}") from error
-    except MemoryError as error:
-        raise Unavailable(f"out of memory: {error}") from error
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        raise Unavailable(f"out of memory: {str(error).splitlines()[0]}") from error
-
-
 def _page_cache_bytes() -> int:
-    """Memory that Linux would give back: files it has read."""
+    """Memory of cached files that Linux would free."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in file)}

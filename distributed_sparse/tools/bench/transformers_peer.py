@@ -1,4 +1,4 @@
-"""transformers_peer: Hugging Face transformers over the engine's weights: a peer to time, and the truth to compare with."""
+"""transformers_peer: Hugging Face transformers with the engine's weights, as a peer to time and a reference to compare with."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from distributed_sparse.tools.bench.models import BenchModel
 from distributed_sparse.tools.bench.synthetic import blocks, synthetic_kv
 
 MAX_LOGIT_ERROR = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-"""RMS error of centred log-probabilities over their RMS, above which no speed is printed."""
+"""RMS error of centred log-probabilities over their RMS, above which an engine is wrong."""
 
 TIE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
-"""Two tokens whose logits differ by less than this share of the logits' standard deviation may be chosen either way."""
+"""Two tokens count as tied if their logits differ by less than this share of the logits' standard deviation."""
 
 CHECKED_PROMPT, CHECKED_DECODED = 64, 8
-"""Tokens of the prompt by which an engine is compared, and how many of its last ones go through decode."""
+"""Tokens of the prompt that checks an engine, and how many of its last ones go through decode."""
 
 
-def transformers_model(model: BenchModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model in transformers with torch's SDPA, holding just the weights that an engine of one rank would load."""
-    config = AutoConfig.from_pretrained(model.path, dtype=dtype)
+def transformers_model(model: BenchModel) -> PreTrainedModel:
+    """The model in transformers with torch's SDPA and the weights that an engine of one rank would load."""
+    config = AutoConfig.from_pretrained(model.path, dtype=model.dtype)
     with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    weights = load_weights(model.path, model.config, ShardSpec(0, 1), dtype, device, model.load_format)
+        hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=model.dtype)
+    weights = load_weights(model.path, model.config, ShardSpec(0, 1), model.dtype, model.device, model.load_format)
     state = {EMBEDDING: weights.embedding, "model.norm.weight": weights.norm, LM_HEAD: weights.lm_head}
     for number, layer in enumerate(weights.layers):
         state |= {f"model.layers.{number}.{name}": tensor for name, tensor in _of_layer(layer, model).items()}
     hf.load_state_dict(state, strict=True, assign=True)
-    # what is not in a checkpoint, the rotary frequencies, is computed anew: on the meta device it has no values
+    # the rotary frequencies are in no checkpoint and have no values on the meta device: compute them
     rotary = type(hf.model.rotary_emb)(config=config)
-    hf.model.rotary_emb = rotary.to(device)
+    hf.model.rotary_emb = rotary.to(model.device)
     return hf.eval()
 
 
 def _of_layer(layer: LayerWeights, model: BenchModel) -> dict[str, Tensor]:
-    """A layer's tensors by their names in a checkpoint; the projections that lie in one matrix apart again."""
+    """A layer's tensors by their names in a checkpoint, with the fused projections split."""
     config = model.config
     q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     found: dict[str, Tensor | None] = {
@@ -66,34 +66,34 @@ def _of_layer(layer: LayerWeights, model: BenchModel) -> dict[str, Tensor]:
 
 
 class Truth:
-    """transformers' log-probabilities of one short sequence: what engines are compared with before they are timed.
+    """transformers' log-probabilities of one short sequence, the reference of engines before they are timed.
 
     Attributes:
-        hf: the model, loaded when it is asked for; `drop` gives its memory back, and the log-probabilities stay.
+        hf: the model, loaded on first use; `drop` frees its memory and keeps the log-probabilities.
     """
 
-    def __init__(self, model: BenchModel, dtype: torch.dtype, device: torch.device) -> None:
-        self._model, self._dtype, self._device = model, dtype, device
+    def __init__(self, model: BenchModel) -> None:
+        self._model = model
         self._hf: PreTrainedModel | None = None
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(3, model.config.vocab_size, (CHECKED_PROMPT,), generator=generator).tolist()
         with torch.inference_mode():
-            logits = self.hf(torch.tensor([self.tokens], device=device)).logits
+            logits = self.hf(torch.tensor([self.tokens], device=model.device)).logits
         self._expected = logits[0, :-1].double().log_softmax(-1).cpu()
 
     @property
     def hf(self) -> PreTrainedModel:
         if self._hf is None:
-            self._hf = transformers_model(self._model, self._dtype, self._device)
+            self._hf = transformers_model(self._model)
         return self._hf
 
     def drop(self) -> None:
         self._hf = None
-        if self._device.type == "cuda":
+        if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def check(self, name: str, llm: LLM) -> None:
-        """Compare an engine's log-probabilities of that sequence; its last tokens go through the engine's decode.
+        """Compare an engine's log-probabilities of that sequence, whose last tokens go through the engine's decode.
 
         Raises:
             WrongResult: they differ.
@@ -102,17 +102,17 @@ class Truth:
         assert score.logprobs is not None
         found, mean = torch.from_numpy(score.logprobs).double(), self._expected.mean()
         what = "transformers' log-probabilities"
-        check_close(name, found - mean, self._expected - mean, MAX_LOGIT_ERROR[self._dtype], what)
+        check_close(name, found - mean, self._expected - mean, MAX_LOGIT_ERROR[self._model.dtype], what)
 
 
 class TransformersDecode:
-    """Greedy decode steps of a batch over a filled cache: `synthetic_kv`, as the engine's `SyntheticShard` fills its own.
+    """Greedy decode of a batch over a cache filled with `synthetic_kv`, like the engine's by `SyntheticShard`.
 
     Args:
         hf: the model.
-        last_tokens: of each sequence's prompt, its last token; those before it are in the cache.
+        last_tokens: last prompt token of each sequence; those before it are in the cache.
         prompt_len: tokens of each prompt.
-        num_tokens: tokens that a round generates.
+        num_tokens: tokens that a round generates per sequence.
     """
 
     def __init__(self, hf: PreTrainedModel, last_tokens: list[int], prompt_len: int, num_tokens: int) -> None:
@@ -120,10 +120,8 @@ class TransformersDecode:
         self.hf = hf
         self.filled, self.num_tokens = prompt_len - 1, num_tokens
         self.start = torch.tensor(last_tokens, device=hf.device)[:, None]
-        heads, d = (
-            config.num_key_value_heads,
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        )
+        heads = config.num_key_value_heads
+        d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         with torch.inference_mode():
             self.static: Any = StaticCache(config=config, max_cache_len=prompt_len + num_tokens)
             self.static.early_initialization(len(last_tokens), heads, d, hf.dtype, hf.device)
@@ -137,13 +135,13 @@ class TransformersDecode:
 
     @torch.inference_mode()
     def round(self, kind: str) -> tuple[list[float], list[list[int]]]:
-        """One request per sequence, from the filled cache on.
+        """Decode one request per sequence, starting from the filled cache.
 
         Args:
             kind: "dynamic" or "static".
 
         Returns:
-            When each token of all sequences was there (`time.monotonic`), and the tokens of each sequence.
+            When each step's tokens arrived (`time.monotonic`), and the tokens of each sequence.
         """
         cache, tokens = self._cache(kind), self.start
         arrivals: list[float] = []
@@ -171,7 +169,7 @@ class TransformersDecode:
         """Compare a dense engine's greedy tokens over the same cache with transformers', up to the first tie.
 
         Raises:
-            WrongResult: they part where transformers' best token is clearly the better.
+            WrongResult: the tokens differ where transformers' best token is no tie.
         """
         cache, tokens = self._cache("static"), self.start
         open_rows = set(range(len(of_engine)))
@@ -181,14 +179,14 @@ class TransformersDecode:
             for row in sorted(open_rows):
                 what = f"{name}: token {step + 1} of sequence {row}"
                 if not check_token(what, of_engine[row][step], logits[row], self.hf.dtype):
-                    open_rows.discard(row)  # from here on they see different contexts
+                    open_rows.discard(row)  # contexts differ from here on
             if not open_rows:
                 return
 
 
 @torch.inference_mode()
 def first_token(hf: PreTrainedModel, prompt: list[int]) -> tuple[float, Tensor]:
-    """Seconds from a prompt to its first greedy token, and the logits [V] behind it."""
+    """Seconds from a prompt to its first greedy token, and that token's logits [V]."""
     started = time.monotonic()
     ids = torch.tensor([prompt], device=hf.device)
     logits = hf(input_ids=ids, use_cache=True, logits_to_keep=1).logits[0, -1]
@@ -197,10 +195,10 @@ def first_token(hf: PreTrainedModel, prompt: list[int]) -> tuple[float, Tensor]:
 
 
 def check_token(what: str, token: int, logits: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a greedy token is transformers' own, by logits [V]; another is allowed only where the two are tied.
+    """Whether a greedy token is transformers' own by its logits [V]. A tied token is allowed, too.
 
     Raises:
-        WrongResult: transformers' best token is clearly the better.
+        WrongResult: transformers' best token is no tie with this one.
     """
     best = int(logits.argmax())
     margin = float((logits[best] - logits[token]) / logits.std())

@@ -1,177 +1,137 @@
-"""ttft: the time from a prompt to its first token, truly computed, of engines and of transformers in turns."""
+"""ttft: time to first token of computed prompts, by engines and transformers in turns."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from distributed_sparse.llm import LLM
-from distributed_sparse.model.limits import resolve_device, resolve_dtype
 from distributed_sparse.protocol.client import NewRequest
 from distributed_sparse.sampling_params import SamplingParams
-from distributed_sparse.tools.bench.decode import DecodeSettings, one_ray
-from distributed_sparse.tools.bench.failures import caught
-from distributed_sparse.tools.bench.models import BenchModel, bench_model
-from distributed_sparse.tools.bench.synthetic import SyntheticLLM, SyntheticShard
-from distributed_sparse.tools.bench.timing import Times, check_memory, torch_threads
+from distributed_sparse.tools.bench.contestants import TIMEOUT_S, Contestant, Engine, Round, Task
+from distributed_sparse.tools.bench.decode import DecodeSettings, Point, benchmarked
+from distributed_sparse.tools.bench.models import BenchModel
+from distributed_sparse.tools.bench.timing import Times
 from distributed_sparse.tools.bench.transformers_peer import check_token, first_token, transformers_model
 from distributed_sparse.tools.common.load import send
-from distributed_sparse.tools.planner.rank import RankCostModel
 
 WARM_UP_TOKENS = 512
-"""Of the prompt before the first round."""
-
-NEVER = 1 << 62
-"""No prompt is so long that it would be filled instead of computed."""
+"""Length of the prompt before the first round."""
 
 PEER = "transformers"
 
 
-def bench_ttft(settings: DecodeSettings, told: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
-    """Time to first token of each method and of transformers, in rounds in which all take turns with the same new prompt.
+def bench_ttft(settings: DecodeSettings, on_row: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
+    """Measure the time to first token of each method and of transformers. In each round all take turns with one new prompt.
 
     Returns:
-        Rows of "contestant", "tensor_parallel_size", "prompt_len", and either "ttft_ms" (median of the rounds) with "p10_ms"
-        and "p90_ms", and "over_transformers", the median of the rounds' ratios; or "unavailable" or "wrong", with the reason.
+        Rows of "contestant", "tensor_parallel_size", "prompt_len", and either "ttft_ms" (median of the rounds) with "p10_ms",
+        "p90_ms" and "over_transformers" (median of the rounds' ratios); or "unavailable" or "wrong" with the reason.
     """
-    device = resolve_device(settings.device)
     rows: list[dict[str, Any]] = []
-    with bench_model(settings.model) as model, torch_threads(settings.threads), one_ray(settings):
-        dtype = resolve_dtype(settings.dtype, model.config.dtype)
+    num_ranks = max(settings.tensor_parallel_size)
+    with benchmarked(settings.model, settings.dtype, settings.device, settings.threads, num_ranks) as (model, _):
         for prompt_len in settings.ttft:
-            of_length = _of_length(settings, model, dtype, device, prompt_len)
+            of_length = _of_length(settings, model, prompt_len)
             for row in of_length:
-                row |= {"prompt_len": prompt_len, "dtype": str(dtype).removeprefix("torch.")}
-                told(row)
+                row |= {"prompt_len": prompt_len, "dtype": model.dtype_name}
+                on_row(row)
             rows += of_length
     return rows
 
 
-@dataclass
-class Entrant:
-    """Someone whose time to the first token is taken."""
+@dataclass(frozen=True)
+class Prompts(Task):
+    """One new prompt for each round, the first of which is the warm-up."""
 
-    row: dict[str, Any]
-    """Filled as it is known; one with "unavailable" or "wrong" takes no further part."""
-    is_peer: bool = False
-    run: Callable[[list[int]], tuple[float, Any]] | None = None
-    """A prompt's seconds, and its first token (transformers: the logits behind it)."""
-    seconds: list[float] = field(default_factory=list)
+    max_num_batched_tokens: int = 2048
+    turns: list[list[int]] = field(default_factory=list)
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    """transformers' logits of a prompt's first token, by round."""
 
-    @contextmanager
-    def may_fail(self) -> Iterator[None]:
-        with caught(self.row["contestant"], self.is_peer) as failed:
-            yield
-        if self.takes_part:  # what failed first is told
-            self.row |= failed
 
-    def close(self, llm: LLM) -> None:
-        with self.may_fail():
-            llm.shutdown()
+class FirstToken(Engine):
+    """This project's engine with one method, which computes prompts."""
+
+    task: Prompts
+
+    def open(self) -> None:
+        task = self.task
+        batched = task.max_num_batched_tokens
+        load = f"a prompt of {task.context} tokens"
+        self._llm = self.spec.start(load, max_num_batched_tokens=batched, step_timeout_s=TIMEOUT_S)
+        self._turns = enumerate(task.turns)
+
+    def round(self) -> Round:
+        assert self._llm is not None
+        number, prompt = next(self._turns)
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)
+        [times] = send(self._llm, [NewRequest(uuid.uuid4().hex, prompt, params)], 1)
+        if number in self.task.logits:
+            logits, dtype = self.task.logits[number], self.task.model.dtype
+            check_token(f"{self.name}: the first token", times.token_ids[0], logits, dtype)
+        return Round([times.ttft])
+
+
+class TransformersFirstToken(Contestant):
+    """transformers, which is also the reference."""
+
+    task: Prompts
+    name = PEER
+    is_peer = True
 
     @property
-    def takes_part(self) -> bool:
-        return not {"unavailable", "wrong"} & self.row.keys()
+    def num_bytes(self) -> int:
+        return self.rank.weight_bytes
+
+    def open(self) -> None:
+        self._hf = transformers_model(self.task.model)
+        self._turns = enumerate(self.task.turns)
+
+    def round(self) -> Round:
+        number, prompt = next(self._turns)
+        seconds, self.task.logits[number] = first_token(self._hf, prompt)
+        return Round([seconds])
+
+    def close(self) -> None:
+        self.__dict__.pop("_hf", None)
 
 
-def _of_length(
-    settings: DecodeSettings, model: BenchModel, dtype: torch.dtype, device: torch.device, prompt_len: int
-) -> list[dict[str, Any]]:
+def _of_length(settings: DecodeSettings, model: BenchModel, prompt_len: int) -> list[dict[str, Any]]:
     generator = np.random.default_rng(0)
     lengths = [min(prompt_len, WARM_UP_TOKENS)] + [prompt_len] * settings.rounds
-    prompts = [generator.integers(3, model.config.vocab_size, length).tolist() for length in lengths]
-    with ExitStack() as opened:
-        peer = _peer(model, dtype, device) if PEER in settings.peer else None
-        engines: list[Entrant] = []
-        for (name, sparse), size in product(settings.sections().items(), settings.tensor_parallel_size):
-            engines.append(Entrant({"contestant": name, "tensor_parallel_size": size}))
-            with engines[-1].may_fail():
-                llm = _engine(settings, model, sparse, size, dtype, device, prompt_len)
-                opened.callback(engines[-1].close, llm)
-                engines[-1].run = partial(_first_token, llm)
-        for number, prompt in enumerate(prompts):
-            _take_turns(peer, engines, prompt, dtype, is_timed=number > 0)
-    entrants = [*([peer] if peer else []), *engines]
-    for one in entrants:
-        if one.takes_part:
-            one.row |= _measured(one, peer if peer is not None and peer.takes_part else None)
-    return [one.row for one in entrants]
-
-
-def _peer(model: BenchModel, dtype: torch.dtype, device: torch.device) -> Entrant:
-    """transformers, which is compared with, too."""
-    entrant = Entrant({"contestant": PEER, "tensor_parallel_size": 1}, is_peer=True)
-    with entrant.may_fail():
-        entrant.run = partial(first_token, transformers_model(model, dtype, device))
-    return entrant
-
-
-def _first_token(llm: LLM, prompt: list[int]) -> tuple[float, int]:
-    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)
-    [times] = send(llm, [NewRequest(uuid.uuid4().hex, prompt, params)], 1)
-    return times.ttft, times.token_ids[0]
-
-
-def _take_turns(peer: Entrant | None, engines: list[Entrant], prompt: list[int], dtype: torch.dtype, is_timed: bool) -> None:
-    """One prompt, given to all that have not failed."""
-    logits: Tensor | None = None
-    for one in [*([peer] if peer else []), *engines]:
-        if not one.takes_part:
-            continue
-        assert one.run is not None
-        with one.may_fail():
-            seconds, found = one.run(prompt)
-            if one is peer:
-                logits = found
-            elif logits is not None:
-                check_token(f"{one.row['contestant']}: the first token", found, logits, dtype)
-            if is_timed:
-                one.seconds.append(seconds)
-
-
-def _measured(one: Entrant, peer: Entrant | None) -> dict[str, Any]:
-    spread = Times(one.seconds).ms
-    row: dict[str, Any] = {"ttft_ms": spread.pop("ms"), **spread}
-    if peer is None:
-        return {**row, "checked": "not checked"}
-    ratios = [own / of_peer for own, of_peer in zip(one.seconds, peer.seconds)]
-    return {**row, "over_transformers": float(np.median(ratios)), "checked": "its first token with transformers'"}
-
-
-def _engine(
-    settings: DecodeSettings,
-    model: BenchModel,
-    sparse: dict[str, Any] | None,
-    size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    prompt_len: int,
-) -> SyntheticLLM:
-    paper = RankCostModel(model.config, size, sparse, settings.page_size, dtype)
-    max_model_len = prompt_len + settings.page_size
-    cache_bytes = (-(-max_model_len // settings.page_size) + 1) * sum(paper.page_bytes)
-    check_memory(f"a prompt of {prompt_len} tokens", paper.weight_bytes + cache_bytes, device)
-    return SyntheticLLM(
-        str(model.path),
-        partial(SyntheticShard, fill_from=NEVER, num_threads=settings.threads),
-        load_format=model.load_format,
-        tensor_parallel_size=size,
-        sparse=sparse,
-        dtype=str(dtype).removeprefix("torch."),
-        device=device.type,
+    task = Prompts(
+        model,
+        context=prompt_len,
+        batch=1,
+        num_tokens=settings.page_size,
+        warm_up_s=0.0,
         page_size=settings.page_size,
-        max_model_len=max_model_len,
-        max_num_seqs=1,
+        threads=settings.threads,
         max_num_batched_tokens=settings.max_num_batched_tokens,
-        kv_cache_memory_bytes=cache_bytes,
-        step_timeout_s=3600.0,
+        turns=[generator.integers(3, model.config.vocab_size, length).tolist() for length in lengths],
     )
+    methods = product(settings.sections().items(), settings.tensor_parallel_size)
+    contestants: list[Contestant] = [TransformersFirstToken(task)] if PEER in settings.peer else []
+    contestants += [FirstToken(task, name, sparse, size, None) for (name, sparse), size in methods]
+    point = Point(contestants, len(lengths))
+    point.take_turns(contestants)
+    timed = {key: [own.median for own in rounds[1:]] for key, rounds in point.rounds.items() if key not in point.failed}
+    of_peer = timed.get(f"{PEER} 1")
+    rows: list[dict[str, Any]] = []
+    for one in contestants:
+        rows.append({"contestant": one.name, "tensor_parallel_size": one.tensor_parallel_size})
+        if one.key in point.failed:
+            rows[-1] |= point.failed[one.key]
+            continue
+        spread = Times(timed[one.key]).ms
+        rows[-1] |= {"ttft_ms": spread.pop("ms"), **spread, "checked": "not checked"}
+        if of_peer is not None:
+            ratios = [own / peer for own, peer in zip(timed[one.key], of_peer)]
+            rows[-1] |= {"over_transformers": float(np.median(ratios)), "checked": "its first token with transformers'"}
+    return rows

@@ -1,1 +1,1 @@
-"""The planner: bytes, memory, limits and expected times of an engine that nobody has started. What `launch.plan` calls."""
+"""The planner behind `launch.plan`: bytes, memory, limits and expected times of an engine without starting it."""

@@ -1,10 +1,8 @@
-"""hardware: what a device reads, computes and sends per second: presets by public data sheets, every number replaceable."""
+"""hardware: bytes and operations per second of a device: presets from public data sheets, with every number replaceable."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from distributed_sparse.utils.validation import check_choice
 
 GB = 10**9
 TERA = 10**12
@@ -12,7 +10,7 @@ TERA = 10**12
 
 @dataclass(frozen=True)
 class Protocol:
-    """One way of running a collective: seconds to begin, seconds per hop, share of the link's bandwidth that it reaches."""
+    """One algorithm of a collective: seconds to start, seconds per hop, share of the link's bandwidth that it reaches."""
 
     base_s: float
     hop_s: float
@@ -35,7 +33,7 @@ class Interconnect:
         return self._fastest(hops, hops / world_size * num_bytes) if world_size > 1 else 0.0
 
     def all_gather_s(self, num_bytes: int, world_size: int) -> float:
-        """Seconds to give `num_bytes` of each rank to all others: n - 1 hops, and as many times the bytes."""
+        """Seconds to send `num_bytes` of each rank to all others: n - 1 hops, and n - 1 times the bytes."""
         hops = world_size - 1
         return self._fastest(hops, hops * num_bytes) if world_size > 1 else 0.0
 
@@ -55,7 +53,7 @@ PCIE_RING = (Protocol(3.6e-6, 1.0e-6, 0.25), Protocol(8.4e-6, 5.7e-6, 1.0))
 
 @dataclass(frozen=True)
 class Rate:
-    """What this machine reached again and again: the median, the 10th and the 90th percentile. `unit`: bytes/s, op/s or s."""
+    """A rate measured repeatedly on this machine: median, 10th and 90th percentile. `unit`: bytes/s, op/s or s."""
 
     name: str
     unit: str
@@ -65,7 +63,7 @@ class Rate:
 
     @property
     def varied(self) -> float:
-        """How many times the 10th percentile the 90th is."""
+        """The 90th percentile over the 10th."""
         return self.high / self.low
 
 
@@ -73,9 +71,9 @@ class Rate:
 class Hardware:
     """One rank's device and its links. Bandwidths in bytes, `flops_*` in operations per second (dense, no sparsity).
 
-    The `*_share`s say how much of `bandwidth` is reached, `flops_share` how much of the operations. `dense_share` is that of
-    attention over whole contexts, `sparse_share` of attention over a selection, `select_share` of scoring. Where they are
-    presets they are assumptions; `planner.measure` measures them.
+    The `*_share`s are shares of `bandwidth` that are reached; `flops_share` is that of the operations. `dense_share` applies to
+    attention over whole contexts, `sparse_share` to attention over a selection, `select_share` to scoring. In the presets they
+    are assumptions; `tools.bench.machine_rates` measures them.
     """
 
     name: str
@@ -92,19 +90,19 @@ class Hardware:
     sparse_share: float = 0.77
     select_share: float = 0.77
     flops_share: float = 0.6
-    # Assumptions, all three. Eager, a kernel that does almost nothing costs its launch from Python.
+    # The three are assumptions. An eager kernel that does almost nothing costs its launch from Python.
     kernel_s: float = 6e-6
-    """What each kernel costs that is launched by itself, beside its bytes."""
+    """Cost of each kernel beside its bytes, launched by itself."""
     graph_gap_s: float = 1e-6
-    """What each kernel of a CUDA graph costs so: from the end of one to the begin of the next. What the host launches behind
-    the graph (sampling) is queued while the graph runs, and counts alike."""
+    """Cost of each kernel in a CUDA graph beside its bytes, from the end of one to the begin of the next. Kernels that the host
+    launches after the graph (sampling) are queued while it runs, and cost the same."""
     graph_launch_s: float = 5e-6
-    """A graph's own launch, once per step."""
+    """Launch of a graph, once per step."""
     driver_s: float = 0.43e-3
     """A step's time outside the slowest rank: schedule, send, commit (docs/benchmarks.md, "Overhead of a step")."""
     measured: bool = False
     rates: tuple[Rate, ...] = ()
-    """What `planner.measure` found, with its spread."""
+    """Results of `tools.bench.machine_rates`, with their spread."""
 
 
 def _gpu(name: str, gigabytes: float, bandwidth: float, flops_16: float, flops_32: float, links: Interconnect) -> Hardware:
@@ -122,9 +120,9 @@ def _nvlink(per_direction: float) -> Interconnect:
     return Interconnect(per_direction * GB, NVLINK_RING)
 
 
-# PCIe 4.0 x16 is 32 GB/s a direction on paper; about 25 arrive as payload.
+# PCIe 4.0 x16 is nominally 32 GB/s per direction; the payload is about 25.
 _PCIE_4 = Interconnect(25 * GB, PCIE_RING)
-# GeForce cards have no peer-to-peer access: every byte goes through host memory, twice over the bus.
+# GeForce cards have no peer-to-peer access: every byte crosses the bus twice, through host memory.
 _PCIE_4_THROUGH_HOST = Interconnect(12 * GB, PCIE_RING)
 
 PRESETS = {
@@ -149,13 +147,4 @@ PRESETS = {
 """GPUs by name."""
 
 MEASURED = "cpu"
-"""The name of the machine that the planner runs on: it has no preset, it is measured."""
-
-
-def preset(name: str) -> Hardware:
-    """A GPU by its name in `PRESETS`.
-
-    Raises:
-        ValueError: there is none of that name; lists those that there are.
-    """
-    return PRESETS[check_choice("gpu", name, [*PRESETS])]
+"""Name of the machine that the planner runs on, which has no preset and is measured."""

@@ -1,10 +1,8 @@
 """launches: the kernels that a greedy decode step launches on a GPU, by name; torch's own are "aten".
 
-`tests/test_step_guards.py` holds all of them against the steps themselves, of one
-rank: what several ranks send each other is not among them.
-
-These are the numbers that the code takes today. A change that lowers one writes the new one down, as the failing test prints
-it; a change that raises one has to be worth it.
+`tests/test_step_guards.py` compares these counts with real steps of one rank, so communication between ranks is not included.
+They are the counts of today's code. If a change lowers one, write the new count here, as the failing test prints it; a change
+that raises one needs a reason.
 """
 
 from __future__ import annotations
@@ -14,16 +12,16 @@ from collections import Counter
 from distributed_sparse.selection.base import Policy
 
 DENSE_ATTENTION = {"_append_kernel": 1, "_attend_kernel": 1, "_combine_kernel": 1}
-"""A layer's attention: rotary embedding and append in one; split attend, and what combines its parts."""
+"""A layer's attention: fused rotary embedding and append, split attend, and the combination of its parts."""
 
 LAYER = {"_rms_norm_kernel": 2, "aten": 6}
 """The rest of a layer: norms with the residual, four matrices, silu and its product."""
 
 QK_NORM = {"_rms_norm_kernel": 2}
-"""More of a layer whose queries and keys are normalised (Qwen3)."""
+"""Additional kernels of a layer that normalises queries and keys (Qwen3)."""
 
 STEP = {"_rms_norm_kernel": 1, "aten": 21}
-"""A step outside its layers: new pages, its inputs, the embedding, the last norm, logits, and the most likely tokens."""
+"""A step outside its layers: new pages, inputs, embedding, last norm, logits, and the most likely tokens."""
 
 
 def dense_launches(num_layers: int, qk_norm: bool) -> int:
@@ -55,22 +53,22 @@ METHOD_LAYER: dict[str, dict[str, int]] = {
     },
     "random": {"_top_k_pages_kernel": 1, "aten": 169} | _COUNTED,
 }
-"""What a sparse layer launches beside a dense one. Other methods are planned with the kernel that counts attended tokens alone;
-Twilight and vAttention with Quest as their selector."""
+"""Kernels of a sparse layer in addition to a dense layer's. Other methods are planned with the kernel that counts attended
+tokens only; Twilight and vAttention with Quest as their selector."""
 
 METHOD_STEP = {"quest": 1, "twilight": 6, "vattention": 6, "hash": 2, "window": 10, "random": 1}
-"""Launches of torch's that the first sparse layer of a step makes for all layers of equal settings."""
+"""torch launches of the first sparse layer of a step, made for all layers of equal settings."""
 
 
 def layer_launches(policy: Policy) -> Counter[str]:
-    """What a layer of this policy launches beside a dense one."""
+    """Kernels of a layer with this policy in addition to a dense layer's."""
     method = policy.config_class.method
     own = Counter(METHOD_LAYER.get(method, _COUNTED))
     return own + Counter(_QUEST) if method == "twilight" and policy.config.selector != "full" else own  # type: ignore[attr-defined]
 
 
 def step_launches(policy: Policy) -> Counter[str]:
-    """What the first sparse layer of a step launches, for all layers of equal settings."""
+    """Kernels that the first sparse layer of a step launches for all layers of equal settings."""
     method = policy.config_class.method
     has_no_selector = method == "twilight" and policy.config.selector == "full"  # type: ignore[attr-defined]
     return Counter(aten=0 if has_no_selector else METHOD_STEP.get(method, 0))

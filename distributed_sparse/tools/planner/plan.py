@@ -1,4 +1,4 @@
-"""plan: a grid of ranks, contexts, batches and methods, each point with its bytes, memory and times beside dense."""
+"""plan: cost plans: a grid of ranks, contexts, batches and methods, with bytes, memory and times beside dense."""
 
 from __future__ import annotations
 
@@ -8,27 +8,51 @@ from typing import Any
 
 import torch
 
-from distributed_sparse.config import PAGE_SIZES
+from distributed_sparse.config import PAGE_SIZES, set_override
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_max_model_len
+from distributed_sparse.selection import resolve_sparse_config
 from distributed_sparse.tools.planner.hardware import Hardware
-from distributed_sparse.tools.planner.memory import DEFAULT_RESERVE_BYTES, memory
 from distributed_sparse.tools.planner.rank import RankCostModel
 from distributed_sparse.tools.planner.times import expected, limit_s
-from distributed_sparse.utils.validation import check_bool, check_float, check_int
+from distributed_sparse.utils.validation import check_bool, check_float, check_int, shown
 
 DENSE: dict[str, Any] = {"method": "dense"}
 
+DEFAULT_RESERVE_BYTES = 2 << 30
+"""Memory that an engine measures in its profiling run: CUDA context, activations of the largest step, sampler."""
+
 HardwareOf = Callable[[list[RankCostModel]], list[Hardware]]
-"""The device that each of these ranks runs on: one tensor_parallel_size, one rank per method."""
+"""The device of each of these ranks, which have one tensor_parallel_size and a method each."""
+
+
+def sparse_sections(methods: Sequence[str], overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A `sparse:` section for each method, with the overrides "sparse.KEY=VALUE" in all but dense.
+
+    Raises:
+        ValueError: an override of another section or of the method, or a section that is invalid.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for method in methods:
+        run: dict[str, Any] = {"sparse": {"method": method}}
+        for override in overrides:
+            set_override(run, override)
+        if set(run) != {"sparse"} or not isinstance(run["sparse"], dict):
+            other = next((key for key in run if key != "sparse"), "sparse")
+            raise ValueError(f"--set {other}: only keys of `sparse` can be set here: --set sparse.token_budget=1024")
+        if run["sparse"].get("method") != method:
+            raise ValueError(f"--set sparse.method={shown(run['sparse'].get('method'))}: give it as --method")
+        sections[method] = DENSE if method == "dense" else run["sparse"]
+        resolve_sparse_config(sections[method])
+    return sections
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What is planned: every combination. `sparse`: sections as of a run's YAML, planned beside dense.
+    """The points: every combination. `sparse` holds sections as in a run's YAML; dense is always planned beside them.
 
     Raises:
-        ValueError: a value that no engine would take; names it and the remedy.
+        ValueError: a value that no engine would take.
     """
 
     tensor_parallel_sizes: Sequence[int] = (1,)
@@ -61,12 +85,56 @@ class Grid:
         check_bool("enforce_eager", self.enforce_eager)
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weight_bytes: int
+    cache_bytes: int
+    """K and V of the batch's pages, the null page included."""
+    metadata_bytes: int
+    constant_bytes: int
+    available_bytes: int
+    """For all of these: `gpu_memory_utilization` of the device minus the reserve."""
+    max_batch: int
+    """Sequences of this context that fit at once."""
+
+    @property
+    def fits(self) -> bool:
+        used = self.weight_bytes + self.cache_bytes + self.metadata_bytes + self.constant_bytes
+        return used <= self.available_bytes
+
+
+def memory(
+    rank: RankCostModel,
+    hardware: Hardware,
+    context: int,
+    batch: int,
+    utilization: float,
+    reserve_bytes: int = DEFAULT_RESERVE_BYTES,
+) -> Memory:
+    """Memory of `batch` sequences of `context` tokens, prompt and output together."""
+    of_cache, of_metadata = rank.page_bytes
+    each = rank.pages(context)
+    pages = batch * each + 1
+    available = int(hardware.memory_bytes * utilization) - reserve_bytes
+    room = (available - rank.weight_bytes - rank.constant_bytes) // (of_cache + of_metadata) - 1
+    return Memory(
+        weight_bytes=rank.weight_bytes,
+        cache_bytes=pages * of_cache,
+        metadata_bytes=pages * of_metadata,
+        constant_bytes=rank.constant_bytes,
+        available_bytes=available,
+        max_batch=max(room, 0) // each,
+    )
+
+
 def plan(model: ModelConfig, dtype: torch.dtype, grid: Grid, hardware_of: HardwareOf) -> list[dict[str, Any]]:
-    """One row per point, dense first at each. Bytes are of one rank and one step; times in seconds.
+    """One row per point and method, dense first. Bytes are those of one rank and one step, times are in seconds.
 
     Raises:
-        ValueError: the model does not reach a context, the ranks do not divide its heads, a sparse section is wrong for it, or
-            a method's traffic depends on data and no density is given.
+        ValueError: a context exceeds the model's positions, the ranks do not divide its heads, a sparse section is invalid for
+            it, or a method's traffic depends on the data and no density is given.
     """
     for context in grid.contexts:
         resolve_max_model_len(context, model)
@@ -110,8 +178,3 @@ def _row(rank: RankCostModel, device: Hardware, context: int, batch: int, grid: 
         "tpot_s": time.total_s,
         "parts_s": asdict(time),
     }
-
-
-def does_not_pay(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points that fit and where a sparse method is expected to be no faster than dense."""
-    return [row for row in rows if row["pays"] is False]

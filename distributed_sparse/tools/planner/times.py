@@ -1,4 +1,4 @@
-"""times: how long a decode step takes on given hardware: a limit by its bytes alone, and what is to be expected."""
+"""times: the time of a decode step on given hardware: a limit by bytes alone, and an expected time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distributed_sparse.tools.planner.rank import TOKEN_BYTES, RankCostModel
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a decode step by their cause; they add up, since nothing of it overlaps."""
+    """Seconds of a decode step by cause; they add up because nothing overlaps."""
 
     weights_s: float
     attention_s: float
@@ -20,7 +20,7 @@ class StepTime:
     kernels_s: float
     all_reduce_s: float
     gather_s: float
-    """Of logits, and the broadcast of the sampled tokens."""
+    """Gather of logits and broadcast of the sampled tokens."""
     driver_s: float
 
     @property
@@ -29,14 +29,14 @@ class StepTime:
 
 
 def limit_s(rank: RankCostModel, hardware: Hardware, context: int, batch: int, density: float | None = None) -> float:
-    """Seconds below which no step of these bytes ends: what a rank reads at the whole bandwidth, and nothing else."""
+    """Lower bound in seconds: the bytes that a rank reads at full bandwidth, and nothing else."""
     read = rank.weight_bytes_read(batch) + rank.attention([context] * batch, density).read
     return read / hardware.bandwidth
 
 
 def launches_s(rank: RankCostModel, hardware: Hardware, context: int, enforce_eager: bool) -> float:
-    """Seconds that a step's kernels cost beside their bytes: replayed from one CUDA graph, or launched one by one."""
-    if hardware.measured:  # its rates of attention and scoring hold what a selection's small operations cost
+    """Seconds of a step's kernels beside their bytes, replayed from one CUDA graph or launched one by one."""
+    if hardware.measured:  # its rates of attention and scoring include the small operations of a selection
         return rank.dense_launches * hardware.kernel_s
     kernels = rank.dense_launches + rank.sparse_launches(context)
     if rank.why_eager(enforce_eager) is None:
@@ -52,14 +52,14 @@ def expected(
     density: float | None = None,
     enforce_eager: bool = False,
 ) -> StepTime:
-    """What a decode step of `batch` sequences, each of `context` tokens, is made of.
+    """The expected time of a decode step of `batch` sequences of `context` tokens.
 
-    Matrices take the longer of reading and computing them. Bytes count at the share of the bandwidth that kernels reach, and
-    every kernel at what it costs before it has read anything. A method's networks are read whole.
+    Matrices take the longer of reading and computing them. Bytes are read at the share of the bandwidth that kernels reach, and
+    every kernel has a fixed cost besides. A method's networks are read whole.
 
     Args:
-        density: as of `RankCostModel.attention`.
-        enforce_eager: the engine's: no CUDA graphs.
+        density: see `RankCostModel.attention`.
+        enforce_eager: no CUDA graphs, as in the engine.
     """
     world_size, links = rank.shard.world_size, hardware.links
     attention = rank.attention([context] * batch, density)

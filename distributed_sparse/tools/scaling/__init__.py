@@ -1,1 +1,1 @@
-"""A grid of settings, each measured in an engine of its own and held against what it should be."""
+"""A grid of settings, each measured in its own engine and checked against expectations."""

@@ -1,4 +1,4 @@
-"""expectations: what the model's shape and the settings say that a point must hold, send and attend to."""
+"""expectations: bytes held, bytes sent and tokens attended of a point, from the model's shape and the settings."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from distributed_sparse.tools.scaling.grid import Point
 
 
 def expectations(point: Point, model: ModelConfig, times: Sequence[RequestTimes]) -> dict[str, Any]:
-    """What the engine must count; a rank's share by the planner's arithmetic, all ranks' weights by this file's own.
+    """The counts that the engine must report: a rank's share by the cost model, all ranks' weights by this file's own formulas.
 
     Returns:
-        What `checks` compares with: "weight_bytes" of a rank, "weight_bytes_of_all_ranks", "page_bytes_of_all_ranks",
-        "all_reduce", "density" per layer (None: the data decides) and "density_at_most"; and "weight_bytes_read_per_step".
+        The expectations of `checks`: "weight_bytes" of a rank, "weight_bytes_of_all_ranks", "page_bytes_of_all_ranks",
+        "all_reduce", "density" per layer (None: depends on the data) and "density_at_most"; and "weight_bytes_read_per_step".
     """
     engine, num_ranks = point.engine, point.engine.tensor_parallel_size
     dtype = resolve_dtype(engine.dtype, model.dtype)
     whole, own = (RankCostModel(model, size, engine.sparse, engine.page_size, dtype) for size in (1, num_ranks))
-    tokens = sum(one.num_prompt_tokens + len(one.token_ids) - 1 for one in times)  # the last one is never read
+    tokens = sum(one.num_prompt_tokens + len(one.token_ids) - 1 for one in times)  # the last token is never an input
     contexts = contexts_of(times)
     density, at_most = [], []
     for layer in layer_configs(engine.resolve_sparse(), model.num_hidden_layers, engine.page_size):
@@ -49,7 +49,7 @@ def expectations(point: Point, model: ModelConfig, times: Sequence[RequestTimes]
 
 
 def replicated_elements(model: ModelConfig) -> int:
-    """Weights that every rank holds whole: the norms, and the biases that are added after the sum over ranks."""
+    """Weights that every rank holds in full: the norms, and the biases added after the sum over ranks."""
     of_layer = 2 * model.hidden_size  # before attention, before the MLP
     of_layer += 2 * model.head_dim if model.qk_norm else 0
     of_layer += model.hidden_size * (model.o_bias + model.mlp_bias)
@@ -57,7 +57,7 @@ def replicated_elements(model: ModelConfig) -> int:
 
 
 def padding_elements(model: ModelConfig, num_ranks: int) -> int:
-    """Zeros, over all ranks, that make the parts of the vocabulary and of the MLP equal."""
+    """Padding over all ranks that makes the slices of the vocabulary and of the MLP equal."""
     rows, inner = -model.vocab_size % num_ranks, -model.intermediate_size % num_ranks
     vocabularies = 1 if model.tie_word_embeddings else 2
     of_inner = 3 * model.hidden_size + (2 if model.mlp_bias else 0)  # gate, up and down; biases of gate and up
@@ -65,5 +65,5 @@ def padding_elements(model: ModelConfig, num_ranks: int) -> int:
 
 
 def contexts_of(times: Sequence[RequestTimes]) -> list[int]:
-    """Tokens in context of every decode step of every request."""
+    """Context length of every decode step of every request."""
     return [n for one in times for n in decode_contexts(one.num_prompt_tokens, 0, len(one.token_ids))]

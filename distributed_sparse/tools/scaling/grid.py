@@ -1,4 +1,4 @@
-"""grid: a scaling YAML as points, each a complete set of settings."""
+"""grid: the points of a scaling YAML, each a complete set of settings."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from distributed_sparse.utils.validation import check_int, check_keys, shown
 
 SECTIONS = ("base", "workload", "grid", "exclude", "checks")
 SHORT = {"context": "workload.input_len", "batch": "workload.batch", "token_budget": "sparse.token_budget"}
-"""Axes with a name of their own."""
+"""Short names of axes."""
 PLACEMENT = ("tensor_parallel_size", "distributed_executor_backend", "startup_timeout_s", "step_timeout_s")
-"""Settings of the engine, beside `nodes`, on which tokens do not depend."""
+"""Engine settings that, like `nodes`, do not change the tokens."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One engine and what it is asked to do.
+    """One engine and its workload.
 
     Attributes:
         engine: its settings, complete.
         workload: the requests.
-        nodes: nodes that its ranks must stand on; None: any number.
-        axes: what the grid says of it, for tables: axis -> value as text.
+        nodes: nodes on which its ranks must be placed; None: any number.
+        axes: the point's place in the grid for tables: axis -> value as text.
     """
 
     engine: EngineConfig
@@ -42,17 +42,17 @@ class Point:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that its numbers depend on, as plain JSON."""
+        """All settings on which the results depend, as plain JSON."""
         return {"engine": asdict(self.engine), "workload": asdict(self.workload), "nodes": self.nodes}
 
     @property
     def key(self) -> str:
-        """A name that tells points apart."""
+        """A unique name of the settings."""
         return digest(self.settings)
 
     @property
     def group(self) -> str:
-        """A name for the points that ought to generate the same tokens: they differ in their placement alone."""
+        """A name shared by points that differ only in placement and so must generate the same tokens."""
         engine = {name: value for name, value in asdict(self.engine).items() if name not in PLACEMENT}
         return digest({"engine": engine, "workload": asdict(self.workload)})
 
@@ -63,7 +63,7 @@ class Point:
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    """A scaling YAML: the points in the order of the grid (last axis fastest), none twice, and what is checked."""
+    """A scaling YAML: its distinct points in the order of the grid (last axis fastest), and its checks."""
 
     points: list[Point]
     checks: Checks
@@ -86,7 +86,7 @@ class ScalingConfig:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], where: str) -> ScalingConfig:
-        """The same from a mapping; `where` names its origin in errors."""
+        """`from_yaml` with a mapping; `where` names its origin in errors."""
         check_keys(given, SECTIONS, where)
         sections = {name: _section(given, name, where) for name in ("base", "workload", "grid", "checks")}
         base, workload, grid = sections["base"], sections["workload"], sections["grid"]
@@ -114,7 +114,7 @@ class ScalingConfig:
 
 
 def digest(settings: Any) -> str:
-    """A short name for settings, whatever the order of their keys."""
+    """A short name for settings, independent of the order of their keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -132,7 +132,7 @@ def _section(given: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
 
 
 def _axes(base: Mapping[str, Any], grid: Mapping[str, Any]) -> list[str]:
-    """Every axis that may be varied: keys of the engine, of the workload, and of the methods that occur."""
+    """Every valid axis: keys of the engine, of the workload, and of the grid's methods."""
     methods = [_method(one) for one in grid["sparse"]] if isinstance(grid.get("sparse"), list) else [base.get("sparse")]
     of_methods = [name for sparse in methods for name in _method_keys(sparse)]
     keys = [f"workload.{name}" for name in _names(Workload)] + [f"sparse.{name}" for name in dict.fromkeys(of_methods)]
@@ -140,7 +140,7 @@ def _axes(base: Mapping[str, Any], grid: Mapping[str, Any]) -> list[str]:
 
 
 def _method(value: Any) -> dict[str, Any]:
-    """A `sparse:` section of a method's name, or as it is."""
+    """A `sparse:` section, from a method's name or a mapping."""
     if isinstance(value, str):
         return {"method": value}
     if not isinstance(value, dict) or not isinstance(value.get("method"), str):
@@ -154,7 +154,7 @@ def _method_keys(sparse: Any) -> list[str]:
 
 
 def _that_apply(base: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The axes but those of a method that this point's method does not have: a dense point has no token_budget."""
+    """The axes without keys that the point's method does not have: a dense point has no token_budget."""
     keys = _method_keys(chosen.get("sparse", base.get("sparse")))
     found = {}
     for axis, value in chosen.items():
@@ -175,7 +175,7 @@ def _exclude(entries: Any, grid: Mapping[str, Any], where: str) -> list[dict[str
 
 
 def _matches(chosen: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    """Whether a point has all values of an entry (of a list: one of them); a method may be named alone."""
+    """Whether a point has all values of an entry (for a list, one of them). A method's name matches any of its settings."""
 
     def same(axis: str, value: Any) -> bool:
         if axis == "sparse" and isinstance(value, str):
@@ -189,7 +189,7 @@ def _matches(chosen: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
 
 
 def _point(base: Mapping[str, Any], workload: Mapping[str, Any], chosen: Mapping[str, Any]) -> Point:
-    """The settings of a point. What is left open follows from the workload: max_num_seqs and max_model_len just hold it."""
+    """The settings of a point. max_num_seqs and max_model_len default to what the workload needs."""
     engine, load, nodes = dict(base), dict(workload), None
     if isinstance(chosen.get("sparse"), dict):
         engine["sparse"] = chosen["sparse"]
@@ -200,7 +200,7 @@ def _point(base: Mapping[str, Any], workload: Mapping[str, Any], chosen: Mapping
         elif section == "sparse":
             engine["sparse"] = {**(engine.get("sparse") or {"method": "dense"}), key: value}
         elif axis == "nodes":
-            nodes = check_int("nodes", value, 1, remedy="give the nodes that the ranks must stand on")
+            nodes = check_int("nodes", value, 1, remedy="give the number of nodes for the ranks")
         elif axis != "sparse":
             engine[axis] = value
     settled = Workload.from_dict(load, "workload")
@@ -209,14 +209,13 @@ def _point(base: Mapping[str, Any], workload: Mapping[str, Any], chosen: Mapping
     if engine.setdefault("profile_interval", None) is not None:
         raise ValueError(
             f"profile_interval={shown(engine['profile_interval'])} would time the parts of steps whose latencies are measured; "
-            "leave it out: after them, a batch of its own is timed"
+            "leave it out: a separate batch is profiled afterwards"
         )
     config = EngineConfig.from_dict(engine, "base")
     config.resolve_sparse()
     if config.max_num_seqs < settled.batch:
         raise ValueError(f"max_num_seqs={config.max_num_seqs} is below batch={settled.batch}; raise it, or leave it out")
-    return Point(config, settled, nodes, {axis: _shown(value) for axis, value in chosen.items()})
-
-
-def _shown(value: Any) -> str:
-    return label(value) if isinstance(value, dict) and "method" in value else str(value)
+    texts = {
+        axis: label(value) if isinstance(value, dict) and "method" in value else str(value) for axis, value in chosen.items()
+    }
+    return Point(config, settled, nodes, texts)

@@ -1,4 +1,4 @@
-"""Workload: what every point of a grid is asked to do."""
+"""grid_workload: the requests of a point of the grid."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.utils.validation import check_int, check_keys, shown
 
 PROFILE_STEPS = 8
-"""Decode steps of a whole batch that take the times of their parts."""
+"""Profiled decode steps of a whole batch."""
 
 DRAWING = ("temperature", "top_p", "top_k", "min_p")
-"""The sampling parameters that a workload may set; the others follow from its lengths."""
+"""Sampling parameters that a workload may set; the others follow from its lengths."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Requests of random tokens, all of the same lengths, `batch` of them in flight at a time.
+    """Requests of random tokens and equal lengths, `batch` of them in flight at a time.
 
     Attributes:
         input_len: tokens of each prompt.
-        output_len: tokens generated for each, end-of-sequence or not.
+        output_len: tokens generated per request; end-of-sequence is ignored.
         batch: requests in flight (`--max-concurrency` of `vllm bench serve`): when one ends, the next is sent.
-        num_prompts: requests that are measured; None: two batches.
-        warm_up: requests of the same lengths before them, other prompts, not measured; None: a batch.
+        num_prompts: measured requests; None: two batches.
+        warm_up: unmeasured requests of the same lengths and other prompts before them; None: one batch.
         seed: of prompts and draws.
-        sampling: temperature, top_p, top_k, min_p; greedy where it says nothing.
+        sampling: temperature, top_p, top_k, min_p; greedy by default.
 
     Raises:
-        ValueError: names the key, its value and the remedy.
+        ValueError: an invalid value.
     """
 
     input_len: int
@@ -68,7 +68,7 @@ class Workload:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], where: str) -> Workload:
-        """A Workload of the keys in `given`; `where` names their origin in errors."""
+        """A Workload from the keys in `given`; `where` names their origin in errors."""
         check_keys(given, [f.name for f in fields(cls)], where)
         for name in ("input_len", "output_len"):
             if name not in given:
@@ -76,24 +76,22 @@ class Workload:
         return cls(**given)
 
     def params(self, number: int) -> SamplingParams:
-        """Of the request of that number: its seed is its own, so draws do not depend on what runs beside it."""
+        """Parameters of a request, with its own seed, so that draws do not depend on other requests."""
         given = {"temperature": 0.0, **self.sampling, "seed": (self.seed << 32) + number}
         return SamplingParams.from_dict({**given, "max_tokens": self.output_len, "ignore_eos": True})
 
     def requests(self, first: int, count: int, vocab_size: int) -> list[NewRequest]:
-        """The requests of numbers `first` .. `first + count - 1`: the same prompts for every point of equal lengths."""
-        return [
-            self._request(number, self.input_len, vocab_size, self.params(number)) for number in range(first, first + count)
-        ]
+        """Requests `first` .. `first + count - 1`; points of equal lengths have the same prompts."""
+        return [self._request(i, self.input_len, vocab_size, self.params(i)) for i in range(first, first + count)]
 
     def profiled_batch(self, first: int, vocab_size: int, max_num_batched_tokens: int) -> list[NewRequest]:
-        """A batch whose last request asks for the times of the parts of its steps: by then all others decode, and go on to.
+        """A batch whose last request profiles the parts of its steps, while all other requests decode.
 
-        Its contexts are those in the middle of the workload's. Nothing where outputs are too short for a decode step.
+        Its contexts are those in the middle of the workload. Empty if outputs are too short for a decode step.
 
         Args:
             first: number of the first request.
-            max_num_batched_tokens: of a step, so that it is known for how long prompts are read.
+            max_num_batched_tokens: of the engine, which determines the number of prefill steps.
         """
         if self.output_len < 2:
             return []

@@ -1,4 +1,4 @@
-"""leaks: what an engine has left behind after its shutdown: processes, threads, placement groups, resources, GPU memory."""
+"""leaks: what remains of an engine after its shutdown: processes, threads, placement groups, resources, GPU memory."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from typing import Any
 import torch
 
 ACTORS = ("ray::DriverActor", "ray::ShardActor")
-"""How Ray names the processes of an engine's actors."""
+"""Ray's names for the processes of an engine's actors."""
 OTHERS = ("ray_",)
-"""Threads that libraries keep for the process's life: Ray's once it is connected."""
+"""Threads that libraries keep until the process ends: Ray's after it has connected."""
 LIBRARIES_BYTES = 96 << 20
-"""GPU memory that libraries keep in this process after their first use (cuBLAS's workspaces); an engine's is far more."""
+"""GPU memory that libraries keep in this process after first use (cuBLAS workspaces); an engine's is far larger."""
 POLL_S = 0.1
 
 
 class Surroundings:
-    """What there was before the first engine was made; after each of them there should be no more.
+    """The state before the first engine; after each engine there should be no more.
 
-    Seen are this machine's processes of the former ranks, the actors' processes below this one, this process's own threads and
-    GPU memory (a single rank lives in it), and, over the whole cluster, placement groups and free CPUs and GPUs.
+    Covers processes of former ranks on this machine, actors' processes below this one, this process's threads and GPU memory (a
+    single rank runs in it), and the whole cluster's placement groups and free CPUs and GPUs.
     """
 
     def __init__(self) -> None:
@@ -41,12 +41,12 @@ class Surroundings:
         self._reported: list[str] = []
 
     def watch(self, ranks: Sequence[dict[str, Any]]) -> None:
-        """An engine has come up: `LLM.stats()["ranks"]`."""
+        """Watch the processes of a started engine, given `LLM.stats()["ranks"]`."""
         here = socket.gethostname()
         self._watched |= {rank["pid"] for rank in ranks if rank["hostname"] == here} - {os.getpid()}
 
     def left_behind(self, timeout: float = 15.0) -> list[str]:
-        """What has not gone within `timeout` seconds; one line each, which says so if an earlier call has found it, too."""
+        """What remains after at most `timeout` seconds, one line each, marked if an earlier call found it, too."""
         deadline = time.monotonic() + timeout
         while (left := self._left()) and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -55,7 +55,7 @@ class Surroundings:
         return [f"{line}, since an earlier point" if line in before else line for line in left]
 
     def _left(self) -> list[str]:
-        gc.collect()  # what only waits for a collection has not been left
+        gc.collect()  # garbage does not count
         pids = self._watched | actors_below(os.getpid()) - self._actors
         left = [f"process {pid} ({name})" for pid in sorted(pids) if (name := command(pid))]
         left += [f"thread {name}" for name in sorted(thread.name for thread in own_threads() - self._threads)]
@@ -70,10 +70,10 @@ class Surroundings:
 
 
 def actors_below(pid: int) -> set[int]:
-    """Processes of an engine's actors that descend from `pid` (a Ray that it has started itself)."""
+    """Processes of an engine's actors that descend from `pid`, which started their Ray."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # it has ended in the meantime
             parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
 
     def descends(child: int) -> bool:
@@ -85,23 +85,23 @@ def actors_below(pid: int) -> set[int]:
 
 
 def own_threads() -> set[threading.Thread]:
-    """This process's Python threads, but for those of libraries."""
+    """This process's Python threads without those of libraries."""
     return {
         thread
         for thread in threading.enumerate()
         if not thread.name.startswith(OTHERS)
-        and not isinstance(thread, threading._DummyThread)  # a library's thread that has once called Python
+        and not isinstance(thread, threading._DummyThread)  # a library's thread that called Python
         and type(thread).__module__ != "tqdm._monitor"
     }
 
 
 def gpu_bytes() -> int:
-    """GPU memory of this process's tensors; 0 where it has not touched a GPU, which this does not do either."""
+    """GPU memory of this process's tensors; 0 if it has not used a GPU. Does not initialize CUDA."""
     return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
 
 
 def command(pid: int) -> str:
-    """The command line of a process; empty where it has ended (also if nobody has waited for it yet)."""
+    """The command line of a process; empty if it has ended, even as a zombie."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
@@ -109,7 +109,7 @@ def command(pid: int) -> str:
 
 
 def placement_groups() -> set[str]:
-    """Ids of the cluster's placement groups, those apart that have been removed."""
+    """Ids of the cluster's placement groups that have not been removed."""
     ray = connected_ray()
     if ray is None:
         return set()
@@ -124,6 +124,6 @@ def free_resources() -> dict[str, float]:
 
 
 def connected_ray() -> Any | None:
-    """Ray, where an engine of this process has connected to it: one rank needs none, and this file does not bring it in."""
+    """Ray, if an engine of this process has connected to it; a single rank does not, and this file does not import it."""
     ray = sys.modules.get("ray")
     return ray if ray is not None and ray.is_initialized() else None

@@ -1,4 +1,4 @@
-"""measure: one point: its engine is made, warmed up, measured, and gone again."""
+"""measure_point: measure one point in its own engine, after a warm-up."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def measure(
     makes_reference: bool,
     reference: Record | None,
 ) -> Record:
-    """Run a point. What its engine leaves behind is for the caller to ask `surroundings`, whether this returns or raises.
+    """Run a point. The caller then asks `surroundings` for leaks, whether this returns or raises.
 
     Args:
-        surroundings: are told the engine's processes.
-        compared: so many requests' tokens are kept, and compared with other points'.
+        surroundings: is given the engine's processes.
+        compared: number of requests whose tokens are kept and compared with other points'.
         makes_reference: whether other points are compared with this one.
-        reference: the record of the point that this one is compared with; None: with none.
+        reference: the record of the point that this one is compared with, or None.
 
     Returns:
-        What `checks`, the summary and the plots read; see docs/scaling.md.
+        The record for `checks`, the summary and the plots; see docs/scaling.md.
 
     Raises:
-        ValueError: a setting does not hold for the model or the cluster.
-        RuntimeError: the engine failed, was rebuilt while it was measured, or stands on other nodes than asked for.
+        ValueError: a setting is invalid for the model or the cluster.
+        RuntimeError: the engine failed, was rebuilt during the measurement, or is on another number of nodes.
     """
     with open_engine(point.engine) as llm:
         ranks = llm.stats()["ranks"]
@@ -100,8 +100,10 @@ def _check_generation(generation: int, stats: dict[str, Any]) -> None:
 
 
 def _parts(llm: LLM, point: Point, first: int, vocab_size: int, generation: int) -> dict[str, float]:
-    """Times of the parts of a step, in ms, of a batch that nothing else is measured of: its steps wait for the device, and run
-    in no CUDA graph. Empty where it has no step of decode rows alone."""
+    """Times of the parts of a step in ms, of a batch of its own, whose steps wait for the device and run without CUDA graphs.
+
+    Empty if no step has decode rows alone.
+    """
     load = point.workload
     batch = load.profiled_batch(first, vocab_size, point.engine.max_num_batched_tokens)
     send(llm, batch, load.batch)
@@ -111,7 +113,7 @@ def _parts(llm: LLM, point: Point, first: int, vocab_size: int, generation: int)
 
 
 def _bytes_read(point: Point, before: dict[str, Any], after: dict[str, Any], counters: Counters) -> list[float] | None:
-    """Cache bytes that each rank itself has read, in a step that decodes a whole batch."""
+    """Cache bytes that each rank reads in a step that decodes a whole batch."""
     if counters.steps == 0:
         return None
     of_ranks = zip(before["attention"]["bytes_read_of_ranks"], after["attention"]["bytes_read_of_ranks"], strict=True)
@@ -119,26 +121,21 @@ def _bytes_read(point: Point, before: dict[str, Any], after: dict[str, Any], cou
 
 
 def _attention(point: Point, model: ModelConfig, counters: Counters, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Density of the measured decode steps; nothing where a single token each was asked for."""
+    """Density of the measured decode steps; None without any."""
     if counters.context == 0:
         return {"density": {"layers": None, "ranks": None, "skew": None}}
     density = counters.attended / counters.context  # [layer, KV head]
     layers = layer_configs(point.engine.resolve_sparse(), model.num_hidden_layers, point.engine.page_size)
     selecting = [i for i, layer in enumerate(layers) if not isinstance(layer, DenseConfig)] or list(range(len(layers)))
     of_ranks = [float(density[selecting, slice(*rank["kv_heads"])].mean()) for rank in ranks]
-    return {
-        "density": {
-            "layers": density,
-            "ranks": of_ranks,
-            "skew": max(of_ranks) / (sum(of_ranks) / len(of_ranks)),
-        },
-    }
+    skew = max(of_ranks) / (sum(of_ranks) / len(of_ranks))
+    return {"density": {"layers": density, "ranks": of_ranks, "skew": skew}}
 
 
 def _check_nodes(point: Point, ranks: Sequence[dict[str, Any]]) -> None:
     nodes = {rank["node_id"] for rank in ranks}
     if point.nodes is not None and len(nodes) != point.nodes:
         raise RuntimeError(
-            f"the ranks stand on {len(nodes)} nodes, not nodes={point.nodes}: a group stays within a node where it fits; "
+            f"the ranks are on {len(nodes)} nodes, not nodes={point.nodes}: a group that fits stays within a node; "
             "choose tensor_parallel_size by the GPUs of a node, or leave `nodes` out"
         )

@@ -1,4 +1,4 @@
-"""reference: the tokens that a point's placement must not change, and whether another placement agrees with them."""
+"""reference: the tokens that a point's placement must not change, and the comparison of other placements with them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ if TYPE_CHECKING:
 
 
 def make_reference(llm: LLM, requests: Sequence[NewRequest], concurrency: int, greedy: bool) -> dict[str, Any]:
-    """Run requests with the log-probabilities of the whole vocabulary, and keep by how much each token was chosen.
+    """Run requests with the log-probabilities of the whole vocabulary, and keep the margin of each token.
 
     Args:
-        greedy: without draws, whatever the requests say.
+        greedy: override the requests' sampling.
 
     Returns:
         {"token_ids": [request][step], "margins": [request][step], see `relative_margin`}.
     """
     vocab_size = llm.model_config.vocab_size
     changes: dict[str, Any] = {"logprobs": vocab_size} | ({"temperature": 0.0} if greedy else {})
-    asked = [_again(request, changes) for request in requests]
-    margins: list[list[float]] = [[] for _ in asked]
+    again = [
+        NewRequest(f"{r.request_id}-again", r.prompt_token_ids, dataclasses.replace(r.params, **changes)) for r in requests
+    ]
+    margins: list[list[float]] = [[] for _ in again]
 
     def keep(number: int, update: RequestUpdate) -> None:
-        request = asked[number]
+        request = again[number]
         for sample in update.samples:
             for block in sample.logprobs:
                 ids, logprobs, _ = block_arrays(block)
@@ -44,16 +46,14 @@ def make_reference(llm: LLM, requests: Sequence[NewRequest], concurrency: int, g
                 position = len(request.prompt_token_ids) + len(margins[number])
                 margins[number].append(relative_margin(torch.from_numpy(by_token), request.params, sample.index, position))
 
-    times = send(llm, asked, concurrency, keep)
+    times = send(llm, again, concurrency, keep)
     return {"token_ids": [one.token_ids for one in times], "margins": margins}
 
 
 def disagreements(llm: LLM, requests: Sequence[NewRequest], reference: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """(request, step) of the reference's greedy tokens that this engine does not find the most likely, given those before.
+    """(request, step) of the reference's greedy tokens that are not the most likely ones here, given the tokens before.
 
-    Of as many requests as both lists have.
-
-    Each token of the reference but the first goes through the decode path, as it did there.
+    Compares as many requests as both lists have. Every token but the first goes through decode, as in the reference.
     """
     compared = min(len(requests), len(reference))
     requests, reference = requests[:compared], reference[:compared]
@@ -81,7 +81,3 @@ def disagreements(llm: LLM, requests: Sequence[NewRequest], reference: Sequence[
         if output.outputs[0].token_ids != [tokens[-1]]:
             found.append((number, len(tokens) - 1))
     return found
-
-
-def _again(request: NewRequest, changes: dict[str, Any]) -> NewRequest:
-    return NewRequest(f"{request.request_id}-again", request.prompt_token_ids, dataclasses.replace(request.params, **changes))

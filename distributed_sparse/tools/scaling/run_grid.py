@@ -1,12 +1,15 @@
-"""Scaling: every point of a grid, one engine after the other, each finished point kept at once."""
+"""run_grid: measure every point of a grid, one engine after the other, and keep each finished point at once."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from distributed_sparse.config import EngineConfig
+from distributed_sparse.llm import LLM
 from distributed_sparse.model.checkpoint import resolve_checkpoint
 from distributed_sparse.model.config import ModelConfig
 from distributed_sparse.model.limits import resolve_max_model_len
@@ -18,28 +21,27 @@ from distributed_sparse.tools.scaling.checks import Outcome, check_points
 from distributed_sparse.tools.scaling.grid import Point, ScalingConfig
 from distributed_sparse.tools.scaling.leaks import Surroundings
 from distributed_sparse.tools.scaling.measure_point import OpenEngine, measure
-from distributed_sparse.tools.scaling.sources import source_hash
 from distributed_sparse.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 
 class Scaling:
-    """The points of a configuration, and what has been measured of them.
+    """Runs the points of a configuration.
 
     Args:
         config: the grid.
-        open_engine: makes an engine; one is open at a time. None: `LLM.from_config`.
+        open_engine: opens an engine; one is open at a time. None: `LLM.from_config`.
 
     Raises:
-        ValueError: a point whose settings do not hold for its model; so an hour of measuring does not end in it.
+        ValueError: a point's settings are invalid for its model, found before anything is measured.
     """
 
     def __init__(self, config: ScalingConfig, open_engine: OpenEngine | None = None) -> None:
         self.points, self.checks = config.points, config.checks
         for point in self.points:
             _check_model(point)
-        self._open_engine = open_engine or _open
+        self._open_engine = open_engine or LLM.from_config
         self._groups: dict[str, list[Point]] = {}
         for point in self.points:
             self._groups.setdefault(point.group, []).append(point)
@@ -51,8 +53,8 @@ class Scaling:
         return [point.engine for point in self.points]
 
     def run(self, results: Results) -> None:
-        """Measure what `results` lacks, the points of fewest ranks first in each group; a point that fails is kept as such."""
-        surroundings = Surroundings()  # of the whole run: what one point leaves behind is no part of how it should be
+        """Measure what `results` lacks, in each group the points of fewest ranks first. Failed points are kept as such."""
+        surroundings = Surroundings()  # before the first point: leaks of a point must not become the baseline
         with Progress(total=len(self.points), unit="point", line_interval_s=0.0) as bar:
             for members in self._groups.values():
                 for point in members:
@@ -62,11 +64,11 @@ class Scaling:
                     bar.update()
 
     def records(self, results: Results) -> list[tuple[Point, Record]]:
-        """The points that have been tried, in the order of the grid, with their records."""
+        """The tried points in the order of the grid, with their records."""
         return [(point, results.records[point.key]) for point in self.points if point.key in results]
 
     def outcomes(self, results: Results) -> list[Outcome]:
-        """Every check of every point."""
+        """The outcome of every check of every point."""
         found = {point.key: record for point, record in self.records(results)}
         ordered = [
             (point.label, point.group, found[point.key])
@@ -79,12 +81,12 @@ class Scaling:
     # ---- inside
 
     def _reference_of(self, point: Point) -> Point | None:
-        """The point of the same group with the fewest ranks; None where the point is alone, or nobody wants to know."""
+        """The group's point of fewest ranks; None if the point is alone or tokens are not checked."""
         members = self._groups[point.group]
         return members[0] if self.checks.tokens and len(members) > 1 else None
 
     def _is_done(self, point: Point, results: Results) -> bool:
-        """Whether a point was measured before, and has all that the checks want of it."""
+        """Whether a point was measured before and its record suffices for the checks."""
         record = results.records.get(point.key)
         if record is None or "error" in record:
             return False
@@ -113,30 +115,34 @@ class Scaling:
                 makes_reference=reference is point,
                 reference=given if given is not None and "reference" in given else None,
             )
-        except Exception as error:  # whatever it is, the other points go on
+        except Exception as error:  # the other points go on
             logger.exception("%s failed", point.label)
             found = {"error": f"{type(error).__name__}: {error}"}
         try:
-            left = surroundings.left_behind()  # the error is gone by now, and with its frames the engine
+            left = surroundings.left_behind()  # the exception and its frames, which hold the engine, are gone by now
         except Exception as error:
-            logger.exception("what %s has left behind cannot be told", point.label)
-            left = [f"unknown, for {type(error).__name__}: {error}"]
+            logger.exception("%s: looking for leaks failed", point.label)
+            left = [f"unknown: {type(error).__name__}: {error}"]
         return named | found | {"left_behind": left}
 
 
-def identity() -> dict[str, Any]:
-    """What all points of a directory have in common, so that their numbers may be compared: the code and the machine.
+def source_hash(package: Path) -> str:
+    """Hash of the paths and contents of all Python files below a folder and its symlinked folders: 12 hex digits."""
+    names = (Path(folder) / name for folder, _, files in os.walk(package, followlinks=True) for name in files)
+    digest = hashlib.sha256()
+    for path in sorted(name for name in names if name.suffix == ".py"):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:12]
 
-    The sources are hashed, too: an uploaded or installed package has no commit, and one with changes says nothing of them.
+
+def identity() -> dict[str, Any]:
+    """The code and the machine, which all points of a directory share so that their numbers are comparable.
+
+    The sources are hashed, as installed packages have no commit and a commit does not include local changes.
     """
     common = {name: value for name, value in environment().items() if name != "command"}
     return {"kind": "scaling", "sources": source_hash(Path(__file__).resolve().parents[2])} | common
-
-
-def _open(config: EngineConfig) -> Any:
-    from distributed_sparse import LLM
-
-    return LLM.from_config(config)
 
 
 def _check_model(point: Point) -> None:

@@ -1,11 +1,11 @@
-"""PNG plots of scaling points: speed-up and efficiency, TPOT against context, split of a step."""
+"""scaling_plots: PNG plots of scaling points: speed-up and efficiency, TPOT against context, split of a step."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distributed_sparse.tools.common.figures import new_figure, plain_log_axis
+from distributed_sparse.tools.common.figures import horizontal_bars, new_figure, plain_log_axis
 from distributed_sparse.tools.evaluation.methods import label
 from distributed_sparse.tools.scaling.grid import Point
 from distributed_sparse.tools.scaling.scaling_summary import PARTS, Tried, speed_ups, split_ms, varying
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def write_plots(directory: Path, tried: Tried) -> list[Path]:
-    """Every plot that the records allow; the files."""
+    """Write every plot for which there are records; returns the files."""
     done = [(point, record) for point, record in tried if "error" not in record]
     written = []
     for name, figure in {"speed-up": _speed_up(done), "tpot": _tpot(done), "split": _split(done)}.items():
@@ -27,13 +27,13 @@ def write_plots(directory: Path, tried: Tried) -> list[Path]:
 
 
 def _without(point: Point, done: Tried, *left_out: str) -> str:
-    """What tells a point from others, but for some axes."""
+    """A point's values of the varying axes, without some of them."""
     kept = [f"{axis}={point.axes[axis]}" for axis in varying(done) if axis in point.axes and axis not in left_out]
     return ", ".join(kept).replace("sparse=", "") or label(point.engine.sparse or {"method": "dense"})
 
 
 def _speed_up(done: Tried) -> Figure | None:
-    """Speed-up and efficiency against the number of ranks, side by side, a line for each group of several points."""
+    """Speed-up and efficiency against the number of ranks, side by side, a line per group of several points."""
     gains = speed_ups(done)
     lines: dict[str, list[tuple[int, float, float]]] = {}
     for point, _ in done:
@@ -59,7 +59,7 @@ def _speed_up(done: Tried) -> Figure | None:
 
 
 def _tpot(done: Tried) -> Figure | None:
-    """Median TPOT against the context, a line for each method."""
+    """Median TPOT against the context, a line per method."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for point, record in done:
         if record["tpot_ms"] is not None:
@@ -78,7 +78,7 @@ def _tpot(done: Tried) -> Figure | None:
 
 
 def _split(done: Tried) -> Figure | None:
-    """The parts of a step, stacked, a bar for each point that had a profile step."""
+    """The parts of a step, a stacked bar for each point with a profiled step."""
     bars = [(_without(point, done), split) for point, record in done if (split := split_ms(record))["shard"] is not None]
     if not bars:
         return None
@@ -86,10 +86,8 @@ def _split(done: Tried) -> Figure | None:
     names, left = [name for name, _ in bars], [0.0] * len(bars)
     for part in PARTS:
         widths = [split[part] or 0.0 for _, split in bars]
-        axes.barh(range(len(bars)), widths, left=left, label=part.replace("_", "-"))
+        horizontal_bars(axes, names, widths, left=left, label=part.replace("_", "-"))
         left = [start + width for start, width in zip(left, widths)]
-    axes.set_yticks(range(len(bars)), names, fontsize=7)
-    axes.invert_yaxis()
     axes.set(xlabel="ms of a step")
     axes.legend(fontsize=7)
     return figure

@@ -1,4 +1,4 @@
-"""summary: the points as Markdown tables, and what the checks say of them."""
+"""scaling_summary: the points and the results of their checks as Markdown tables."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from distributed_sparse.tools.scaling.checks import Outcome
 from distributed_sparse.tools.scaling.grid import Point
 
 LEGEND = """\
-Each point ran in an engine of its own, after warm-up requests that are not measured. Times are the client's, on one process's
-monotonic clock, by the definitions of `vllm bench serve`: TTFT from a request sent to its first token, TPOT from its first
-token to its last, per token after the first, ITL from one token to the next.
+Each point ran in its own engine, after unmeasured warm-up requests. Times are the client's, on one monotonic clock, by the
+definitions of `vllm bench serve`: TTFT from sending a request to its first token, TPOT from its first token to its last, per
+token after the first, ITL from one token to the next.
 
 - Each time is mean / median / p99, in ms. Output and total (with prompts) are tokens per second.
-- speed-up: median TPOT of the point with the fewest ranks, at otherwise equal settings, over this one's; efficiency: that over
-  the ratio of ranks.
-- Split of a step: step p50 and driver (what is not a shard's) are medians of the last 256 steps up to the last one measured,
-  prefill and warm-up included. Timed step, with its parts, is rank 0's: means over decode steps of a further batch, in which
-  nothing else is measured, since such a step waits for the device at each part and runs in no CUDA graph (`-`: there was none).
+- speed-up: median TPOT of the point with the fewest ranks, at otherwise equal settings, over this point's; efficiency: that
+  over the ratio of ranks.
+- Split of a step: step p50 and driver (time outside the shards) are medians of the last 256 steps up to the last measured one,
+  prefill and warm-up included. Timed step and its parts are rank 0's means over decode steps of a further, unmeasured batch,
+  whose steps wait for the device at each part and run without CUDA graphs (`-`: there was none).
 - Bytes are per rank, MB = 10^6 bytes; read: weights, and what each rank itself read of K, V and metadata, in a decode step of a
   whole batch.
 - density: tokens attended / tokens in context, in the layers that select; skew: the rank that attends most / the mean."""
 
 PARTS = ("select", "attend", "all_reduce", "other", "driver")
-"""What a step is split into."""
+"""Parts of a step."""
 
 Tried = Sequence[tuple[Point, Record]]
 
@@ -56,9 +56,9 @@ def summary(identity: dict[str, Any], tried: Tried, outcomes: Sequence[Outcome])
 
 
 def split_ms(record: Record) -> dict[str, float | None]:
-    """A step's time by part, in ms; None where no step was timed. "shard" is what the parts but "driver" add up to."""
+    """A step's time by part in ms; None without a profiled step. "shard" is the sum of the parts without "driver"."""
     ms = record["time_ms"]
-    # ranks that have the next plan wait for each other inside it: then the slowest one's own time is longer than the period
+    # ranks with a queued step plan wait for each other inside it, so the slowest rank's time may exceed the step's period
     found: dict[str, float | None] = {"driver": max(ms["overhead_p50"], 0.0)}
     if "shard" not in ms:
         return found | dict.fromkeys(("shard", "select", "attend", "all_reduce", "other"))
@@ -67,7 +67,7 @@ def split_ms(record: Record) -> dict[str, float | None]:
 
 
 def speed_ups(done: Tried) -> dict[str, tuple[float, float]]:
-    """Point key -> (speed-up, efficiency) against the point of fewest ranks of its group, where that has several points."""
+    """Point key -> (speed-up, efficiency) over the point of fewest ranks, in groups of several points."""
     found = {}
     for point, record in done:
         group = [(p, r) for p, r in done if p.group == point.group]
@@ -80,7 +80,7 @@ def speed_ups(done: Tried) -> dict[str, tuple[float, float]]:
 
 
 def varying(tried: Tried) -> list[str]:
-    """The axes of which there is more than one value."""
+    """The axes with more than one value."""
     axes = list(dict.fromkeys(axis for point, _ in tried for axis in point.axes))
     return [axis for axis in axes if len({point.axes.get(axis) for point, _ in tried}) > 1] or axes[:1]
 

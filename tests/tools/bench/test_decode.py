@@ -117,16 +117,16 @@ def test_the_peer_computes_what_transformers_makes_of_the_same_checkpoint(tmp_pa
     extra = {"tie_word_embeddings": True} if family == "qwen2" else {}
     path = tiny_checkpoint(tmp_path, family, **extra)
     tokens = torch.arange(3, 40)[None]
-    with bench_model(str(path)) as model, torch.inference_mode():
+    with bench_model(str(path), "float32") as model, torch.inference_mode():
         assert model.load_format == "auto"
-        ours = transformers_model(model, torch.float32, CPU)(tokens).logits
+        ours = transformers_model(model)(tokens).logits
         theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()(tokens).logits
     assert torch.allclose(ours, theirs, atol=1e-5 * float(theirs.std()))
 
 
 def test_truth_gives_the_model_back_and_keeps_what_it_found(tmp_path: Path) -> None:
     with bench_model(str(tiny_shape(tmp_path))) as model:
-        truth = Truth(model, torch.float32, CPU)
+        truth = Truth(model)
         first = truth.hf
         truth.drop()
         assert truth.hf is not first and truth._expected.shape == (len(truth.tokens) - 1, 331)
@@ -234,7 +234,7 @@ def test_what_does_not_fit_at_all_and_who_is_not_here_is_told(
     settings: DecodeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        contestants, "check_memory", lambda what, *_: (_ for _ in ()).throw(Unavailable(f"out of memory: {what}"))
+        synthetic, "check_memory", lambda what, *_: (_ for _ in ()).throw(Unavailable(f"out of memory: {what}"))
     )
     found = by_name(bench_decode(replace(settings, peer=("flashinfer", "vllm"))))
     assert "out of memory: dense at 2 x 1536 tokens" in found["dense"]["unavailable"]
@@ -305,13 +305,13 @@ def test_the_faster_of_flashinfer_s_kernels_stands_beside_our_own_dense_uncaptur
 ) -> None:
     monkeypatch.setattr(StandInWrapper, "slow", (slow,))
     eager: dict[Any, bool] = {}
-    opened = contestants.SyntheticLLM
+    opened = synthetic.SyntheticLLM
 
     def llm(*arguments: Any, **options: Any) -> Any:
         eager[(options["sparse"] or {}).get("method")] = options["enforce_eager"]
         return opened(*arguments, **options)
 
-    monkeypatch.setattr(contestants, "SyntheticLLM", llm)
+    monkeypatch.setattr(synthetic, "SyntheticLLM", llm)
     found = by_name(bench_decode(replace(settings, peer=("flashinfer",), method=("quest",), rounds=1)))
     name = f"dense by flashinfer/{'cuda' if slow else 'tensor'} cores"
     assert list(found) == ["quest", name, "dense eager"]
@@ -333,7 +333,7 @@ def test_a_flashinfer_kernel_that_does_not_have_the_sizes_leaves_the_other(
     monkeypatch.setattr(StandInWrapper, "plan", plan)
     monkeypatch.setattr(StandInWrapper, "slow", (True,))
     with bench_model(str(tiny_shape(tmp_path))) as model:
-        task = Task(model, torch.float32, CPU, 64, 2, 8, 0.0)
+        task = Task(model, 64, 2, 8, 0.0)
         assert [one.name for one in decode._flashinfer(task, 1, None)] == ["dense by flashinfer/tensor cores", "dense eager"]
 
 
@@ -395,7 +395,7 @@ def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Vllm]:
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=StandInVllm, SamplingParams=SimpleNamespace))
     monkeypatch.setattr(contestants, "time", SimpleNamespace(monotonic=lambda: StandInVllm.now))
     with bench_model(str(tiny_shape(tmp_path))) as model:
-        one = Vllm(Task(model, torch.float32, CPU, 64, 2, 8, 0.0))
+        one = Vllm(Task(model, 64, 2, 8, 0.0))
         one.open()
         yield one
         one.close()
@@ -480,7 +480,7 @@ def test_settings_that_cannot_be_are_refused_by_name() -> None:
         DecodeSettings(peer=("tensorrt",))
     with pytest.raises(ValueError, match="--output-len 2 is below 4"):
         DecodeSettings(output_len=2)
-    with pytest.raises(ValueError, match="only keys of sparse methods can be set"):
+    with pytest.raises(ValueError, match="only keys of `sparse` can be set"):
         DecodeSettings(set=("page_size=32",)).sections()
     assert DecodeSettings(set=("sparse.token_budget=64",)).sections() == {
         "dense": {"method": "dense"},

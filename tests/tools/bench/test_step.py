@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from distributed_sparse.shard.memory import HEAD_DIMS
-from distributed_sparse.tools.bench.step import NEGLIGIBLE_MODEL, StepSettings, bench_step
+from distributed_sparse.tools.bench.models import CONFIGS, NEGLIGIBLE
+from distributed_sparse.tools.bench.step import StepSettings, bench_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_its_heads_are_of_a_size_that_kernels_on_a_gpu_have() -> None:
-    assert NEGLIGIBLE_MODEL["head_dim"] in HEAD_DIMS
+    assert CONFIGS[NEGLIGIBLE]["head_dim"] in HEAD_DIMS
 
 
 def test_all_sequences_run_at_once_whatever_their_number_and_length() -> None:

@@ -234,7 +234,7 @@ def test_a_leak_check_that_fails_itself_fails_the_check_and_not_the_run(
 
     monkeypatch.setattr(Surroundings, "left_behind", lost)
     (record,), failures = run(tmp_path, configured(model, {}), Engines())
-    assert failures["leaks"] == ["left behind: unknown, for ConnectionError: the cluster does not answer"]
+    assert failures["leaks"] == ["left behind: unknown: ConnectionError: the cluster does not answer"]
     assert "error" not in record
 
 
@@ -262,7 +262,7 @@ def test_low_precision_is_held_against_the_tokens_of_the_fewest_ranks(model: str
 
 def test_ranks_on_other_nodes_than_asked_for_are_a_failed_point(model: str, tmp_path: Path) -> None:
     (record,), _ = run(tmp_path, configured(model, {"nodes": [2]}), Engines())
-    assert "the ranks stand on 1 nodes, not nodes=2" in record["error"]
+    assert "the ranks are on 1 nodes, not nodes=2" in record["error"]
 
 
 def test_a_single_output_token_has_neither_tpot_nor_density(model: str, tmp_path: Path) -> None:

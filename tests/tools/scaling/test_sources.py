@@ -11,7 +11,7 @@ import pytest
 import distributed_sparse
 from distributed_sparse.tools.common.results import Results
 from distributed_sparse.tools.scaling import run_grid as run
-from distributed_sparse.tools.scaling.sources import source_hash
+from distributed_sparse.tools.scaling.run_grid import source_hash
 
 
 def package(folder: Path) -> Path:

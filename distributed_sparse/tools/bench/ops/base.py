@@ -1,4 +1,4 @@
-"""base: the contract of a kernel that is timed, and the shape of what it is timed on.
+"""base: the contract of a timed kernel, and the shape at which it is timed.
 
 Legend: B batch, H KV heads, Hq query heads, G = Hq / H, d head_dim, n context, S page_size, P pages of a context.
 """
@@ -8,15 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from distributed_sparse.tools.bench.accuracy import MAX_ERROR, check_close, check_equal
 from distributed_sparse.tools.bench.layer import Inputs
+from distributed_sparse.tools.bench.rows import Row
 
 Peer = Callable[[], Callable[[Any], Any]]
-"""Makes a function of an op's arguments, whose result `Op.check_peer` understands; raises `Unavailable` where it cannot."""
+"""Makes a function of an op's arguments, whose result goes to `Op.check_peer`; raises `Unavailable` where it cannot."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """(sequence, KV head) pairs."""
+        """(sequence, KV head) rows."""
         return self.batch * self.num_kv_heads
 
     @property
@@ -63,41 +65,8 @@ class Shape:
 
     @property
     def query_bytes(self) -> int:
-        """The queries of a decode step, and as many bytes its outputs."""
-        return self.batch * self.num_heads * self.head_dim * self.dtype.itemsize
-
-
-class Row(NamedTuple):
-    """One (sequence, KV head) row on its own, for a reference: its pages renumbered 0, 1, ... in logical order, on the CPU."""
-
-    b: int
-    h: int
-    q: Tensor
-    """[1, G, d]"""
-    k_pages: Tensor
-    """[P, 1, S, d]"""
-    v_pages: Tensor
-    last_page_len: Tensor
-    """int32 [1]"""
-    logical: Tensor
-    """int64 [num_pages]: physical page -> its place in this row's table."""
-
-    @property
-    def page_table(self) -> Tensor:
-        return torch.arange(len(self.k_pages), dtype=torch.int32)[None]
-
-    @property
-    def num_pages(self) -> Tensor:
-        return torch.tensor([len(self.k_pages)], dtype=torch.int32)
-
-    def local_pages(self, pages: Tensor, count: int) -> Tensor:
-        """A list of physical pages by their place in the table: int32 [1, 1, count]."""
-        return self.logical[pages[:count].long().cpu()].int()[None, None]
-
-    def local_slots(self, slots: Tensor, count: int) -> Tensor:
-        """The same of token slots."""
-        slots, size = slots[:count].long().cpu(), self.k_pages.shape[2]
-        return (self.logical[slots // size] * size + slots % size).int()[None, None]
+        """The queries of a decode step; its outputs take as many bytes."""
+        return self.batch * self.num_heads * self.row_bytes
 
 
 class Op(ABC):
@@ -105,68 +74,74 @@ class Op(ABC):
 
     name: ClassVar[str]
     axes: ClassVar[tuple[str, ...]]
-    """What of the grid (context, batch, token_budget, page_size) its time depends on; along the rest it is timed once."""
+    """The grid's axes (context, batch, token_budget, page_size) on which the time depends; other axes are timed once."""
+    kernel: ClassVar[Callable[..., Any]]
+    reference: ClassVar[Callable[..., Any]]
+    """The result in float64, or exact integers, from the kernel's arguments on the CPU; for ops that inherit `check`."""
     checks_whole: ClassVar[bool] = False
-    """Whether `check` looks at everything, and not at some rows alone."""
+    """Whether `check` compares the whole result, not just some rows."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
 
     @abstractmethod
-    def arguments(self, data: Inputs, generator: torch.Generator) -> Any:
-        """What `run` takes, made of one cache's contents and of what is drawn."""
+    def arguments(self, data: Inputs, generator: torch.Generator) -> dict[str, Any]:
+        """The kernel's arguments, from one cache's contents and random draws."""
 
-    @abstractmethod
-    def run(self, arguments: Any) -> Any:
-        """The kernel."""
+    def run(self, arguments: dict[str, Any]) -> Any:
+        return self.kernel(**arguments)
 
-    @property
     @abstractmethod
     def num_bytes(self) -> tuple[int, int]:
-        """Bytes that must be read, and that must be written."""
+        """Bytes that the kernel must read, and bytes that it must write."""
 
-    @property
     def num_operations(self) -> int | None:
-        """Floating-point operations, where they and not the bytes are the limit."""
+        """Floating-point operations, for kernels that they limit rather than bytes."""
         return None
 
-    @abstractmethod
-    def check(self, data: Inputs, arguments: Any, result: Any, rows: list[Row]) -> None:
-        """Compare with the reference in `rows`, or as a whole.
+    @property
+    def max_error(self) -> float:
+        """RMS error over RMS of the reference, above which a result is wrong."""
+        return MAX_ERROR[self.shape.dtype]
+
+    def check(self, arguments: dict[str, Any], result: Any, rows: list[Row]) -> None:
+        """Compare with the reference in `rows`; without any, as a whole.
 
         Raises:
-            WrongResult: it is wrong.
+            WrongResult: the result is wrong.
         """
+        results = (result,) if isinstance(result, Tensor) else result
+        for row in rows or [None]:
+            if row is None:
+                given = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+            else:
+                given = row.arguments(arguments)
+            expected = self.reference(**given)
+            for found, exact in zip(results, (expected,) if isinstance(expected, Tensor) else expected, strict=True):
+                part = found.cpu() if row is None else row.part(found)
+                if exact.is_floating_point():
+                    check_close(self.name, part, exact, self.max_error)
+                else:
+                    check_equal(self.name, part.to(exact.dtype), exact)
 
     def compared(self, num_rows: int) -> str:
-        """How much of its result `check` looks at, given so many rows."""
+        """How much of the result `check` compares, given so many rows."""
         return "all" if self.checks_whole or num_rows == self.shape.rows else f"{num_rows} of {self.shape.rows} rows"
 
-    def peers(self, data: Inputs, arguments: Any) -> dict[str, Peer]:
-        """What other libraries can do of the same, by name."""
+    def peers(self, data: Inputs, arguments: dict[str, Any]) -> dict[str, Peer]:
+        """The same computation by other libraries, by name."""
         return {}
 
-    def check_peer(self, name: str, arguments: Any, result: Any, of_peer: Any) -> None:
-        """Compare a peer's result with the op's own, once that has been checked. Raises `WrongResult`."""
-        raise NotImplementedError(f"{self.name} has no peers")
+    def check_peer(self, name: str, arguments: dict[str, Any], result: Tensor, of_peer: Tensor) -> None:
+        """Compare a peer's result with the op's own, which has been checked before. Raises `WrongResult`."""
+        check_close(name, of_peer.reshape(result.shape), result, self.max_error, "this engine's result")
 
-    def before_check(self, arguments: Any) -> None:  # noqa: B027
-        """Called before the run that `check` looks at: an op that writes in place spoils what it is to write."""
-
-
-def row_of(data: Inputs, b: int, h: int) -> Row:
-    """One row's queries, keys and values."""
-    group = data.q.shape[1] // data.cache.k_pages.shape[1]
-    pages = data.batch.page_table[b].long()
-    logical = torch.full((len(data.cache.k_pages),), -1, dtype=torch.int64)
-    logical[pages.cpu()] = torch.arange(len(pages))
-    k_pages, v_pages = (cache[pages, h][:, None].cpu() for cache in (data.cache.k_pages, data.cache.v_pages))
-    q = data.q[b : b + 1, h * group : (h + 1) * group].cpu()
-    return Row(b, h, q, k_pages, v_pages, data.batch.last_page_len[b : b + 1].cpu(), logical)
+    def before_check(self, arguments: dict[str, Any]) -> None:  # noqa: B027
+        """Called before the checked run: an op that writes in place first overwrites what the kernel has to write."""
 
 
 def random_pages(data: Inputs, count: int, generator: torch.Generator) -> Tensor:
-    """Lists as Quest makes them: `count` pages of each row, ascending in logical order, first and newest included.
+    """Page lists such as Quest's: `count` pages of each row, ascending in logical order, first and newest included.
 
     Returns:
         int32 [B, H, count] logical page indices.
@@ -178,7 +153,20 @@ def random_pages(data: Inputs, count: int, generator: torch.Generator) -> Tensor
     return scores.topk(count, dim=-1).indices.sort(dim=-1).values.int()
 
 
+def random_tokens(data: Inputs, count: int, generator: torch.Generator) -> Tensor:
+    """`count` distinct tokens of each row in random order: int64 [B, H, count] positions in the context."""
+    batch, heads = len(data.q), data.cache.k_pages.shape[1]
+    draws = torch.rand(batch, heads, data.batch.max_context_len, generator=generator, device=data.q.device)
+    return draws.topk(count, dim=-1).indices
+
+
 def physical(data: Inputs, logical: Tensor) -> Tensor:
     """Logical page indices [B, H, K] as physical pages, int32."""
     table = data.batch.page_table[:, None].expand(-1, logical.shape[1], -1)
     return table.gather(2, logical.long())
+
+
+def slots(data: Inputs, positions: Tensor) -> Tensor:
+    """Positions [B, H, K] in the context as token slots in the cache, int32."""
+    size = data.batch.page_size
+    return (physical(data, positions // size) * size + positions % size).int()

@@ -1,4 +1,4 @@
-"""layer: what a layer runs beside attention and its matrices: norms, append, rotary embedding and append in one."""
+"""layer: the small kernels of a layer: norms, append, and rotary embedding fused with append."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from distributed_sparse.kernels.reference import (
     rms_norm_reference,
     rotary_reference,
 )
-from distributed_sparse.tools.bench.accuracy import MAX_ERROR, check_close, check_equal
-from distributed_sparse.tools.bench.layer import Inputs
-from distributed_sparse.tools.bench.ops.base import Op, Row
+from distributed_sparse.tools.bench.accuracy import check_close, check_equal
+from distributed_sparse.tools.bench.layer import Inputs, newest_runs
+from distributed_sparse.tools.bench.ops.base import Op
+from distributed_sparse.tools.bench.rows import Row
 
 EPS = 1e-5
 
@@ -28,11 +29,11 @@ CHECKED_RUNS = 4
 """Pages of an append that are compared with the reference."""
 
 CHECKED_TOKENS = 256
-"""Tokens whose rotation is."""
+"""Tokens whose rotation is compared with the reference."""
 
 
 class _WholeOp(Op):
-    """Small enough to be compared as a whole."""
+    """A kernel whose result is small enough to be compared as a whole."""
 
     checks_whole = True
 
@@ -45,57 +46,49 @@ class _WholeOp(Op):
 
 
 class RmsNorm(_WholeOp):
-    """The norm of a decode step's rows; hidden is num_heads x head_dim."""
+    """The norm of a decode step's hidden states; the hidden size is num_heads x head_dim."""
 
     name: ClassVar[str] = "rms_norm"
     axes = ("batch",)
+    kernel, reference = staticmethod(rms_norm), staticmethod(rms_norm_reference)
 
-    def arguments(self, data: Inputs, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
-        return self.drawn(generator, self.shape.batch, self.hidden), self.drawn(generator, self.hidden), EPS
+    def arguments(self, data: Inputs, generator: torch.Generator) -> dict[str, Any]:
+        x, weight = self.drawn(generator, self.shape.batch, self.hidden), self.drawn(generator, self.hidden)
+        return {"x": x, "weight": weight, "eps": EPS}
 
-    def run(self, arguments: tuple[Tensor, Tensor, float]) -> Tensor:
-        return rms_norm(*arguments)
-
-    @property
     def num_bytes(self) -> tuple[int, int]:
-        """The rows and the weight; the rows."""
+        """Read: the hidden states and the weight. Written: the normed states."""
         row = self.hidden * self.shape.dtype.itemsize
         return (self.shape.batch + 1) * row, self.shape.batch * row
 
-    def check(self, data: Inputs, arguments: tuple[Any, ...], result: Tensor, rows: list[Row]) -> None:
-        x, weight, eps = arguments
-        check_close(self.name, result, rms_norm_reference(x.cpu(), weight.cpu(), eps), MAX_ERROR[self.shape.dtype])
-
 
 class AddRmsNorm(_WholeOp):
-    """The norm with the residual addition before it."""
+    """The residual addition and the norm after it."""
 
     name: ClassVar[str] = "add_rms_norm"
     axes = ("batch",)
+    kernel = staticmethod(add_rms_norm)
 
-    def arguments(self, data: Inputs, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, float]:
+    def arguments(self, data: Inputs, generator: torch.Generator) -> dict[str, Any]:
         x, residual = (self.drawn(generator, self.shape.batch, self.hidden) for _ in range(2))
-        return x, residual, self.drawn(generator, self.hidden), EPS
+        return {"x": x, "residual": residual, "weight": self.drawn(generator, self.hidden), "eps": EPS}
 
-    def run(self, arguments: tuple[Tensor, Tensor, Tensor, float]) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(*arguments)
+    def reference(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return rms_norm_reference(total, weight, eps), total
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
-        """Rows, residual and weight; rows and residual."""
+        """Read: hidden states, residual and weight. Written: normed states and residual."""
         row = self.hidden * self.shape.dtype.itemsize
         return (2 * self.shape.batch + 1) * row, 2 * self.shape.batch * row
 
-    def check(self, data: Inputs, arguments: tuple[Any, ...], result: tuple[Tensor, Tensor], rows: list[Row]) -> None:
-        x, residual, weight, eps = arguments
-        total = (x + residual).cpu()
-        check_close(self.name, result[1], total, MAX_ERROR[self.shape.dtype])
-        check_close(self.name, result[0], rms_norm_reference(total, weight.cpu(), eps), MAX_ERROR[self.shape.dtype])
-
 
 class _Append(Op):
-    """K, V, the pages' min and max, and the 4-bit copy. Pages get what they hold already, so that other ops find them as they
-    were; only before the run that is checked they are spoiled."""
+    """Append K, V, the pages' min and max, and the 4-bit keys.
+
+    The kernel writes what the pages hold already, so that other ops find them unchanged. Only before the checked run they are
+    overwritten.
+    """
 
     def run(self, arguments: dict[str, Any]) -> Any:
         append(**arguments)
@@ -124,7 +117,7 @@ class _Append(Op):
                 arguments["page_min_max"][page] = 0
 
     def _bytes(self, tokens: int, pages: int, min_max_read: int) -> tuple[int, int]:
-        """K and V; K and V, codes and scales of every token, and the pages' min and max."""
+        """Read: K, V, some pages' min and max. Written: K, V, codes and scales of every token, the pages' min and max."""
         shape = self.shape
         vectors = 2 * tokens * shape.num_kv_heads * shape.row_bytes
         copies = tokens * shape.num_kv_heads * (shape.head_dim * KEY_BITS // 8 + 4)
@@ -134,13 +127,13 @@ class _Append(Op):
     @property
     @abstractmethod
     def num_runs(self) -> int:
-        """Pages that it writes."""
+        """Pages that the kernel writes."""
 
     def compared(self, num_rows: int) -> str:
         return "all" if self.num_runs <= CHECKED_RUNS else f"{CHECKED_RUNS} of {self.num_runs} pages"
 
-    def check(self, data: Inputs, arguments: dict[str, Any], result: Any, rows: list[Row]) -> None:
-        """Some runs again, each on its page alone."""
+    def check(self, arguments: dict[str, Any], result: Any, rows: list[Row]) -> None:
+        """Append some of the runs again, each to its page alone."""
         on_cpu = {name: x.cpu() for name, x in arguments.items() if name in ("pages", "starts", "offsets", "counts")}
         for t in torch.linspace(0, len(on_cpu["pages"]) - 1, CHECKED_RUNS).long().unique().tolist():
             page, start, offset, count = (int(on_cpu[name][t]) for name in ("pages", "starts", "offsets", "counts"))
@@ -157,18 +150,16 @@ class _Append(Op):
 
 
 class AppendStep(_Append):
-    """One token per sequence: a decode step's."""
+    """One token per sequence, as in a decode step."""
 
     name: ClassVar[str] = "append step"
     axes = ("batch", "page_size")
 
     def arguments(self, data: Inputs, generator: torch.Generator) -> dict[str, Any]:
-        newest, ones = data.batch.last_page_len - 1, torch.ones_like(data.batch.last_page_len)
-        pages = data.batch.page_table.gather(1, (data.batch.num_pages - 1)[:, None].long())[:, 0]
+        runs = newest_runs(data)
         k, v = data.k[:, :, -1].contiguous(), data.v[:, :, -1].contiguous()
-        return self._arguments(data, k, v, pages, newest, ones)
+        return self._arguments(data, k, v, runs.pages, runs.offsets, runs.counts)
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         return self._bytes(self.shape.batch, self.shape.batch, self.shape.batch)
 
@@ -195,7 +186,6 @@ class AppendPrompt(_Append):
         k, v = (cache[pages.long()].transpose(1, 2).flatten(0, 1).contiguous() for cache in caches)
         return self._arguments(data, k, v, pages, torch.zeros_like(pages), torch.full_like(pages, self.shape.page_size))
 
-    @property
     def num_bytes(self) -> tuple[int, int]:
         return self._bytes(self.chunk, self.num_runs, 0)
 
@@ -205,9 +195,9 @@ class AppendPrompt(_Append):
 
 
 class _RotaryAppend(_Append):
-    """As the engine runs it: q and k are rotated on the way.
+    """Rotary embedding of q and k fused with append, as in the engine.
 
-    Timed at angles of 0, so that the pages keep what they hold; a run at other angles is compared with the reference.
+    Timed at angles of 0, so that the pages do not change; a run at other angles is compared with the reference.
     """
 
     def _arguments(self, data: Inputs, k: Tensor, *rest: Tensor) -> dict[str, Any]:
@@ -223,22 +213,22 @@ class _RotaryAppend(_Append):
         return rotary_append(**arguments)
 
     def _bytes(self, tokens: int, pages: int, min_max_read: int) -> tuple[int, int]:
-        """What append moves, the queries both ways, and two float32 per channel pair."""
+        """The bytes of append, the queries read and written, and two float32 per channel pair read."""
         shape = self.shape
         read, written = super()._bytes(tokens, pages, min_max_read)
         queries = tokens * shape.num_heads * shape.row_bytes
         return read + queries + 4 * tokens * shape.head_dim, written + queries
 
-    def check(self, data: Inputs, arguments: dict[str, Any], result: Any, rows: list[Row]) -> None:
-        super().check(data, arguments, result, rows)
+    def check(self, arguments: dict[str, Any], result: Any, rows: list[Row]) -> None:
+        super().check(arguments, result, rows)
         angle = torch.linspace(-3, 3, arguments["cos"].numel(), device=arguments["cos"].device).view_as(arguments["cos"])
         turned = rotary_append(**{**arguments, "cos": angle.cos(), "sin": angle.sin()}, return_keys=True)
         for name, found in zip("qk", turned):
             assert found is not None
             x, cos, sin = (each[:CHECKED_TOKENS].cpu() for each in (arguments[name], angle.cos(), angle.sin()))
             expected = rotary_reference(x, cos, sin)
-            check_close(f"{self.name} ({name})", found[:CHECKED_TOKENS], expected, MAX_ERROR[self.shape.dtype])
-        self.run(arguments)  # the pages as they were, but for a page's min and max, which may have grown
+            check_close(f"{self.name} ({name})", found[:CHECKED_TOKENS], expected, self.max_error)
+        self.run(arguments)  # restores all but the min and max of a page, which may have widened
         self._restore_min_max(arguments)
 
     def _restore_min_max(self, arguments: dict[str, Any]) -> None:
@@ -252,12 +242,15 @@ class _RotaryAppend(_Append):
 
 
 class RotaryAppendStep(_RotaryAppend, AppendStep):
-    """A decode step's."""
+    """One token per sequence, as in a decode step."""
 
     name: ClassVar[str] = "rotary_append step"
 
 
 class RotaryAppendPrompt(_RotaryAppend, AppendPrompt):
-    """A prompt chunk's."""
+    """A prompt chunk, as in `AppendPrompt`."""
 
     name: ClassVar[str] = "rotary_append prompt"
+
+
+OPS: tuple[type[Op], ...] = (RmsNorm, AddRmsNorm, AppendStep, AppendPrompt, RotaryAppendStep, RotaryAppendPrompt)
