@@ -28,6 +28,9 @@ if TYPE_CHECKING:  # modules that import torch are imported where they are used,
     from distributed_sparse.tools.planner.plan import Grid, HardwareOf
     from distributed_sparse.tools.planner.rank import RankCostModel
 
+HELD = ("weight_bytes", "cache_bytes", "metadata_bytes", "constant_bytes")
+NOTES = {(False, None): "does not fit", (True, False): "does not pay"}
+
 COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "method": ("{}", lambda row: row["method"]),
     "TP": ("{}", lambda row: row["tensor_parallel_size"]),
@@ -50,8 +53,6 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
 }
 """Column -> (format, value of a row)."""
 
-HELD = ("weight_bytes", "cache_bytes", "metadata_bytes", "constant_bytes")
-NOTES = {(False, None): "does not fit", (True, False): "does not pay"}
 
 OVERRIDES = {
     "memory": ("memory_bytes", "bytes of a rank's device"),

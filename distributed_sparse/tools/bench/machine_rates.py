@@ -156,8 +156,8 @@ def _as_hardware(found: list[Found], ranks: list[RankCostModel], batch: int) -> 
     for place in range(len(ranks)):
         attention, scoring = (_least(each.methods[place][part] for each in found) for part in range(2))
         rates = tuple(dict.fromkeys([*common, attention, scoring]))
-        shares = {"sparse_share": attention.median / reading.median, "select_share": scoring.median / reading.median}
-        devices.append(replace(device, **shares, rates=rates))
+        sparse, select = attention.median / reading.median, scoring.median / reading.median
+        devices.append(replace(device, sparse_share=sparse, select_share=select, rates=rates))
     return devices
 
 

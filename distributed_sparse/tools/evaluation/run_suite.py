@@ -193,7 +193,13 @@ class Evaluation:
         with (self._open_engine or LLM.from_config)(config) as llm:
             session = Session(llm, self.options.table_bytes)
             for key, kind, group, examples in missing:
-                record = {"key": key, "kind": kind, "run": settings_key(settings), "settings": settings, "group": group}
+                record: dict[str, Any] = {
+                    "key": key,
+                    "kind": kind,
+                    "run": settings_key(settings),
+                    "settings": settings,
+                    "group": group,
+                }
                 record["selecting_layers"] = layers
                 if kind == "answers":
                     record |= self._answer(session, settings, examples, layers, results)

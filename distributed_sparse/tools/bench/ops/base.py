@@ -111,7 +111,8 @@ class Op(ABC):
             WrongResult: the result is wrong.
         """
         results = (result,) if isinstance(result, Tensor) else result
-        for row in rows or [None]:
+        places: list[Row | None] = [*rows] or [None]
+        for row in places:
             if row is None:
                 given = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in arguments.items()}
             else:
