@@ -189,7 +189,7 @@ class DriverService:
     def _report(self) -> None:
         while self._driver.in_flight:
             self._publish(self._driver.settle())
-        self._driver.report()
+        self._driver.check(report=True)
 
     def _answer_calls(self) -> None:
         """Make the calls that have come so far; if one raises, those behind it are still in the inbox."""

@@ -20,6 +20,17 @@ KEPT = 256
 
 
 @dataclass(frozen=True)
+class SentStep:
+    """A step plan that has been sent to every rank."""
+
+    plan: StepPlan
+    sent: float
+    """`time.monotonic` when the last rank had been sent it."""
+    scheduling: float
+    """Seconds spent on scheduling and sending it."""
+
+
+@dataclass(frozen=True)
 class StepClock:
     """When the things of one step happened, on the Driver's monotonic clock, in seconds."""
 

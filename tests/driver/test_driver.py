@@ -710,7 +710,7 @@ def test_stats_count_requests_pages_and_steps(path: Path) -> None:
     waiting = engine.add(PROMPT, temperature=0, max_tokens=20, n=2)
     engine.add([], max_tokens=2)
     engine.step(3)
-    engine.driver.report()
+    engine.driver.check(report=True)
     stats = engine.driver.stats()
     assert stats["requests"] == {"running": 1, "waiting": 1, "finished": 1, "aborted": 0, "failed": 1}
     assert stats["pages"] == {"total": engine.driver.allocator.total, "used": 2, "reserved": 3}
