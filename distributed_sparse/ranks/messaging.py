@@ -227,7 +227,7 @@ class MessagingGroup(ShardGroup):
             raise self._fail({}, hung=True)
 
     def _fail(self, news: Mapping[int, str | Failed], hung: bool = False) -> ShardFailure:
-        """The failure to raise. Unless `hung`, first collect other ranks' failures for up to ROOT_CAUSE_S, to name the cause."""
+        """The failure to raise. Unless `hung`, first collect other ranks' failures for up to ROOT_CAUSE_S to find the cause."""
         self._news = dict(news)
         if not hung:
             self._listen_for_more(self._news)
