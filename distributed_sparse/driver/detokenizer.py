@@ -1,7 +1,7 @@
 """detokenizer: incremental detokenization. Detokenizer, TextStream, and CompletionText, which cuts the text at a stop string.
 
-Needs only the `tokenizers` library, neither transformers nor torch. `tokenizers.DecodeStream` is not used: it cannot be flushed,
-and after a byte sequence that is not UTF-8 every later step raises (tokenizers 0.23). The window below follows the same idea.
+Needs only the `tokenizers` library, neither transformers nor torch. `tokenizers.DecodeStream` is not used: it cannot be
+flushed, and after a byte sequence that is not UTF-8 every later step raises (tokenizers 0.23). The window below is similar.
 """
 
 import re
@@ -164,8 +164,8 @@ class CompletionText:
         return token_id in self._checker.special_ids
 
     def finish(self) -> str | None:
-        """End the completion for another reason (length, end of sequence, abort). Returns the stop string found in the text that
-        was held back, or None."""
+        """End the completion for another reason (length, end of sequence, abort). Returns the stop string found in the text
+        that was held back, or None."""
         if self._ended:
             return None
         self._stream.finish()

@@ -97,8 +97,8 @@ class Sequence:
     num_output_placeholders: int = 0
     """Output tokens that plans in flight sample."""
     replay_end: int = 0
-    """Tokens computed before the last rebuild. They are recomputed in the same steps, without sampling, scoring or tracing, since
-    the results have been published."""
+    """Tokens computed before the last rebuild. They are recomputed in the same steps, without sampling, scoring or tracing,
+    since the results have been published."""
     known_end: int = 0
     """Positions below it have tokens from before the last rebuild, which plans must name: the shards did not sample them."""
     output_token_ids: list[int] = field(default_factory=list)
