@@ -29,7 +29,7 @@ class SlotSetup(Part):
     prompt_length: int
     """Random draws of a sparse method at positions below it use sample index 0, whichever sample computes the prompt."""
     prefill_length: int
-    """Prompt tokens that are prefilled; length-dependent rope types use it as the sequence length."""
+    """Prompt tokens that are prefilled; length-dependent rope types use at least this as the sequence length."""
     seed: int
     sample_index: int
     temperature: float

@@ -51,7 +51,7 @@ class MessagingGroup(ShardGroup):
         self._heard: dict[int, float] = {}  # rank -> time of its last message
         self._listened = 0.0  # time of the last liveness check
         self._failure: ShardFailure | None = None
-        self._news: dict[int, str | Failed] = {}  # what is known about each failed rank
+        self._reasons: dict[int, str | Failed] = {}  # what is known about each failed rank
         self._cancelled = threading.Event()
 
     @abstractmethod
@@ -120,21 +120,21 @@ class MessagingGroup(ShardGroup):
     def _read(self, timeout: float) -> bool:
         """Read available messages, waiting at most `timeout` seconds for the first; return whether there were any."""
         if len(self._channels) < self.world_size:
-            return self._greet(timeout)
-        return self._take_in(timeout)
+            return self._accept_ranks(timeout)
+        return self._receive_ready(timeout)
 
-    def _greet(self, timeout: float) -> bool:
-        """As `_take_in` while ranks are still connecting: also accept connections and read their `Hello`."""
+    def _accept_ranks(self, timeout: float) -> bool:
+        """As `_receive_ready` while ranks are still connecting: also accept connections and read their `Hello`."""
         assert self._listener is not None
         channel = self._listener.accept(timeout)
         if channel is not None:
             self._pending_channels.append(channel)
         heard = channel is not None
         for pending in list(self._pending_channels):
-            heard |= self._hear_hello(pending)
-        return self._take_in(0.0) or heard
+            heard |= self._receive_hello(pending)
+        return self._receive_ready(0.0) or heard
 
-    def _hear_hello(self, pending: Channel) -> bool:
+    def _receive_hello(self, pending: Channel) -> bool:
         try:
             message = pending.receive(0.0)
         except ChannelTimeout:
@@ -168,21 +168,21 @@ class MessagingGroup(ShardGroup):
             self._selector.register(pending.fileno(), selectors.EVENT_READ, rank)
         return True
 
-    def _take_in(self, timeout: float) -> bool:
+    def _receive_ready(self, timeout: float) -> bool:
         """Read one message of each readable rank; raise the failure if a rank reports one or has disconnected."""
         ready = self._selector.select(timeout) if self._registered else []
-        news: dict[int, str | Failed] = {}
+        reasons: dict[int, str | Failed] = {}
         for key, _ in ready:
-            self._receive(key.data, news)
-        if news:
-            raise self._fail(news)
+            self._receive(key.data, reasons)
+        if reasons:
+            raise self._fail(reasons)
         return bool(ready)
 
-    def _receive(self, rank: int, news: dict[int, str | Failed]) -> None:
+    def _receive(self, rank: int, reasons: dict[int, str | Failed]) -> None:
         try:
             message = self._channels[rank].receive(POLL_S)
         except (ChannelClosed, ChannelTimeout) as error:
-            news.setdefault(rank, str(error))
+            reasons.setdefault(rank, str(error))
             self._unregister(rank)
             return
         self._heard[rank] = time.monotonic()
@@ -195,7 +195,7 @@ class MessagingGroup(ShardGroup):
             elif not isinstance(message, Failed) or message.waits:
                 return
         if isinstance(message, Failed):
-            news[rank] = message
+            reasons[rank] = message
         else:
             self._inbox[rank].append(message)
 
@@ -226,33 +226,33 @@ class MessagingGroup(ShardGroup):
         if self._cancelled.is_set():
             raise self._fail({}, hung=True)
 
-    def _fail(self, news: Mapping[int, str | Failed], hung: bool = False) -> ShardFailure:
+    def _fail(self, reasons: Mapping[int, str | Failed], hung: bool = False) -> ShardFailure:
         """The failure to raise. Unless `hung`, first collect other ranks' failures for up to ROOT_CAUSE_S to find the cause."""
-        self._news = dict(news)
+        self._reasons = dict(reasons)
         if not hung:
-            self._listen_for_more(self._news)
-        self._failure = describe(self._news, self._hellos)
+            self._collect_reasons(self._reasons)
+        self._failure = describe(self._reasons, self._hellos)
         known = [self._silent_for(rank) for rank in self._failure.ranks if rank in self._heard]
         self._failure.detect_s = max(known, default=0.0)
         return self._failure
 
-    def _listen_for_more(self, news: dict[int, str | Failed]) -> None:
-        """Add to `news` the failures of other ranks, and exit reasons of processes whose sockets have closed."""
+    def _collect_reasons(self, reasons: dict[int, str | Failed]) -> None:
+        """Add to `reasons` the failures of other ranks, and exit reasons of processes whose sockets have closed."""
         deadline = time.monotonic() + ROOT_CAUSE_S
         while time.monotonic() < deadline:
             for pending in self._pending_channels:  # ranks that fail before their `Hello` was read
                 with contextlib.suppress(ChannelTimeout, ChannelClosed):
                     message = pending.receive(0.0)
                     if isinstance(message, Failed) and message.rank in set(range(self.world_size)) - self._channels.keys():
-                        news[message.rank] = message
+                        reasons[message.rank] = message
             # an exit reason says more than a closed socket, but is known slightly later
             dead = self._dead_ranks()
-            news |= {rank: why for rank, why in dead.items() if not isinstance(news.get(rank), Failed)}
-            explained = dead.keys() | {rank for rank, what in news.items() if isinstance(what, Failed)}
+            reasons |= {rank: why for rank, why in dead.items() if not isinstance(reasons.get(rank), Failed)}
+            explained = dead.keys() | {rank for rank, what in reasons.items() if isinstance(what, Failed)}
             if explained >= {*range(self.world_size)}:
                 return
             for key, _ in self._selector.select(ROOT_CAUSE_POLL_S) if self._registered else []:
-                self._receive(key.data, news)
+                self._receive(key.data, reasons)
 
     def _close_channels(self) -> None:
         for channel in [*self._channels.values(), *self._pending_channels]:

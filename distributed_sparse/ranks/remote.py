@@ -90,7 +90,7 @@ class RemoteShardGroup(MessagingGroup):
     def rebuild(self, deadline: float | None = None) -> list[RankInfo]:
         lost = self._lost_ranks()
         self.generation += 1
-        self._failure, self._news = None, {}
+        self._failure, self._reasons = None, {}
         self._plans.clear()
         for inbox in self._inbox:
             inbox.clear()
@@ -120,7 +120,7 @@ class RemoteShardGroup(MessagingGroup):
 
     def check(self) -> None:
         self._raise_failure()
-        while self._take_in(0.0):
+        while self._receive_ready(0.0):
             pass
         self._check_liveness()
 
@@ -160,7 +160,7 @@ class RemoteShardGroup(MessagingGroup):
             finally:
                 self._listener.close()
         except ShardFailure as failure:
-            refusal = refusal_of(failure, self._news, self.world_size, self._hellos)
+            refusal = refusal_of(failure, self._reasons, self.world_size, self._hellos)
             if refusal is None or self._was_ready:
                 raise  # it worked before: what a rank refuses in a rebuild (a folder, memory) may be transient
             self.stop()
@@ -228,7 +228,7 @@ class RemoteShardGroup(MessagingGroup):
         reachable = {rank for rank, channel in self._channels.items() if not channel.closed}
         if self._failure is None or self.config.device == "cuda":
             return list(range(self.world_size))
-        waiting = {rank for rank, what in self._news.items() if isinstance(what, Failed) and what.waits}
+        waiting = {rank for rank, what in self._reasons.items() if isinstance(what, Failed) and what.waits}
         kept = reachable - (set(self._failure.ranks) - waiting) - self._dead_ranks().keys()
         return [rank for rank in range(self.world_size) if rank not in kept]
 
