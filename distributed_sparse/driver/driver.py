@@ -211,7 +211,7 @@ class Driver:
         was_sent = self._send_next()
         if was_sent and len(self._sent) < self._max_in_flight:
             return {}
-        return self._take_result(cpu)
+        return self._collect_and_commit(cpu)
 
     @property
     def in_flight(self) -> bool:
@@ -220,7 +220,7 @@ class Driver:
 
     def settle(self) -> Updates:
         """Commit the oldest result in flight without sending another plan. Raises as `step`."""
-        return self._take_result(time.thread_time())
+        return self._collect_and_commit(time.thread_time())
 
     def _send_next(self) -> bool:
         began = time.monotonic()
@@ -232,7 +232,7 @@ class Driver:
             self._held = plan
             return False
         if plan.decode and not plan.prefill:
-            plan.profile = plan.report = self._takes_times(plan)
+            plan.profile = plan.report = self._is_profile_step(plan)
         if plan.setups:
             for request in self.scheduler.running:
                 if request.metrics.first_scheduled_time is None:
@@ -240,7 +240,7 @@ class Driver:
         self._send(plan, began)
         return True
 
-    def _takes_times(self, plan: StepPlan) -> bool:
+    def _is_profile_step(self, plan: StepPlan) -> bool:
         """Whether a step with decode rows only is a profile step: one is due, or one of its requests has `profile` set."""
         interval = self.config.profile_interval
         if interval is not None and self._next_step >= self._next_profile:
@@ -257,7 +257,7 @@ class Driver:
         sent = time.monotonic()
         self._sent.append(SentStep(plan, sent, sent - began))
 
-    def _take_result(self, cpu: float) -> Updates:
+    def _collect_and_commit(self, cpu: float) -> Updates:
         """Wait for the results of the oldest plan and commit them. `cpu`: the thread's CPU time when the step began."""
         step = self._sent[0]
         results = self.group.collect(self._stats.times.timeout(step.plan))
@@ -344,4 +344,4 @@ class Driver:
         """
         assert not self._sent, "the updates of a step in flight would be lost"
         self._send(StepPlan(step=self._next_step, generation=self.group.generation, report=report), time.monotonic())
-        self._take_result(time.thread_time())
+        self._collect_and_commit(time.thread_time())

@@ -121,9 +121,9 @@ class AttendedDensity:
 
     def add(self, reports: list[ShardReport | None]) -> None:
         """Update from every rank's counters, which cover its whole generation so far."""
-        told = [report for report in reports if report is not None]
-        attended = sum(tokens for report in told for layer in report.tokens_attended for tokens in layer)
-        context = sum(report.tokens_in_context * len(layer) for report in told for layer in report.tokens_attended)
+        known = [report for report in reports if report is not None]
+        attended = sum(tokens for report in known for layer in report.tokens_attended for tokens in layer)
+        context = sum(report.tokens_in_context * len(layer) for report in known for layer in report.tokens_attended)
         if context > self._before[1]:
             self.lately = (attended - self._before[0]) / (context - self._before[1])
         self._before = attended, context

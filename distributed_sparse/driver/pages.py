@@ -53,7 +53,7 @@ class PageAllocator:
     def share(self, pages: list[int]) -> None:
         """Add a reference to each of `pages`."""
         for page in pages:
-            assert self._references[page] > 0, f"page {page} is shared but nobody holds it"
+            assert self._references[page] > 0, f"page {page} is shared but has no references"
             self._references[page] += 1
 
     def release(self, pages: list[int]) -> None:

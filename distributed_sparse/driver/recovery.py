@@ -110,7 +110,7 @@ class Recovery:
         """Return `work()`, which may run steps; None if a shard fails in it, and during a rebuild (`work` is then not called).
 
         Raises:
-            ShardFailure: they cannot be rebuilt.
+            ShardFailure: the shards cannot be rebuilt.
         """
         if self._rebuilding is not None and not self._resume():
             return None

@@ -108,7 +108,7 @@ class Sequence:
     published_tokens: int = 0
     last_token_time: float | None = None
     forked: bool = False
-    """Whether it has been forked from the leader and holds pages; False for the leader."""
+    """Whether it holds pages of its own. False for the leader, and until the leader has computed the prompt."""
 
     @property
     def held_pages(self) -> list[int]:

@@ -86,7 +86,7 @@ class Scheduler:
         self.in_flight: deque[ScheduledStep] = deque()
         """Steps with tokens that have been scheduled and not committed, oldest first."""
         self.replayed_tokens = 0
-        self._rows_waited = False  # decode rows were left out of the last step to make room for a replayed chunk
+        self._rows_waited = False  # the last step's budget had no room for some decode rows
 
     # ---- add
 

@@ -101,11 +101,6 @@ class ShardGroup(ABC):
         return min(info.max_pages for info in self.ranks)
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of one page over all layers of a rank, metadata included: the largest of the ranks."""
-        return max(info.page_bytes for info in self.ranks)
-
-    @property
     def evict_window(self) -> tuple[int, int] | None:
         """As in `Loaded`; the same on every rank."""
         return self.ranks[0].evict_window
@@ -146,7 +141,7 @@ class ShardGroup(ABC):
         """Send one plan to every rank.
 
         Raises:
-            ShardFailure: a rank has gone.
+            ShardFailure: a rank is lost.
         """
 
     @abstractmethod
@@ -162,7 +157,7 @@ class ShardGroup(ABC):
         """Check between steps that every rank is alive. Sends no message.
 
         Raises:
-            ShardFailure: a rank has gone.
+            ShardFailure: a rank is lost.
         """
 
     @abstractmethod

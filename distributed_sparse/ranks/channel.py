@@ -73,7 +73,7 @@ class Channel:
         """Send one message.
 
         Raises:
-            ChannelClosed: the peer has gone.
+            ChannelClosed: the peer has disconnected.
             ChannelTimeout: the peer read nothing for 30 s; the channel is closed, since a message was sent in part.
         """
         self.send_bytes(messages.encode(message))
@@ -85,7 +85,7 @@ class Channel:
                 self._connection.send_bytes(frame)
         except BlockingIOError:
             self.close()
-            raise ChannelTimeout(f"the peer took no bytes for {SEND_TIMEOUT_S:g} s") from None
+            raise ChannelTimeout(f"the peer read no bytes for {SEND_TIMEOUT_S:g} s") from None
         except OSError as error:
             self.close()
             raise ChannelClosed(f"the connection was lost while sending ({error})") from None
@@ -116,7 +116,7 @@ class Channel:
             return self._decode(frame)
         except msgspec.MsgspecError as error:
             self.close()
-            raise ChannelClosed(f"the peer sent {len(frame)} bytes that are no message ({error})") from None
+            raise ChannelClosed(f"the peer sent {len(frame)} bytes that are not a valid message ({error})") from None
 
     def close(self) -> None:
         """Close both directions; a waiting peer reads end of file. May be called again."""

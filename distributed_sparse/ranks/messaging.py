@@ -65,7 +65,7 @@ class MessagingGroup(ShardGroup):
             try:
                 channel.send_bytes(frame)
             except OSError as error:
-                lost[rank] = str(error)
+                lost[rank] = f"lost its connection: {error}"
         if lost:
             raise self._fail(lost)
 
@@ -182,7 +182,7 @@ class MessagingGroup(ShardGroup):
         try:
             message = self._channels[rank].receive(POLL_S)
         except (ChannelClosed, ChannelTimeout) as error:
-            reasons.setdefault(rank, str(error))
+            reasons.setdefault(rank, f"lost its connection: {error}")
             self._unregister(rank)
             return
         self._heard[rank] = time.monotonic()

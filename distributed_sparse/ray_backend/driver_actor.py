@@ -191,7 +191,7 @@ class RemoteDriver:
         if ray.is_initialized():
             with contextlib.suppress(RayError):
                 ray.get(self._actor.shutdown.remote(), timeout=STOP_TIMEOUT_S)
-            self._clear_away()
+            self._clean_up()
             with self._idle:
                 self._idle.wait_for(lambda: self._calls == 0, timeout=STOP_TIMEOUT_S)
         self._session.release()
@@ -208,10 +208,10 @@ class RemoteDriver:
     def _translated(self, error: RayError) -> Exception:
         """Convert Ray's error to the engine's own (see `translated`). If the Driver has died, clean up after it."""
         if isinstance(error, DRIVER_DEATHS):
-            self._clear_away()
+            self._clean_up()
         return translated(error)
 
-    def _clear_away(self) -> None:
+    def _clean_up(self) -> None:
         """Kill the Driver's process, if it still runs, and remove its placement group, which Ray would keep.
 
         The shards end through Ray and through their closed sockets. May be called again, also from two threads.

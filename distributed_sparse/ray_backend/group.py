@@ -170,11 +170,11 @@ class RayShardGroup(RemoteShardGroup):
             ValueError: there is no room for them before `deadline`.
             ShardFailure: other ranks were lost meanwhile.
         """
-        began, told = time.monotonic(), False
+        began, logged = time.monotonic(), False
         while (state := self._placement_state()) != "CREATED":
-            self._raise_if_in_vain()
+            self._raise_if_cancelled_or_dead()
             if self._on_one_node or state in ("REMOVED", None):
-                # its node is lost, and with it every bundle: reserve anew, without requiring a single node
+                # its node is lost, and with it every bundle: reserve new ones, without requiring a single node
                 others = {rank: "lost the resources it was placed on" for rank in self._places if rank not in ranks}
                 if others:
                     raise self._fail(others)
@@ -189,8 +189,8 @@ class RayShardGroup(RemoteShardGroup):
                     f"{demand(self.config)}, and those of a lost node found no room on another within {waited:.0f} s: "
                     f"the Ray cluster {self._unused()}; add a node or lower tensor_parallel_size"
                 )
-            if waited > PATIENCE_S and not told:
-                told = True
+            if waited > PATIENCE_S and not logged:
+                logged = True
                 logger.warning(
                     "%s, and those of a lost node have no room: the Ray cluster %s; waiting %.0f s more for a node",
                     demand(self.config), self._unused(), deadline - time.monotonic(),
@@ -227,20 +227,20 @@ class RayShardGroup(RemoteShardGroup):
             nodes = placement_group_table(self._placement)["bundles_to_node_id"]
             for rank in missing:
                 self._actors[rank] = self._make_actor(rank)
-            asked = {self._actors[rank].where.remote(): rank for rank in missing}
-            while asked:
-                self._raise_if_in_vain()
+            pending = {self._actors[rank].where.remote(): rank for rank in missing}
+            while pending:
+                self._raise_if_cancelled_or_dead()
                 if time.monotonic() >= deadline:
                     given = f"startup_timeout_s={self.config.startup_timeout_s:g}"
-                    raise self._fail({rank: f"has no process yet, and {given} are over" for rank in asked.values()}, hung=True)
-                answered, _ = ray.wait(list(asked), timeout=POLL_S)
+                    raise self._fail({rank: f"has no process after {given}" for rank in pending.values()}, hung=True)
+                answered, _ = ray.wait(list(pending), timeout=POLL_S)
                 for reference in answered:
-                    rank = asked.pop(reference)
+                    rank = pending.pop(reference)
                     try:
                         self._places[rank] = ray.get(reference)
                     except RayError as error:
                         if nodes[self._bundles[rank]] in {node["NodeID"] for node in live_nodes()}:
-                            raise self._fail({rank: f"could not be made: {reason(error)}"}, hung=True) from None
+                            raise self._fail({rank: f"could not be created: {reason(error)}"}, hung=True) from None
                         logger.warning("rank %d was placed on a lost node; placing it again", rank)
 
     def _make_actor(self, rank: int) -> Any:
@@ -258,7 +258,7 @@ class RayShardGroup(RemoteShardGroup):
             ),
         ).remote(name)
 
-    def _raise_if_in_vain(self) -> None:
+    def _raise_if_cancelled_or_dead(self) -> None:
         """Raise if the start was cancelled or another rank has died meanwhile."""
         self._raise_if_cancelled()
         if dead := self._dead_ranks():
@@ -328,10 +328,10 @@ def end_of(run: ray.ObjectRef) -> str:
         ray.get(run)
     except RayError as error:
         return f"died: {reason(error)}"
-    return "ended before it was told to"
+    return "ended unexpectedly, without an error"
 
 
-OWN_WORDS = {
+SHORT_REASONS = {
     "its worker process has died": "its process was killed (possibly by the kernel, out of memory) or crashed",
     "The actor is temporarily unavailable": "its process cannot be reached any more",
 }
@@ -345,9 +345,9 @@ def reason(error: RayError) -> str:
     text = str(error)
     if isinstance(error, OutOfMemoryError):
         return f"Ray killed it because its node ran out of memory: {text.partition('Object store memory usage')[0].strip()}"
-    for words, own in OWN_WORDS.items():
+    for words, short in SHORT_REASONS.items():
         if words in text:
-            return own
+            return short
     # drop the lines with the actor's class, id, pid and the like: the message already names the rank's place
     lines = [line for line in text.splitlines() if not line.startswith("\t") or "node" in line]
     return " ".join(" ".join(lines).removeprefix("The actor died unexpectedly before finishing this task.").split())

@@ -582,7 +582,7 @@ def test_an_abort_keeps_the_reason_of_a_sample_that_had_ended(engine: Engine) ->
 
 def test_a_request_that_needs_more_pages_than_there_are_is_refused_alone(path: Path) -> None:
     engine = Engine(path)
-    page_bytes = engine.group.page_bytes
+    page_bytes = engine.group.ranks[0].page_bytes
     engine = Engine(path, kv_cache_memory_bytes=7 * page_bytes)  # one sequence of 96 tokens, and the null page
     good = engine.add(PROMPT, max_tokens=5)
     bad = engine.add(PROMPT, max_tokens=70, n=2)

@@ -72,7 +72,7 @@ def test_a_group_starts_steps_and_stops(started):
     assert [info.rank for info in group.ranks] == [0, 1]
     assert [info.pid for info in group.ranks] == [process.pid for process in group.processes]
     assert group.num_pages == 49, "the rank with the least room decides"
-    assert group.page_bytes == 64
+    assert group.ranks[0].page_bytes == 64
     assert group.ranks[1].cache_bytes == 49 * 60
     assert group.ranks[1].as_dict()["kv_heads"] == (1, 2)
     for number in range(5):
@@ -325,7 +325,7 @@ def test_a_rank_that_is_killed_is_replaced_and_the_other_keeps_process_weights_a
     assert (pids(group)[stays], pids(group)[rank] == before[rank]) == (before[stays], False)
     assert connections(before[stays], group.ports[1]) == store
     assert counts(group)[stays] == (1, 2) and counts(group)[rank] == (1, 1)
-    assert (group.num_pages, group.page_bytes) == (49, 64)
+    assert (group.num_pages, group.ranks[0].page_bytes) == (49, 64)
     assert_it_works(group)
 
 
