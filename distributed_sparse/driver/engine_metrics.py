@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
-from distributed_sparse.metrics import RequestMetrics
 from distributed_sparse.protocol.step import ShardReport
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -89,15 +88,6 @@ class EngineMetrics:
             return
         with self._lock:
             self._counted[name, label] += amount
-
-    def request_ended(self, metrics: RequestMetrics) -> None:
-        """Record the latencies of a request that finished without abort or error."""
-        self.observe("e2e_request_latency_seconds", metrics.latency)
-        self.observe("request_queue_time_seconds", metrics.queue_time)
-        self.observe("request_prefill_time_seconds", metrics.prefill_time)
-        self.observe("request_decode_time_seconds", metrics.decode_time)
-        self.observe("request_time_per_output_token_seconds", metrics.tpot)
-        self.observe("request_prompt_tokens", metrics.num_prompt_tokens)
 
     def take(self) -> Readings:
         """Return and clear the values recorded since the last call."""

@@ -188,17 +188,12 @@ class Scheduler:
         if sequence.replays_next:
             return row
         row.trace = self.trace and request.traces(position)
-        if sequence.in_prompt:
-            self._want_prompt_logprobs(row, request, position)
-        if position == sequence.num_tokens_with_placeholders - 1:
-            row.samples = self._samples(sequence)
-        return row
-
-    @staticmethod
-    def _want_prompt_logprobs(row: DecodeRow, request: Request, position: int) -> None:
         wanted = request.params.prompt_logprobs
         if wanted is not None and request.first_scored <= position + 1 < len(request.prompt_token_ids):
             row.target, row.prompt_logprobs = request.prompt_token_ids[position + 1], wanted
+        if position == sequence.num_tokens_with_placeholders - 1:
+            row.samples = self._samples(sequence)
+        return row
 
     def _samples(self, sequence: Sequence) -> list[int]:
         """Slots that sample from this sequence's last logits: those of all the request's samples at the end of the prompt."""

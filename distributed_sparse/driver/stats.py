@@ -66,7 +66,13 @@ class DriverStats:
         if outcome == "finished" and not request.score:
             for sequence in request.sequences:
                 self.metrics.observe("request_generation_tokens", len(sequence.output_token_ids))
-            self.metrics.request_ended(request.metrics)
+            times = request.metrics
+            self.metrics.observe("e2e_request_latency_seconds", times.latency)
+            self.metrics.observe("request_queue_time_seconds", times.queue_time)
+            self.metrics.observe("request_prefill_time_seconds", times.prefill_time)
+            self.metrics.observe("request_decode_time_seconds", times.decode_time)
+            self.metrics.observe("request_time_per_output_token_seconds", times.tpot)
+            self.metrics.observe("request_prompt_tokens", times.num_prompt_tokens)
 
     def as_dict(self, generation: int, allocator: PageAllocator, running: int, waiting: int) -> dict:
         """The engine's counters (keys in docs/architecture.md). Those of the ranks date from their last report.

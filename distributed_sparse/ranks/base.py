@@ -7,6 +7,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import msgspec
+
 from distributed_sparse.protocol.step import Hello, Loaded, Ready, StepPlan, StepResult
 
 
@@ -38,22 +40,8 @@ class RankInfo:
     @classmethod
     def of(cls, hello: Hello, loaded: Loaded, ready: Ready) -> RankInfo:
         """Combine a shard's start-up messages."""
-        return cls(
-            rank=hello.rank,
-            node_id=hello.node_id,
-            hostname=hello.hostname,
-            pid=hello.pid,
-            device=loaded.device,
-            dtype=loaded.dtype,
-            kv_heads=loaded.kv_heads,
-            weight_bytes=loaded.weight_bytes,
-            page_bytes=loaded.page_bytes,
-            max_pages=loaded.max_pages,
-            cache_bytes=ready.cache_bytes,
-            metadata_bytes=ready.metadata_bytes,
-            evict_window=loaded.evict_window,
-            copy_on_fork=loaded.copy_on_fork,
-        )
+        known = msgspec.structs.asdict(hello) | msgspec.structs.asdict(loaded) | msgspec.structs.asdict(ready)
+        return cls(**{field.name: known[field.name] for field in dataclasses.fields(cls)})
 
 
 class ShardFailure(RuntimeError):
