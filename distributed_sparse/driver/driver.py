@@ -328,7 +328,7 @@ class Driver:
         return self._stats.as_dict(self.group.generation, self.allocator, running, waiting)
 
     def gauges(self) -> dict[str, float]:
-        """Current values of the metrics of kind gauge. May run beside a step."""
+        """Current values of the metrics of kind gauge. May be called from another thread during a step."""
         return {
             "num_requests_running": 0.0 if self.failure else float(len(self.scheduler.running)),
             "num_requests_waiting": 0.0 if self.failure else float(len(self.scheduler.waiting)),

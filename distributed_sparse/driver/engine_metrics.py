@@ -102,7 +102,7 @@ class AttendedDensity:
     """Attended tokens / context tokens between the last two reports with any decode rows."""
 
     def __init__(self) -> None:
-        self.lately: float | None = None
+        self.latest: float | None = None
         self._before = (0, 0)
 
     def begin(self) -> None:
@@ -115,7 +115,7 @@ class AttendedDensity:
         attended = sum(tokens for report in known for layer in report.tokens_attended for tokens in layer)
         context = sum(report.tokens_in_context * len(layer) for report in known for layer in report.tokens_attended)
         if context > self._before[1]:
-            self.lately = (attended - self._before[0]) / (context - self._before[1])
+            self.latest = (attended - self._before[0]) / (context - self._before[1])
         self._before = attended, context
 
 

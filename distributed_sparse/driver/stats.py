@@ -97,10 +97,10 @@ class DriverStats:
         }
 
     def gauges(self) -> dict[str, float]:
-        """Attended density and all-reduce time of the last reports, as far as known. May run beside a step."""
+        """Attended density and all-reduce time of the last reports. May be called from another thread during a step."""
         all_reduce_ms = next((report.time_ms.get("all_reduce") for report in self._reports if report is not None), None)
         found = {
-            "attended_density": self._density.lately,
+            "attended_density": self._density.latest,
             "all_reduce_time_seconds": all_reduce_ms / 1e3 if all_reduce_ms is not None else None,
         }
         return {name: value for name, value in found.items() if value is not None}
