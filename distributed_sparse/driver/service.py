@@ -211,7 +211,7 @@ class DriverService:
             self._wake.notify_all()
 
     def _abort_silent_clients(self) -> None:
-        """Abort requests of clients that fetch no updates. Their outboxes stay, so a slow client can still read the errors."""
+        """Abort requests of clients that fetch no updates. Outboxes stay, numbering included: a slow client still gets them."""
         now = time.monotonic()
         with self._wake:
             silent = [client for client, outbox in self._outboxes.items() if now - outbox.last_seen > CLIENT_SILENCE_S]
