@@ -117,7 +117,7 @@ def test_a_rank_whose_node_loses_power_is_placed_on_a_spare_one(losses: dict[str
     assert rebuilt["pids"][0] == before["pids"][0], "the other rank stays"
     assert rebuilt["nodes"][0] == before["nodes"][0]
     assert rebuilt["nodes"][1] not in before["nodes"]
-    assert rebuilt["log"] == ["rank 1 was placed on a node that has gone; it is placed anew"]
+    assert rebuilt["log"] == ["rank 1 was placed on a lost node; placing it again"]
 
 
 @pytest.mark.slow

@@ -186,7 +186,7 @@ def test_too_many_or_too_long_stop_strings_are_refused_with_both_numbers() -> No
 
 def test_stop_strings_need_a_tokenizer() -> None:
     check([1], SamplingParams(stop="x"))
-    with pytest.raises(ValueError, match=r"stop=\['x'\] needs a tokenizer, which this model has not; use stop_token_ids"):
+    with pytest.raises(ValueError, match=r"stop=\['x'\] needs a tokenizer, which this model does not have; use stop_token_ids"):
         check([1], SamplingParams(stop="x"), has_tokenizer=False)
 
 

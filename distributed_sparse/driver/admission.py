@@ -1,4 +1,4 @@
-"""Admission: a client's NewRequest, checked, as the Request that the Driver keeps."""
+"""Admission: checks a client's NewRequest and turns it into the Driver's Request."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from distributed_sparse.protocol.client import ModelInfo, NewRequest
 
 
 class Admission:
-    """What requests of one engine are checked against. It keeps nothing of them.
+    """Checks requests against one engine's configuration. Stateless.
 
     Args:
-        detokenizer: None: outputs have no text.
+        detokenizer: None if the model has no tokenizer; outputs then have no text.
     """
 
     def __init__(self, config: EngineConfig, model: ModelInfo, detokenizer: Detokenizer | None) -> None:
@@ -23,14 +23,14 @@ class Admission:
         self._detokenizer = detokenizer
 
     def new_request(self, client_id: str, new: NewRequest, now: float, number: int) -> Request:
-        """Check a request and make what the Driver keeps of it.
+        """Check a request and make the Driver's Request.
 
         Args:
-            now: when it came (`time.monotonic`).
-            number: requests admitted before it; the seed of one that brings none depends on it.
+            now: arrival time (`time.monotonic`).
+            number: number of requests admitted before; a request without a seed gets one derived from it.
 
         Raises:
-            ValueError: it is wrong.
+            ValueError: a parameter is invalid; names it and the remedy.
         """
         params = validate_request(
             new.prompt_token_ids,
@@ -73,7 +73,7 @@ class Admission:
 
 
 def derived_seed(engine_seed: int, arrival: int) -> int:
-    """The seed of a request that brings none: from the engine's seed and the arrival number (splitmix64's mixing)."""
+    """Derive the seed of a request without one from the engine's seed and the arrival number (splitmix64's mixing)."""
     z = (engine_seed * 0x9E3779B97F4A7C15 + (arrival + 1) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)

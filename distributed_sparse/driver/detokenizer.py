@@ -1,7 +1,7 @@
-"""Tokens to text, one token at a time: Detokenizer, TextStream, and CompletionText, which cuts a text at a stop string.
+"""detokenizer: incremental detokenization. Detokenizer, TextStream, and CompletionText, which cuts the text at a stop string.
 
-Only the `tokenizers` library is needed, no transformers and no torch. Its `DecodeStream` is not used: it cannot be flushed,
-and a byte sequence that is no UTF-8 makes every later step raise (tokenizers 0.23). The window below is the same idea.
+Needs only the `tokenizers` library, neither transformers nor torch. `tokenizers.DecodeStream` is not used: it cannot be
+flushed, and after a byte sequence that is not UTF-8 every later step raises (tokenizers 0.23). The window below is similar.
 """
 
 import re
@@ -13,13 +13,13 @@ from tokenizers import Tokenizer
 
 from distributed_sparse.driver.stop_checker import StopChecker, StopMatch, Symbol
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no UTF-8, or not yet
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders emit it for bytes that are not (yet) UTF-8
 MAX_CHAR_TOKENS = 4  # a UTF-8 character has at most 4 bytes, so at most 4 tokens
 MAX_PENDING_TOKENS = 2 * MAX_CHAR_TOKENS
 
 
 class Detokenizer:
-    """A tokenizer's decoding half; makes one TextStream per completion.
+    """Decodes with one tokenizer; makes one TextStream per completion.
 
     Args:
         tokenizer_json: the tokenizer as its `tokenizer.json` text (`distributed_sparse.client.tokenizer.tokenizer_json`).
@@ -32,7 +32,7 @@ class Detokenizer:
         self._special_ids = frozenset(self._special_tokens.values())
 
     def new_stream(self, prompt_token_ids: Sequence[int]) -> "TextStream":
-        """A stream whose text continues the prompt: a first word keeps its leading space where the prompt has text."""
+        """A stream whose text continues the prompt: the first word keeps its leading space if the prompt has text."""
         return TextStream(self._tokenizer, self._special_ids, prompt_token_ids)
 
     def new_completion(
@@ -42,12 +42,12 @@ class Detokenizer:
         include_stop_str_in_output: bool = False,
         min_tokens: int = 0,
     ) -> "CompletionText":
-        """The text of one completion of a prompt, which ends at a stop string (parameters as in SamplingParams)."""
+        """The text of one completion, which ends at a stop string. Parameters as in SamplingParams."""
         checker = StopChecker(stop, include_stop_str_in_output, min_tokens, self._to_symbols)
         return CompletionText(self.new_stream(prompt_token_ids), checker)
 
     def decode_token(self, token_id: int) -> str:
-        """The text of one token by itself, special tokens by their name; half a character shows as U+FFFD."""
+        """The text of a single token; special tokens by name, incomplete characters as U+FFFD."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     @cached_property
@@ -56,8 +56,8 @@ class Detokenizer:
         return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def _to_symbols(self, stop: str) -> Sequence[Symbol]:
-        """A stop string's characters, with special tokens' ids instead of their names."""
-        pieces = self._special_names.split(stop)  # names at the odd places
+        """The characters of a stop string, with the names of special tokens replaced by their ids."""
+        pieces = self._special_names.split(stop)  # names at odd indices
         if len(pieces) == 1:
             return stop
         return tuple(symbol for i, piece in enumerate(pieces) for symbol in ([self._special_tokens[piece]] if i % 2 else piece))
@@ -66,37 +66,37 @@ class Detokenizer:
 class TextStream:
     """The text of one completion, growing token by token.
 
-    `text` only ever grows and never ends in half a character: bytes that may yet become one are kept back until they do, or
-    until `finish`. Special tokens give no text. The whole text equals what decoding prompt and output together adds to the
-    prompt's text. The one exception is a run of byte-fallback tokens (`<0xE9>`) that is no UTF-8 as a whole: characters in
-    it that were complete stay, where decoding all at once would replace them too.
+    `text` only grows and never ends in an incomplete character: such bytes are held back until the character is complete, or
+    until `finish`. Special tokens add no text. The whole text equals what decoding prompt and output together adds to the
+    prompt's text, with one exception: in a run of byte-fallback tokens (`<0xE9>`) that is not UTF-8 as a whole, characters
+    that were complete stay, while decoding everything at once would replace them, too.
     """
 
     def __init__(self, tokenizer: Tokenizer, special_ids: frozenset[int], prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._special_ids = special_ids
         self.text = ""
-        # What a token adds depends on the one before it (its leading space, the first bytes of a character). So tokens are
-        # decoded behind an anchor, tokens whose text is already out, and the anchor's own text is taken off.
+        # A token's text depends on the token before it (a leading space, the first bytes of a character). So tokens are decoded
+        # after an anchor, a few tokens whose text has been emitted, and the anchor's own text is cut off.
         self._anchor = self._prompt_anchor(prompt_token_ids)
         self._anchor_text = self._decode(self._anchor)
         self._pending: list[int] = []
 
     def append(self, token_id: int) -> None:
-        """Add the next token; `text` grows by what is certain now."""
+        """Add the next token; `text` grows by the characters that are final."""
         if token_id in self._special_ids or self._tokenizer.id_to_token(token_id) is None:
-            return  # no text, now or later: kept, a long run of them would be decoded again at every step
+            return  # adds no text; keeping a long run of them would decode it again at every step
         self._pending.append(token_id)
         window_text = self._decode(self._anchor + self._pending)
         if not window_text.endswith(REPLACEMENT):
             if len(window_text) > len(self._anchor_text):
                 self._emit(len(self._pending))
         elif len(self._pending) > MAX_PENDING_TOKENS:
-            # More than a character's tokens: bytes that are no UTF-8, or U+FFFD as text. Only the last few can still change.
+            # More tokens than a character has: invalid UTF-8, or U+FFFD as text. Only the last few can still change.
             self._emit_all_but_the_last_character(window_text)
 
     def finish(self) -> None:
-        """Add what was kept back: no token will come that completes it."""
+        """Add the text that was held back; no further token follows."""
         if self._pending:
             self._emit(len(self._pending))
 
@@ -106,11 +106,11 @@ class TextStream:
         if window_text.startswith(self._anchor_text):
             self.text += window_text[len(self._anchor_text) :]
         elif self._anchor_text.endswith(REPLACEMENT):
-            # The prompt ended in half a character; the output completed it, so it belongs to the output.
+            # The prompt ended in an incomplete character; the output completed it, so it belongs to the output.
             pairs = zip(self._anchor_text, window_text, strict=False)
             self.text += window_text[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) :]
         else:
-            # Byte fallback replaces a whole run of bytes when one is wrong, those of the anchor too, which are out already.
+            # Byte fallback replaces a whole run of bytes if one is invalid, also the anchor's, whose text has been emitted.
             self.text += self._decode(emitted)
         self._anchor = emitted
         self._anchor_text = self._decode(emitted)
@@ -118,13 +118,13 @@ class TextStream:
     def _emit_all_but_the_last_character(self, window_text: str) -> None:
         for kept_back in range(1, MAX_CHAR_TOKENS + 1):
             head = self._anchor + self._pending[:-kept_back]
-            # A cut between two characters is one where both sides decode to the whole.
+            # The cut is between two characters if both sides together decode to the whole.
             if self._decode(head) + self._decode(self._pending[-kept_back:]) == window_text:
                 self._emit(len(self._pending) - kept_back)
                 return
 
     def _prompt_anchor(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """The fewest last tokens of the prompt that decode to text with a complete character before its end."""
+        """The shortest suffix of the prompt whose text has a complete character before its end."""
         for length in range(1, min(len(prompt_token_ids), MAX_PENDING_TOKENS) + 1):
             tail = list(prompt_token_ids[-length:])
             if self._decode(tail).rstrip(REPLACEMENT):
@@ -136,9 +136,9 @@ class TextStream:
 
 
 class CompletionText:
-    """One completion's text as its reader sees it: streamed, cut at a stop string, never taken back.
+    """The published text of one completion: streamed, cut at a stop string, never retracted.
 
-    The texts that `take_delta` gives, joined, are `text` once the completion has ended.
+    The concatenated results of `take_delta` equal `text` once the completion has ended.
     """
 
     def __init__(self, stream: TextStream, checker: StopChecker) -> None:
@@ -150,22 +150,22 @@ class CompletionText:
         self.text = ""
 
     def append(self, token_id: int) -> str | None:
-        """Add a token; the stop string that now ends the completion, or None. Not to be called after the end."""
+        """Add a token. Returns the stop string that ends the completion, or None. Must not be called after the end."""
         assert not self._ended
         self._stream.append(token_id)
         self._num_tokens += 1
         if not self.may_stop_at(token_id):
             return self._update()
-        self._stream.finish()  # a special token ends a character
+        self._stream.finish()  # a special token ends an incomplete character
         return self._update(token_id)
 
     def may_stop_at(self, token_id: int) -> bool:
-        """Whether a stop string holds this special token."""
+        """Whether a stop string contains this special token."""
         return token_id in self._checker.special_ids
 
     def finish(self) -> str | None:
-        """End the completion for another reason (length, end of sequence, abort); the stop string that what was kept back
-        brought to light, or None."""
+        """End the completion for another reason (length, end of sequence, abort). Returns the stop string found in the text
+        that was held back, or None."""
         if self._ended:
             return None
         self._stream.finish()
@@ -174,7 +174,7 @@ class CompletionText:
         return stop
 
     def take_delta(self) -> str:
-        """The text that may be shown now and was not given before; "" when there is none."""
+        """New text that may be published now; "" if there is none."""
         shown = len(self.text) if self._ended else self._checker.publishable(self.text)
         delta, self._taken = self.text[self._taken : shown], max(self._taken, shown)
         return delta

@@ -1,57 +1,48 @@
-"""Driver: owns requests and their token history, sends steps, commits each, and only then publishes it."""
+"""Driver: owns the requests and their tokens; schedules, sends and commits steps, and returns the updates to publish."""
 
 from __future__ import annotations
 
 import functools
-import socket
 import time
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.driver.admission import Admission
 from distributed_sparse.driver.detokenizer import Detokenizer
-from distributed_sparse.driver.engine_metrics import AttendedDensity, EngineMetrics, attention_stats
+from distributed_sparse.driver.engine_metrics import EngineMetrics
 from distributed_sparse.driver.pages import PageAllocator
 from distributed_sparse.driver.request_errors import NOT_OF_A_REQUEST, bad_logits_error, engine_error
-from distributed_sparse.driver.requests import Request, Sequence
-from distributed_sparse.driver.scheduler import Committed, ScheduledStep, Scheduler
-from distributed_sparse.driver.step_times import StepClock, StepTimes
-from distributed_sparse.protocol.client import ModelInfo, NewRequest, RequestUpdate, SampleUpdate, TraceUpdate
-from distributed_sparse.protocol.step import LogprobBlock, ShardReport, StepPlan, StepResult
-from distributed_sparse.ranks.base import RankInfo, ShardFailure, ShardGroup
+from distributed_sparse.driver.requests import Request
+from distributed_sparse.driver.scheduler import Committed, Scheduler
+from distributed_sparse.driver.stats import DriverStats
+from distributed_sparse.driver.step_times import SentStep, StepClock
+from distributed_sparse.driver.updates import apply_token, prompt_logprobs_by_request, sample_update, traces_by_request
+from distributed_sparse.protocol.client import ModelInfo, NewRequest, RequestUpdate, SampleUpdate
+from distributed_sparse.protocol.step import StepPlan, StepResult
+from distributed_sparse.ranks.base import ShardFailure, ShardGroup
 
 PROFILE_FIRST = 8
-"""The first step of decode rows alone from this one on takes the times of its parts; then one in `profile_interval`."""
+"""Index of the first step that may be a profile step (decode rows only); then one per `profile_interval` steps."""
 
 MAX_AHEAD_NUMBERS = 8192
-"""A plan of more numbers (tokens, pages; 5 bytes each at most) waits until its ranks have done with the last one: a rank that
-computes reads nothing, and to send what its socket cannot hold would wait for it, deaf to results."""
+"""Largest step plan (in tokens and page ids; 5 bytes each at most) that is sent while another one is in flight. Larger plans
+are not sent ahead: a busy rank does not drain its socket, so the send would block the Driver and it could not read results."""
 
 STORED_CHUNK_MULTIPLE = 256
-"""`Scheduler.chunk_multiple` with a prefill store, where a step holds at least four times as many tokens."""
+"""`Scheduler.chunk_multiple` with a prefill store, if `max_num_batched_tokens` is at least four times as large."""
 
 Updates = dict[str, list[RequestUpdate]]
-"""Client id -> what to tell it."""
-
-
-@dataclass(frozen=True)
-class SentStep:
-    """A plan that every rank has been sent."""
-
-    plan: StepPlan
-    sent: float
-    scheduling: float
-    """Seconds that it took to make and to send."""
+"""Updates to publish, by client id."""
 
 
 class Driver:
-    """A plain class around Scheduler and ShardGroup; one thread at a time may call it.
+    """Engine core without threads: a Scheduler and a ShardGroup. Only one thread at a time may call it.
 
-    `step` sends a plan, waits for every rank's result, commits the tokens to the history and returns the updates to publish,
-    so a token is never published before it is part of the history that a rebuild would replay. With `async_scheduling` the
-    result that it waits for is that of the plan before: the ranks have the next plan before they have done with the last one.
+    `step` sends a step plan, waits for the results of all ranks, commits the tokens to the requests and returns the updates to
+    publish. A token is therefore published only after it is part of the history that a rebuild replays. With
+    `async_scheduling`, `step` waits for the result of the previous plan: the ranks already have the next plan when they
+    finish one.
     """
 
     def __init__(self, config: EngineConfig, model: ModelInfo, tokenizer_json: str | None, group: ShardGroup) -> None:
@@ -61,39 +52,29 @@ class Driver:
         detokenizer = Detokenizer(tokenizer_json) if tokenizer_json is not None else None
         self._admission = Admission(config, model, detokenizer)
         self._requests: dict[str, Request] = {}
-        self._counts: Counter[str] = Counter(finished=0, aborted=0, failed=0)
         self._admitted = 0
-        self._sent: deque[SentStep] = deque()  # and not collected, the oldest first
-        self._held: StepPlan | None = None  # too large to be sent ahead
+        self._sent: deque[SentStep] = deque()  # in flight, oldest first
+        self._held: StepPlan | None = None  # scheduled, but too large to send ahead
         self._max_in_flight = 1
         self._next_step = 0
-        self._steps = 0
-        self._prefill_tokens = Counter(computed=0, from_store=0)
-        self._reports: list[ShardReport | None] = []
-        self._ranks: list[RankInfo] = []
-        self._times = StepTimes(config.step_timeout_s)
         self._next_profile = PROFILE_FIRST
         self._received_before: float | None = None
-        self._same_clock = False
-        self._density = AttendedDensity()
         self.metrics = EngineMetrics()
+        self._stats = DriverStats(self.metrics, config.step_timeout_s)
         self.failure: str | None = None
 
     def resume(self) -> Updates:
-        """The shards have come up, for the first time or as another generation: size the cache; what ran before replays.
+        """Start scheduling on shards that have just started or been rebuilt; unfinished requests are replayed.
 
         Returns:
-            The ends of requests for which the caches that there are now are too small.
+            Final updates of requests that do not fit into the new caches.
         """
-        before = list(self._requests.values())  # by arrival: those that ran come first
-        self._ranks = self.group.ranks
+        before = list(self._requests.values())  # in order of arrival, so those that were running come first
+        self._stats.begin(self.group.ranks)
         self._max_in_flight = 2 if self.config.async_scheduling and self.group.queues_plans else 1
-        self._reports = [None] * len(self._ranks)
         self._sent.clear()
         self._held = None
         self._received_before = None
-        self._density.begin()
-        self._same_clock = {rank.hostname for rank in self._ranks} == {socket.gethostname()}
         self.allocator = PageAllocator(self.group.num_pages)
         is_cut_evenly = self.config.prefill_store and self.config.max_num_batched_tokens >= 4 * STORED_CHUNK_MULTIPLE
         self.scheduler = Scheduler(
@@ -106,11 +87,10 @@ class Driver:
             trace=self.config.trace,
             chunk_multiple=STORED_CHUNK_MULTIPLE if is_cut_evenly else 1,
         )
+        updates: Updates = defaultdict(list)
         for request in before:
             request.restart()
             self.scheduler.waiting.append(request)
-        updates: Updates = defaultdict(list)
-        for request in before:
             try:
                 self.scheduler.check_fits(request)
             except ValueError as error:
@@ -120,14 +100,14 @@ class Driver:
     # ---- requests
 
     def add_request(self, client_id: str, new: NewRequest, arrived: float | None = None) -> RequestUpdate | None:
-        """Queue a request; an update that refuses it, alone, if it is wrong.
+        """Queue a request. Returns None, or the update that refuses it.
 
         Args:
-            arrived: when it came (`time.monotonic`); None: now.
+            arrived: arrival time (`time.monotonic`); None: now.
         """
         now = time.monotonic() if arrived is None else arrived
         if self.failure is not None:
-            self._counts["failed"] += 1
+            self._stats.requests["failed"] += 1
             return RequestUpdate(new.request_id, finished=True, error=self.failure, error_kind="engine")
         try:
             if new.request_id in self._requests:
@@ -137,7 +117,7 @@ class Driver:
         except NOT_OF_A_REQUEST:
             raise
         except BaseException as raised:
-            self._counts["failed"] += 1
+            self._stats.requests["failed"] += 1
             if isinstance(raised, ValueError):
                 return RequestUpdate(new.request_id, finished=True, error=str(raised), error_kind="invalid")
             return RequestUpdate(new.request_id, finished=True, error=engine_error(raised, new.request_id), error_kind="engine")
@@ -146,26 +126,46 @@ class Driver:
         return None
 
     def abort(self, request_ids: list[str], error: str | None = None) -> list[RequestUpdate]:
-        """End requests wherever they are; unknown ids are ignored. Their pages are free for the next plan.
+        """End requests, running or waiting, and free their pages for the next step plan. Unknown ids are ignored.
 
         Args:
-            error: why, where it was not their client that asked for it.
+            error: the reason, if the client did not ask for the abort itself.
         """
         known = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
         return [self._end(request, error, "engine" if error is not None else None) for request in known]
+
+    def expire(self) -> Updates:
+        """End the requests whose `timeout_s` has passed."""
+        now = time.monotonic()
+        updates: Updates = defaultdict(list)
+        for request in [r for r in self._requests.values() if r.deadline is not None and r.deadline < now]:
+            error = f"timeout_s={request.params.timeout_s} has passed; raise it, or expect fewer tokens"
+            updates[request.client_id].append(self._end(request, error, "timeout"))
+        return updates
+
+    def fail_all(self, failure: ShardFailure) -> Updates:
+        """End every request with an error, since the shards are gone. All tokens so far have been published."""
+        self.failure = f"the engine has stopped: {failure.cause}"
+        updates: Updates = defaultdict(list)
+        for request in list(self._requests.values()):
+            updates[request.client_id].append(self._failed(request, self.failure))
+        self._sent.clear()
+        self._held = None
+        return updates
 
     def _end(
         self, request: Request, error: str | None = None, error_kind: str | None = None, reason: str = "abort"
     ) -> RequestUpdate:
         for sequence in request.unfinished:
             self.scheduler.finish(sequence, reason)
-        update = self._guarded(request, lambda: self._publish(request, request.sequences, {}, []))
+        sampled = [] if request.score else request.sequences
+        update = self._guarded(request, lambda: self._publish(request, [sample_update(sequence, None) for sequence in sampled]))
         if update.error is None:
             update.error, update.error_kind = error, error_kind
         return update
 
     def _guarded(self, request: Request, work: Callable[[], RequestUpdate]) -> RequestUpdate:
-        """What `work` on one request returns. Where it raises, the request ends with that error, and other requests go on."""
+        """Return `work()`. If it raises, only this request ends, with that error."""
         try:
             return work()
         except NOT_OF_A_REQUEST:
@@ -176,9 +176,9 @@ class Driver:
             return self._failed(request, engine_error(raised, request.request_id))
 
     def _failed(self, request: Request, error: str) -> RequestUpdate:
-        """The last update of a request that ends with what has been published of it so far."""
+        """The final update of a failed request; it publishes no further tokens."""
         self._requests.pop(request.request_id, None)
-        self._counts["failed"] += 1
+        self._stats.requests["failed"] += 1
         self.metrics.count("request_success", label="error")
         request.metrics.finished_time = time.monotonic()
         return RequestUpdate(request.request_id, finished=True, error=error, error_kind="engine", metrics=request.metrics)
@@ -193,61 +193,55 @@ class Driver:
 
     @property
     def replays(self) -> bool:
-        """Whether a request has not come again to where it was before the last rebuild."""
+        """Whether a request is still recomputing tokens from before the last rebuild."""
         return any(request.replays for request in (*self.scheduler.running, *self.scheduler.waiting))
 
     # ---- steps
 
-    def expire(self) -> Updates:
-        """End the requests whose `timeout_s` has passed."""
-        now = time.monotonic()
-        updates: Updates = defaultdict(list)
-        for request in [r for r in self._requests.values() if r.deadline is not None and r.deadline < now]:
-            error = f"timeout_s={request.params.timeout_s} has passed; raise it, or expect fewer tokens"
-            updates[request.client_id].append(self._end(request, error, "timeout"))
-        return updates
-
     def step(self) -> Updates:
-        """Send the next plan, if there is one to make, and take in the oldest result once enough plans are under way.
+        """Schedule and send the next step plan, then commit the oldest result once enough plans are in flight.
 
         Returns:
-            What the step that was taken in adds to every request that it touched; nothing after the first of plans in flight.
+            Updates of the requests in the committed step; empty if the plan that was sent only fills the pipeline.
 
         Raises:
-            ShardFailure: a shard failed; what plans in flight sampled is not part of the history.
+            ShardFailure: a shard failed; the tokens of plans in flight are lost and will be computed again.
         """
         cpu = time.thread_time()
         was_sent = self._send_next()
         if was_sent and len(self._sent) < self._max_in_flight:
             return {}
-        return self._take_result(cpu)
+        return self._collect_and_commit(cpu)
 
     @property
     def in_flight(self) -> bool:
-        """Whether a plan has been sent whose result has not been taken in."""
+        """Whether a step plan has been sent whose result has not been committed."""
         return bool(self._sent)
 
     def settle(self) -> Updates:
-        """Take in the oldest result of those in flight, and send nothing. Raises as `step`."""
-        return self._take_result(time.thread_time())
+        """Commit the oldest result in flight without sending another plan. Raises as `step`."""
+        return self._collect_and_commit(time.thread_time())
 
     def _send_next(self) -> bool:
         began = time.monotonic()
         held, self._held = self._held, None
         plan = held or self.scheduler.schedule(self._next_step, self.group.generation)
         if self._sent and not plan.parts and not plan.setups:
-            return False  # all that runs waits for the results of plans in flight
+            return False  # every running sequence needs a result that is still in flight
         if self._sent and plan.num_ids > MAX_AHEAD_NUMBERS:
             self._held = plan
             return False
         if plan.decode and not plan.prefill:
-            plan.profile = plan.report = self._takes_times(plan)
-        self._mark_scheduled(plan, began)
+            plan.profile = plan.report = self._is_profile_step(plan)
+        if plan.setups:
+            for request in self.scheduler.running:
+                if request.metrics.first_scheduled_time is None:
+                    request.metrics.first_scheduled_time = began
         self._send(plan, began)
         return True
 
-    def _takes_times(self, plan: StepPlan) -> bool:
-        """Whether a step of decode rows alone is a profile step: its turn has come, or one of its requests asks for it."""
+    def _is_profile_step(self, plan: StepPlan) -> bool:
+        """Whether a step with decode rows only is a profile step: one is due, or one of its requests has `profile` set."""
         interval = self.config.profile_interval
         if interval is not None and self._next_step >= self._next_profile:
             self._next_profile = self._next_step + interval
@@ -263,46 +257,27 @@ class Driver:
         sent = time.monotonic()
         self._sent.append(SentStep(plan, sent, sent - began))
 
-    def _take_result(self, cpu: float) -> Updates:
-        """Wait for the oldest plan's results, and commit them. `cpu`: the thread's processor time when this step began."""
-        step, before = self._sent[0], self._received_before
-        plan = step.plan
-        results = self.group.collect(self._times.timeout(plan))
+    def _collect_and_commit(self, cpu: float) -> Updates:
+        """Wait for the results of the oldest plan and commit them. `cpu`: the thread's CPU time when the step began."""
+        step = self._sent[0]
+        results = self.group.collect(self._stats.times.timeout(step.plan))
         received = time.monotonic()
         self._sent.popleft()
-        self._steps += bool(plan.parts)
-        from_store = results[0].prefill_from_store
-        self._prefill_tokens.update(computed=plan.num_prefill_tokens - from_store, from_store=from_store)
-        for result in results:
-            if result.report is not None:
-                self._reports[result.rank] = result.report
-        if plan.report:
-            self._density.add(self._reports)
-        updates = self._commit(plan, results, received)
+        updates = self._commit(step.plan, results, received)
         clock = StepClock(
             sent=step.sent,
             received=received,
-            received_before=before,
+            received_before=self._received_before,
             driver=step.scheduling + time.monotonic() - received,
             cpu=time.thread_time() - cpu,
-            same_clock=self._same_clock,
+            same_clock=self._stats.same_clock,
         )
-        self._times.add(plan, results, clock)
+        self._stats.add_step(step.plan, results, clock)
         self._received_before = received if self.has_work else None
-        if plan.parts:
-            self.metrics.observe("step_time_seconds", clock.step)
-            self.metrics.observe("iteration_tokens_total", sum(part.num_tokens for part in plan.parts))
         return updates
 
-    def _mark_scheduled(self, plan: StepPlan, now: float) -> None:
-        if not plan.setups:
-            return
-        for request in self.scheduler.running:
-            if request.metrics.first_scheduled_time is None:
-                request.metrics.first_scheduled_time = now
-
     def _commit(self, plan: StepPlan, results: list[StepResult], now: float) -> Updates:
-        """Take a step's tokens into the history; then say what they mean for each request."""
+        """Append a step's tokens to their sequences, finish those that end, and return every touched request's update."""
         if not plan.parts:
             return {}
         result = results[0]
@@ -311,180 +286,62 @@ class Driver:
         for bad in sorted(result.bad_logits, key=lambda bad: bad.position):
             sequence = step.sequences[bad.slot]
             if sequence.finish_reason is None:
-                error = bad_logits_error(bad, self._ranks[0].dtype)
+                error = bad_logits_error(bad, self.group.ranks[0].dtype)
                 updates[sequence.request.client_id].append(self._end(sequence.request, error, "engine", "error"))
-        traces = self._traces(step, results)
-        prompt_blocks = self._prompt_blocks(step, result)
+        traces = traces_by_request(step, results)
+        prompt_blocks = prompt_logprobs_by_request(step, result)
         touched: dict[Request, list[Committed]] = {request: [] for request in (*prompt_blocks, *traces)}
         for committed in self.scheduler.commit(plan, result.tokens):
             touched.setdefault(committed.sequence.request, []).append(committed)
 
         def publish(request: Request) -> RequestUpdate:
-            blocks: dict[Sequence, LogprobBlock] = {}
+            samples = []
             for committed in touched[request]:
-                own_block = result.logprobs[committed.place] if result.logprobs else None
-                if own_block is not None:
-                    blocks[committed.sequence] = own_block
-                self._take(committed, now)
-            sequences = [committed.sequence for committed in touched[request]]
-            update = self._publish(request, sequences, blocks, prompt_blocks[request])
-            update.traces = traces[request]
+                apply_token(committed, now, self.scheduler, self.metrics)
+                if committed.token is not None:
+                    block = result.logprobs[committed.place] if result.logprobs else None
+                    samples.append(sample_update(committed.sequence, block))
+            update = self._publish(request, samples)
+            update.prompt_logprobs, update.traces = prompt_blocks[request], traces[request]
             return update
 
         for request in touched:
             updates[request.client_id].append(self._guarded(request, functools.partial(publish, request)))
         return updates
 
-    @staticmethod
-    def _traces(step: ScheduledStep, results: list[StepResult]) -> dict[Request, list[TraceUpdate]]:
-        """What ranks saw of traced rows, of sequences that have not ended since the step was scheduled."""
-        traces: dict[Request, list[TraceUpdate]] = defaultdict(list)
-        for blocks_of_row in zip(*(result.traces for result in results), strict=True):
-            sequence = step.sequences[blocks_of_row[0].slot]
-            if sequence.finish_reason is None:
-                traces[sequence.request].append(TraceUpdate(sequence.index, list(blocks_of_row)))
-        return traces
-
-    @staticmethod
-    def _prompt_blocks(step: ScheduledStep, result: StepResult) -> dict[Request, list[LogprobBlock]]:
-        """Log-probabilities of prompts, of requests that have not ended since the step was scheduled."""
-        blocks: dict[Request, list[LogprobBlock]] = defaultdict(list)
-        for block in result.prompt_logprobs:
-            sequence = step.sequences[block.slot]
-            if sequence.finish_reason is None:
-                blocks[sequence.request].append(block)
-        return blocks
-
-    def _take(self, committed: Committed, now: float) -> None:
-        """Text, stop conditions and times of one new token; or the end of a prompt that is only scored."""
-        sequence, token = committed.sequence, committed.token
-        if token is None:
-            self.scheduler.finish(sequence, "length")
-            return
-        request = sequence.request
-        params, metrics, count = request.params, request.metrics, len(sequence.output_token_ids)
-        self.metrics.count("generation_tokens")
-        if sequence.last_token_time is not None:
-            self.metrics.observe("inter_token_latency_seconds", now - sequence.last_token_time)
-        sequence.last_token_time = now
-        if metrics.first_token_time is None:
-            metrics.first_token_time = now
-            self.metrics.observe("time_to_first_token_seconds", metrics.ttft)
-            self.metrics.count("prompt_tokens", metrics.num_prompt_tokens)
-        metrics.num_output_tokens = max(metrics.num_output_tokens, count)
-        stops_here = token in request.stop_token_ids and count > params.min_tokens
-        text, stop_reason = sequence.text, None
-        if text is not None and (not stops_here or params.include_stop_str_in_output or text.may_stop_at(token)):
-            stop_reason = text.append(token)
-        if stops_here or stop_reason is not None:
-            self.scheduler.finish(sequence, "stop", token if stops_here and token in params.stop_token_ids else stop_reason)
-        elif count == request.max_tokens:
-            self.scheduler.finish(sequence, "length")
-
-    # ---- publishing
-
-    def _publish(
-        self,
-        request: Request,
-        sequences: list[Sequence],
-        blocks: dict[Sequence, LogprobBlock],
-        prompt_blocks: list[LogprobBlock],
-    ) -> RequestUpdate:
-        """The update that says what this commit added to a request."""
-        update = RequestUpdate(request.request_id, prompt_logprobs=prompt_blocks)
-        if not request.score:
-            update.samples = [self._sample_update(sequence, blocks.get(sequence)) for sequence in sequences]
+    def _publish(self, request: Request, samples: list[SampleUpdate]) -> RequestUpdate:
+        """A request's update; the last one if all of its sequences have finished."""
+        update = RequestUpdate(request.request_id, samples=samples)
         if request.finished:
             request.metrics.finished_time = time.monotonic()
             update.finished, update.metrics = True, request.metrics
-            reasons = {sequence.finish_reason for sequence in request.sequences}
-            outcome = "failed" if "error" in reasons else "aborted" if "abort" in reasons else "finished"
-            self._record_end(request, aborted=outcome != "finished")
-            self._counts[outcome] += 1
+            self._stats.end_request(request)
             del self._requests[request.request_id]
         return update
-
-    def _record_end(self, request: Request, aborted: bool) -> None:
-        """A request's times and lengths, if it came to its own end."""
-        for sequence in request.sequences:
-            self.metrics.count("request_success", label=sequence.finish_reason or "")
-        if aborted or request.score:
-            return
-        for sequence in request.sequences:
-            self.metrics.observe("request_generation_tokens", len(sequence.output_token_ids))
-        self.metrics.request_ended(request.metrics)
-
-    @staticmethod
-    def _sample_update(sequence: Sequence, block: LogprobBlock | None) -> SampleUpdate:
-        new_tokens = sequence.output_token_ids[sequence.published_tokens :]
-        sequence.published_tokens = len(sequence.output_token_ids)
-        if sequence.text is not None and sequence.finish_reason is not None:
-            stop_string = sequence.text.finish()
-            if stop_string is not None:
-                sequence.finish_reason, sequence.stop_reason = "stop", stop_string
-        return SampleUpdate(
-            index=sequence.index,
-            token_ids=new_tokens,
-            text=sequence.text.take_delta() if sequence.text is not None else "",
-            logprobs=[block] if block is not None else [],
-            finish_reason=sequence.finish_reason,
-            stop_reason=sequence.stop_reason,
-        )
-
-    def fail_all(self, failure: ShardFailure) -> Updates:
-        """The shards are gone: end every request with the reason. The tokens so far have been published."""
-        self.failure = f"the engine has stopped: {failure.cause}"
-        updates: Updates = defaultdict(list)
-        for request in list(self._requests.values()):
-            updates[request.client_id].append(self._failed(request, self.failure))
-        self._sent.clear()
-        self._held = None
-        return updates
 
     # ---- reports
 
     def stats(self) -> dict:
-        """The engine's counters (keys in docs/architecture.md); the shards' own as of the last `report`."""
-        reports = [report for report in self._reports if report is not None]
-        waiting = sum(request.leader.slot < 0 for request in self._requests.values())  # none is left after a failure
+        """The engine's counters; see `DriverStats.as_dict`."""
+        waiting = sum(request.leader.slot < 0 for request in self._requests.values())  # 0 after a failure
         running = len(self._requests) - waiting
-        return {
-            "steps": self._steps,
-            "generation": self.group.generation,
-            "requests": {"running": running, "waiting": waiting, **self._counts},
-            "pages": {"total": self.allocator.total, "used": self.allocator.used, "reserved": self.allocator.reserved},
-            "prefill_tokens": dict(self._prefill_tokens),
-            "ranks": [rank.as_dict() for rank in self._ranks],
-            "attention": attention_stats(reports),
-            "all_reduce": {
-                "calls": reports[0].all_reduce_calls if reports else 0,
-                "bytes": reports[0].all_reduce_bytes if reports else 0,
-            },
-            "time_ms": self._times.medians_ms() | (reports[0].time_ms if reports else {}),
-        }
+        return self._stats.as_dict(self.group.generation, self.allocator, running, waiting)
 
     def gauges(self) -> dict[str, float]:
-        """What `EngineMetrics` does not record, as it is now. May be called beside a step."""
-        reports = [report for report in self._reports if report is not None]
-        all_reduce_ms = reports[0].time_ms.get("all_reduce") if reports else None
-        found = {
-            "num_requests_running": 0 if self.failure else len(self.scheduler.running),
-            "num_requests_waiting": 0 if self.failure else len(self.scheduler.waiting),
-            "kv_cache_usage_perc": 0 if self.failure else self.allocator.used / self.allocator.total,
-            "attended_density": self._density.lately,
-            "all_reduce_time_seconds": all_reduce_ms / 1e3 if all_reduce_ms is not None else None,
+        """Current values of the metrics of kind gauge. May be called from another thread during a step."""
+        return {
+            "num_requests_running": 0.0 if self.failure else float(len(self.scheduler.running)),
+            "num_requests_waiting": 0.0 if self.failure else float(len(self.scheduler.waiting)),
+            "kv_cache_usage_perc": 0.0 if self.failure else self.allocator.used / self.allocator.total,
+            **self._stats.gauges(),
         }
-        return {name: float(value) for name, value in found.items() if value is not None}
 
-    def check(self) -> None:
-        """One empty step through every rank; raises ShardFailure if one does not answer. No other may be in flight."""
-        self._run_empty(report=False)
+    def check(self, report: bool = False) -> None:
+        """Run an empty step on every rank. Raises ShardFailure if a rank does not answer. No step may be in flight.
 
-    def report(self) -> None:
-        """The same, in which every rank tells what it has counted since its generation began."""
-        self._run_empty(report=True)
-
-    def _run_empty(self, report: bool) -> None:
-        assert not self._sent, "its results would be taken in here, and published nowhere"
+        Args:
+            report: whether every rank also reports its counters.
+        """
+        assert not self._sent, "the updates of a step in flight would be lost"
         self._send(StepPlan(step=self._next_step, generation=self.group.generation, report=report), time.monotonic())
-        self._take_result(time.thread_time())
+        self._collect_and_commit(time.thread_time())

@@ -1,4 +1,4 @@
-"""EngineMetrics: what the Driver counts and times for a monitoring system. Recording is an append; exporting is another's."""
+"""EngineMetrics: records the Driver's counters and histograms for Prometheus. The export runs in another thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
-from distributed_sparse.metrics import RequestMetrics
 from distributed_sparse.protocol.step import ShardReport
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -16,7 +15,7 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5,
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, as Prometheus knows it. Counters get the suffix `_total` from whoever exports them."""
+    """One Prometheus metric. The exporter appends `_total` to counters."""
 
     name: str
     kind: Literal["gauge", "counter", "histogram"]
@@ -27,12 +26,12 @@ class Metric:
 
 METRICS = (
     Metric("num_requests_running", "gauge", "Requests that hold a slot."),
-    Metric("num_requests_waiting", "gauge", "Requests that wait for one."),
-    Metric("kv_cache_usage_perc", "gauge", "KV pages in use; 1 is all of them."),
-    Metric("attended_density", "gauge", "Tokens attended over tokens in context, over all layers and KV heads, lately."),
-    Metric("all_reduce_time_seconds", "gauge", "Time in all-reduces of a decode step, as profile steps find it."),
-    Metric("recoveries", "counter", "Failures of shards that the engine has recovered from."),
-    Metric("prompt_tokens", "counter", "Prompt tokens of requests that got their first token."),
+    Metric("num_requests_waiting", "gauge", "Requests that wait for a slot."),
+    Metric("kv_cache_usage_perc", "gauge", "KV pages in use; 1 is 100 %."),
+    Metric("attended_density", "gauge", "Attended tokens / context tokens, over all layers and KV heads, between two reports."),
+    Metric("all_reduce_time_seconds", "gauge", "All-reduce time per decode step, measured in profile steps."),
+    Metric("recoveries", "counter", "Shard failures that the engine has recovered from."),
+    Metric("prompt_tokens", "counter", "Prompt tokens of requests that have their first token."),
     Metric("generation_tokens", "counter", "Tokens sampled."),
     Metric(
         "request_success",
@@ -40,11 +39,11 @@ METRICS = (
         "Completions that ended: stop, length, abort, error.",
         label="finished_reason",
     ),
-    Metric("step_time_seconds", "histogram", "A step, from its plan to the last rank's answer.", SECONDS),
-    Metric("iteration_tokens_total", "histogram", "Tokens of a step, prompt and decode.", TOKENS),
+    Metric("step_time_seconds", "histogram", "Step duration, from sending the plan to the last rank's result.", SECONDS),
+    Metric("iteration_tokens_total", "histogram", "Tokens per step, prompt and decode.", TOKENS),
     Metric("time_to_first_token_seconds", "histogram", "Arrival to first token.", SECONDS),
-    Metric("inter_token_latency_seconds", "histogram", "One token of a sequence to its next.", SECONDS),
-    Metric("request_time_per_output_token_seconds", "histogram", "Mean per request, after its first token.", SECONDS),
+    Metric("inter_token_latency_seconds", "histogram", "Time between consecutive tokens of a sequence.", SECONDS),
+    Metric("request_time_per_output_token_seconds", "histogram", "Mean per request, without its first token.", SECONDS),
     Metric("e2e_request_latency_seconds", "histogram", "Arrival to end.", SECONDS),
     Metric("request_queue_time_seconds", "histogram", "Arrival to first scheduled.", SECONDS),
     Metric("request_prefill_time_seconds", "histogram", "First scheduled to first token.", SECONDS),
@@ -52,21 +51,21 @@ METRICS = (
     Metric("request_prompt_tokens", "histogram", "Prompt tokens of requests that ended.", TOKENS),
     Metric("request_generation_tokens", "histogram", "Output tokens of completions that ended.", TOKENS),
 )
-"""Names and definitions are vLLM's (without its prefix), as far as it has them."""
+"""vLLM's names (without its prefix) and definitions, for the metrics that vLLM has, too."""
 
 
 @dataclass(frozen=True)
 class Readings:
-    """What was recorded since the last time."""
+    """Values recorded since the last `take`."""
 
     observed: dict[str, list[float]]
-    """Histogram -> values."""
+    """Histogram name -> values."""
     counted: dict[tuple[str, str], int]
-    """(counter, value of its label) -> increase."""
+    """(counter name, label value) -> increase."""
 
 
 class EngineMetrics:
-    """Records from the Driver's thread, from the first `take` on: where nobody exports, nothing piles up.
+    """Recorded in the Driver's thread. Recording starts with the first `take`, so without an exporter no memory is used.
 
     `take` may be called from any thread.
     """
@@ -78,7 +77,7 @@ class EngineMetrics:
         self._counted: Counter[tuple[str, str]] = Counter()
 
     def observe(self, name: str, value: float | None) -> None:
-        """A value of a histogram; None is not one."""
+        """Record a value of a histogram; None is ignored."""
         if value is not None and self._wanted:
             with self._lock:
                 self._observed[name].append(value)
@@ -90,17 +89,8 @@ class EngineMetrics:
         with self._lock:
             self._counted[name, label] += amount
 
-    def request_ended(self, metrics: RequestMetrics) -> None:
-        """A request came to its own end."""
-        self.observe("e2e_request_latency_seconds", metrics.latency)
-        self.observe("request_queue_time_seconds", metrics.queue_time)
-        self.observe("request_prefill_time_seconds", metrics.prefill_time)
-        self.observe("request_decode_time_seconds", metrics.decode_time)
-        self.observe("request_time_per_output_token_seconds", metrics.tpot)
-        self.observe("request_prompt_tokens", metrics.num_prompt_tokens)
-
     def take(self) -> Readings:
-        """What was recorded since the last call."""
+        """Return and clear the values recorded since the last call."""
         with self._lock:
             self._wanted = True
             readings = Readings(dict(self._observed), dict(self._counted))
@@ -109,28 +99,28 @@ class EngineMetrics:
 
 
 class AttendedDensity:
-    """Tokens attended over tokens in context, between the last two reports in which there were any."""
+    """Attended tokens / context tokens between the last two reports with any decode rows."""
 
     def __init__(self) -> None:
-        self.lately: float | None = None
+        self.latest: float | None = None
         self._before = (0, 0)
 
     def begin(self) -> None:
-        """The ranks count from zero again: another generation."""
+        """Start a generation: the ranks' counters restart from zero."""
         self._before = (0, 0)
 
     def add(self, reports: list[ShardReport | None]) -> None:
-        """Take in what every rank has counted since its generation began."""
-        told = [report for report in reports if report is not None]
-        attended = sum(tokens for report in told for layer in report.tokens_attended for tokens in layer)
-        context = sum(report.tokens_in_context * len(layer) for report in told for layer in report.tokens_attended)
+        """Update from every rank's counters, which cover its whole generation so far."""
+        known = [report for report in reports if report is not None]
+        attended = sum(tokens for report in known for layer in report.tokens_attended for tokens in layer)
+        context = sum(report.tokens_in_context * len(layer) for report in known for layer in report.tokens_attended)
         if context > self._before[1]:
-            self.lately = (attended - self._before[0]) / (context - self._before[1])
+            self.latest = (attended - self._before[0]) / (context - self._before[1])
         self._before = attended, context
 
 
 def attention_stats(reports: list[ShardReport]) -> dict:
-    """Counters of all ranks as one: density is [layer][global KV head], tokens attended over tokens in context."""
+    """Counters combined over ranks. `density` is attended / context tokens as [layer][global KV head]."""
     density: list[list[float]] = []
     if reports and reports[0].tokens_in_context:
         context = reports[0].tokens_in_context

@@ -1,21 +1,21 @@
-"""PageAllocator: who holds which page of the KV cache. One for all ranks: they hold the same tokens at the same page ids."""
+"""PageAllocator: reference counts of the KV cache pages. One for all ranks, which hold the same tokens at the same page ids."""
 
 from __future__ import annotations
 
 NULL_PAGE = 0
-"""What padded rows point at, and page tables where a page has been evicted. Nobody holds it."""
+"""Page 0: target of padded rows, and placeholder in page tables for evicted pages. Never allocated."""
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
-    """Pages that hold `num_tokens` tokens."""
+    """Number of pages for `num_tokens` tokens."""
     return -(-num_tokens // page_size)
 
 
 class PageAllocator:
-    """Refcounted pages 1..num_pages-1, and reservations against them. The null page is never given.
+    """Reference-counted pages 1..num_pages-1 with reservations. The null page is never allocated.
 
-    A request reserves, when it is admitted, every page that it can ever need; pages are then taken one by one as its
-    tokens arrive. So `take` cannot fail for an admitted request, and a running request never has to be thrown out.
+    On admission a request reserves every page that it may ever need, then takes pages one by one as its tokens are computed.
+    So `take` cannot fail for an admitted request, and no running request is ever preempted.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -32,7 +32,7 @@ class PageAllocator:
         return self.total - len(self._free)
 
     def reserve(self, count: int) -> bool:
-        """Set `count` pages aside; False, and nothing changes, if they are not there."""
+        """Reserve `count` pages. Return False, changing nothing, if too few are left."""
         if self.reserved + count > self.total:
             return False
         self.reserved += count
@@ -43,7 +43,7 @@ class PageAllocator:
         self.reserved -= count
 
     def take(self, count: int) -> list[int]:
-        """Give out `count` pages, each with one reference."""
+        """Allocate `count` pages, each with one reference."""
         assert count <= len(self._free), f"take({count}) with {len(self._free)} free: a page was taken without a reservation"
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -53,13 +53,13 @@ class PageAllocator:
     def share(self, pages: list[int]) -> None:
         """Add a reference to each of `pages`."""
         for page in pages:
-            assert self._references[page] > 0, f"page {page} is shared but nobody holds it"
+            assert self._references[page] > 0, f"page {page} is shared but has no references"
             self._references[page] += 1
 
     def release(self, pages: list[int]) -> None:
-        """Drop a reference of each of `pages`; a page that nobody holds is free again.
+        """Drop one reference to each of `pages`; a page without references becomes free.
 
-        Runs of ascending pages are given out again as such: a CPU reads them faster.
+        Runs of ascending pages are allocated again in that order, since a CPU reads consecutive pages faster.
         """
         for page in reversed(pages):
             assert self._references[page] > 0, f"page {page} is released twice"

@@ -1,4 +1,4 @@
-"""Recovery: a shard fails, the group is rebuilt, what ran before is replayed: the step loop need not know."""
+"""Recovery: rebuilds the ShardGroup after a failure and has the Driver replay its requests, hidden from the step loop."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ logger = logging.getLogger(__name__)
 
 KEPT_RECORDS = 64
 RETRY_PAUSE_S = 1.0
-"""Before a rebuild that follows a failed one, times the number of those: what killed a shard may need a moment to pass."""
+"""Pause before another rebuild, times the number of failed ones: the cause of a failure may be transient."""
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass
 class RecoveryRecord:
-    """One recovery, as it goes on. The entries of `LLM.stats()["recovery_log"]`."""
+    """One recovery; fields are filled as it proceeds. The entries of `LLM.stats()["recovery_log"]`."""
 
     ranks: tuple[int, ...]
-    """Those at the root of it."""
+    """Ranks that caused the failure."""
     cause: str
     noticed: float
-    """When the Driver knew: seconds since the epoch."""
+    """When the Driver noticed the failure, in seconds since the epoch."""
     detect_s: float
-    """Seconds from the last sign of life of these ranks until the Driver knew: it took no longer than that."""
+    """Seconds from these ranks' last heartbeat or message until the Driver noticed: an upper bound of the detection time."""
     further_causes: tuple[str, ...] = ()
-    """Of failures while it was being rebuilt."""
+    """Causes of further failures during the rebuild."""
     attempts: int = 0
-    """Rebuilds begun; more than one where a shard failed while another was being replaced."""
+    """Rebuilds started; more than one if a shard failed during a rebuild."""
     rebuild_s: float | None = None
-    """Seconds until every rank was ready again."""
+    """Seconds from the start of the rebuild until every rank was ready."""
     replay_s: float | None = None
-    """Seconds from then on until every request stood where it had been."""
+    """Seconds from then until every request had recomputed its tokens."""
     replayed_tokens: int = 0
 
     def __str__(self) -> str:
@@ -54,15 +54,15 @@ class RecoveryRecord:
 
 
 class Recovery:
-    """Stands between the loop and the Driver's steps; owns the thread in which the shards are rebuilt meanwhile.
+    """Runs the Driver's steps for the loop, and rebuilds the shards in a thread of its own after a failure.
 
-    While it rebuilds, the loop goes on: requests are taken in, aborted, and expire. Steps are not taken. The loop's thread
-    calls everything but `cancel`.
+    During a rebuild the loop goes on: requests are accepted, aborted and expire, but no steps run. Only the loop's thread
+    may call it, except for `cancel`.
 
     Args:
-        driver: whose requests replay once its shards are back.
-        publish: takes the updates of requests that cannot go on with the rebuilt shards.
-        wake: called from the rebuilding thread when it has ended.
+        driver: its requests are replayed once the shards are ready.
+        publish: receives the final updates of requests that do not fit into the rebuilt caches.
+        wake: called from the rebuild thread when it has finished.
     """
 
     def __init__(self, driver: Driver, publish: Callable[[Updates], None], wake: Callable[[], None]) -> None:
@@ -82,20 +82,20 @@ class Recovery:
 
     @property
     def up(self) -> bool:
-        """The shards stand, as far as is known."""
+        """Whether no rebuild is running or waiting to be picked up by `run`."""
         return self._rebuilding is None
 
     @property
     def busy(self) -> bool:
-        """They are being rebuilt, and there is nothing to do but to wait for it."""
+        """Whether a rebuild is running."""
         return self._rebuilding is not None and not self._rebuilding.done()
 
     def start(self) -> None:
-        """Bring the shards up for the first time; one that dies on the way is replaced, as later on.
+        """Start the shards. A shard that dies during the start is replaced.
 
         Raises:
-            ValueError: a setting, the checkpoint or the cluster does not allow it.
-            ShardFailure: they did not come up. One that says itself why it cannot start is not tried again.
+            ValueError: a setting, the checkpoint or the cluster is invalid.
+            ShardFailure: the shards did not start. There is no retry if a shard reported an exception of its own.
         """
         deadline = self._deadline()
         try:
@@ -107,10 +107,10 @@ class Recovery:
         self._driver.resume()
 
     def run(self, work: Callable[[], T]) -> T | None:
-        """What `work` returns, which may step the shards; None if one fails in it, and as long as they are being rebuilt.
+        """Return `work()`, which may run steps; None if a shard fails in it, and during a rebuild (`work` is then not called).
 
         Raises:
-            ShardFailure: they cannot be rebuilt.
+            ShardFailure: the shards cannot be rebuilt.
         """
         if self._rebuilding is not None and not self._resume():
             return None
@@ -124,12 +124,12 @@ class Recovery:
         return result
 
     def cancel(self) -> None:
-        """From any thread: a rebuild that is under way, or a step that a rank does not answer, ends soon, in a ShardFailure."""
+        """Make a running rebuild, or a step that hangs, end soon with a ShardFailure. May be called from any thread."""
         self._cancelled.set()
         self._group.cancel()
 
     def close(self) -> None:
-        """End the thread. What it does has ended, or has been cancelled."""
+        """End the rebuild thread. Call after `cancel`, or when no rebuild is running."""
         self._thread.shutdown()
 
     def stats(self) -> dict[str, Any]:
@@ -149,13 +149,13 @@ class Recovery:
     def _begin(self, failure: ShardFailure) -> None:
         if self._replaying is not None:
             self._log()
-        logger.warning("a shard has failed, its group is being rebuilt: %s", failure)  # with the shard's traceback
+        logger.warning("a shard has failed, rebuilding the group: %s", failure)  # with the shard's traceback
         record = self._new_record(failure)
         self._rebuilding = self._thread.submit(self._rebuild, record, failure, self._deadline())
         self._rebuilding.add_done_callback(lambda _: self._wake())
 
     def _rebuild(self, record: RecoveryRecord, failure: ShardFailure, deadline: float) -> None:
-        """Rebuild until a generation stands. Raises the failure that ends it."""
+        """Rebuild, repeatedly if need be, until all ranks are ready. Raises the last failure if that does not succeed."""
         began = time.monotonic()
         while True:
             self._admit(failure)
@@ -178,7 +178,7 @@ class Recovery:
         self._replaying = record
 
     def _admit(self, failure: ShardFailure) -> None:
-        """Raises if shards fail too often for another rebuild to make sense."""
+        """Count a failure; raise it if there were more than `max_rebuilds` within `rebuild_window_s`."""
         now, most, window = time.monotonic(), self._config.max_rebuilds, self._config.rebuild_window_s
         self._failures.append(now)
         while self._failures[0] < now - window:
@@ -191,13 +191,13 @@ class Recovery:
             )
 
     def _resume(self) -> bool:
-        """Once the shards are back, have everything begin where it was; whether they are."""
+        """Finish a completed rebuild: start the replay. Return False while the rebuild is still running."""
         assert self._rebuilding is not None
         if not self._rebuilding.done():
             return False
         try:
             self._rebuilding.result()
-        except ValueError as error:  # a replacement found another checkpoint, or other versions
+        except ValueError as error:  # a replaced rank has another checkpoint or other versions
             raise ShardFailure((), str(error)) from None
         self._rebuilding = None
         self._publish(self._driver.resume())

@@ -1,4 +1,4 @@
-"""What a request must satisfy before an engine takes it. Pure Python; a request is rejected alone, the rest go on."""
+"""request_validation: checks a request's prompt and parameters. Pure Python; an invalid request is rejected alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,20 +18,20 @@ def validate_request(
     traces: bool = False,
     score: bool = False,
 ) -> SamplingParams:
-    """Check one request against the engine that is to run it.
+    """Check one request against an engine's limits.
 
     Args:
         prompt_token_ids: the prompt, a list or tuple of ints in 0..vocab_size - 1, not empty.
-        params: its sampling parameters. Checked anew: who unpickles or copies them need not pass by their constructor.
+        params: its sampling parameters. Checked again, since unpickling and copying bypass their constructor.
         vocab_size: tokens in the model's vocabulary, without padding.
-        max_model_len: tokens that prompt and output may have together.
-        max_num_seqs: sequences that the engine runs at once.
-        has_tokenizer: whether there is text to look for stop strings in.
+        max_model_len: maximum tokens of prompt and output together.
+        max_num_seqs: maximum number of concurrent sequences.
+        has_tokenizer: whether outputs have text, which stop strings need.
         traces: whether the engine was made with trace=True.
-        score: only the prompt's log-probabilities are wanted, so that no room for output is needed.
+        score: only the prompt's log-probabilities are computed, so no room for output is needed.
 
     Returns:
-        The parameters, in Python's own types.
+        The parameters, converted to built-in Python types.
 
     Raises:
         ValueError: names the parameter, its value, and the remedy.
@@ -64,7 +64,7 @@ def validate_request(
             f"trace_steps={shown(params.trace_steps)} needs an engine that traces; make it with LLM(..., trace=True)"
         )
     if params.stop and not has_tokenizer:
-        raise ValueError(f"stop={shown(params.stop)} needs a tokenizer, which this model has not; use stop_token_ids")
+        raise ValueError(f"stop={shown(params.stop)} needs a tokenizer, which this model does not have; use stop_token_ids")
     return params
 
 
@@ -76,7 +76,7 @@ def _check_prompt(prompt_token_ids: Any, vocab_size: int) -> None:
     if set(map(type, prompt_token_ids)) == {int} and min(prompt_token_ids) >= 0 and max(prompt_token_ids) < vocab_size:
         return
     for position, token in enumerate(prompt_token_ids):
-        if type(token) is not int:  # the exact type: bools are none, and numpy's ints do not cross to a shard
+        if type(token) is not int:  # the exact type: rejects bools, and numpy ints, which msgpack cannot encode
             raise ValueError(
                 f"prompt_token_ids[{position}]={shown(token)} is {type(token).__name__}, not an int; "
                 "give Python ints (an array's .tolist())"

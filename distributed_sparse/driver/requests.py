@@ -1,4 +1,4 @@
-"""Request and Sequence: what the Driver remembers of work in progress: all that a rebuild needs, and that a journal would."""
+"""Request and Sequence: the Driver's state of unfinished requests, sufficient to replay them after a rebuild."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distributed_sparse.sampling_params import SamplingParams
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and how to go on from it. Owned by the Driver; the Scheduler moves it from waiting to running."""
+    """A prompt with its parameters and samples. Owned by the Driver; the Scheduler moves it from waiting to running."""
 
     request_id: str
     client_id: str
@@ -20,17 +20,17 @@ class Request:
     params: SamplingParams
     seed: int
     max_tokens: int
-    """Tokens to sample at most; 0 where the prompt is only scored."""
+    """Maximum number of tokens to sample; 0 if the prompt is only scored."""
     metrics: RequestMetrics
     stop_token_ids: frozenset[int]
-    """Ids that end a sequence: EOS (unless ignored) and the caller's."""
+    """Token ids that end a sequence: EOS (unless `ignore_eos`) and `stop_token_ids`."""
     deadline: float | None = None
     first_scored: int = 1
-    """Prefill chunks that predict no token from this one on compute no prompt_logprobs."""
+    """First prompt token whose log-probability is wanted; prefill chunks that end before it compute no prompt_logprobs."""
     profile: bool = False
-    """Its decode steps take the times of their parts."""
+    """Its decode steps are profile steps."""
     chunk_borders: list[int] = field(default_factory=list)
-    """Where each prefill chunk ended: after a rebuild it is prefilled with the same ones."""
+    """End position of each prefill chunk; a replay uses the same chunks."""
     sequences: list[Sequence] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,16 +42,16 @@ class Request:
 
     @property
     def prefill_length(self) -> int:
-        """Prompt tokens that are prefilled; the rest of the prompt goes through sparse decode, one token per step."""
+        """Prompt tokens that are prefilled. The rest (`decode_last_prompt_tokens`) go through sparse decode, one per step."""
         return len(self.prompt_token_ids) - self.params.decode_last_prompt_tokens
 
     @property
     def score(self) -> bool:
-        """Only the log-probabilities of the prompt are wanted."""
+        """Whether only the prompt's log-probabilities are computed."""
         return self.max_tokens == 0
 
     def traces(self, position: int) -> bool:
-        """Whether the decode step at a position is one that an engine with trace=True records."""
+        """Whether an engine with trace=True records the decode step at this position."""
         steps = self.params.trace_steps
         return steps is None or position - self.prefill_length in steps
 
@@ -61,7 +61,7 @@ class Request:
 
     @property
     def leader(self) -> Sequence:
-        """The sample that computes the prompt; the others fork from it at the prompt's end. The first that is unfinished."""
+        """The first unfinished sample. It computes the prompt; the others fork from it at the prompt's end."""
         return next(sequence for sequence in self.sequences if sequence.finish_reason is None)
 
     @property
@@ -70,37 +70,37 @@ class Request:
 
     @property
     def replays(self) -> bool:
-        """Some of its tokens were computed before, on shards that have lost them."""
+        """Whether some of its tokens are still to be recomputed after a rebuild."""
         return any(sequence.replays for sequence in self.unfinished)
 
     def restart(self) -> None:
-        """Nothing of it is in a cache any more: all that it has computed is to be replayed, and then it goes on."""
+        """Prepare for a replay on shards with empty caches."""
         for sequence in self.unfinished:
             sequence.restart()
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One of a request's `n` samples. One of them computes the prompt, the others fork from it at the prompt's end."""
+    """One of a request's `n` samples."""
 
     request: Request
     index: int
     slot: int = -1
     pages: list[int] = field(default_factory=list)
-    """Page ids in logical order; the null page where one has been evicted."""
+    """Page ids in logical order; the null page for evicted ones."""
     evicted_end: int = 0
-    """One past the last evicted logical page; those before it, down to the sink pages, are gone too."""
+    """One past the last evicted logical page. The pages before it are evicted, too, down to the sink pages."""
     num_computed: int = 0
-    """Tokens whose keys and values are in the cache once every plan that has been made has run."""
+    """Tokens in the KV cache once all scheduled plans have run."""
     num_committed: int = 0
-    """Those of them whose step's result has been taken in."""
+    """Tokens in the KV cache after the last committed step."""
     num_output_placeholders: int = 0
-    """Output tokens that plans sample whose results have not been taken in."""
+    """Output tokens that plans in flight sample."""
     replay_end: int = 0
-    """Tokens that were computed before the last rebuild: up to there the same steps are taken again, and nothing is sampled,
-    scored or traced, since it has been published."""
+    """Tokens computed before the last rebuild. They are recomputed in the same steps, without sampling, scoring or tracing,
+    since the results have been published."""
     known_end: int = 0
-    """Output tokens before this position were sampled before the last rebuild: the shards have to be told."""
+    """Positions below it have tokens from before the last rebuild, which plans must name: the shards did not sample them."""
     output_token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -108,11 +108,11 @@ class Sequence:
     published_tokens: int = 0
     last_token_time: float | None = None
     forked: bool = False
-    """Its pages are its own; False for the leader, and for one that still waits for the prompt to be computed."""
+    """Whether it holds pages of its own. False for the leader, and until the leader has computed the prompt."""
 
     @property
     def held_pages(self) -> list[int]:
-        """The pages that it has a reference to."""
+        """The pages that it holds a reference to."""
         return [page for page in self.pages if page != NULL_PAGE]
 
     @property
@@ -121,22 +121,22 @@ class Sequence:
 
     @property
     def num_tokens_with_placeholders(self) -> int:
-        """Its tokens when every plan that has been made has run."""
+        """Number of tokens once all scheduled plans have run."""
         return self.num_tokens + self.num_output_placeholders
 
     @property
     def ends_at(self) -> int:
-        """Tokens that it computes if nothing stops it: all but the last one sampled."""
+        """Number of tokens that it computes unless it stops early: all but the last sampled one."""
         return len(self.request.prompt_token_ids) + max(self.request.max_tokens - 1, 0)
 
     @property
     def replays(self) -> bool:
-        """It has not come again to where it was before the last rebuild."""
+        """Whether it is still recomputing tokens from before the last rebuild (committed steps)."""
         return self.num_committed < self.replay_end
 
     @property
     def replays_next(self) -> bool:
-        """The next token to be computed was computed before the last rebuild."""
+        """Whether the next token to schedule was computed before the last rebuild."""
         return self.num_computed < self.replay_end
 
     @property

@@ -1,4 +1,4 @@
-"""Scheduler: which sequences run in the next step, with which tokens and pages. Pure Python, no torch, no clock."""
+"""Scheduler: decides which sequences run in the next step, with which tokens and pages. Pure Python, no torch, no clock."""
 
 from __future__ import annotations
 
@@ -13,46 +13,48 @@ from distributed_sparse.protocol.step import DecodeRow, PrefillChunk, SlotSetup,
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """A plan whose result has not been taken in, and whom its slots stood for: by then they may stand for others."""
+    """A step plan whose result has not been committed."""
 
     plan: StepPlan
     sequences: dict[int, Sequence]
-    """By slot: of the plan's parts and of their samples."""
+    """Slot -> sequence at scheduling time, for the plan's parts and their samples; slots may be reused since."""
 
 
 @dataclass(frozen=True)
 class Committed:
-    """What a step added to a sequence."""
+    """The result of one step for one sequence."""
 
     sequence: Sequence
     token: int | None
-    """The new token; None where a prompt that is only scored has ended."""
+    """The new token; None at the end of a prompt that is only scored."""
     place: int
-    """Its place among the step's sampled tokens."""
+    """Index of the token in `StepResult.tokens`."""
 
 
 class Scheduler:
     """Continuous batching with chunked prefill, first come first served.
 
-    Verbs: `add` a request, `schedule` a step, `commit` its tokens, `finish` a sequence. One token budget per step: every
-    running sequence decodes one token; what is left goes to prompt chunks, oldest request first. A request is admitted
-    when it gets a slot per sample and can reserve every page that it may ever need, so it is never thrown out again.
+    `add` a request, `schedule` a step, `commit` its tokens, `finish` a sequence. Each step has one token budget
+    (`max_num_batched_tokens`): every running sequence decodes one token, and the rest goes to prompt chunks, oldest request
+    first. A request is admitted when it gets a slot per sample and can reserve every page that it may ever need, so there is no
+    preemption.
 
-    The next step may be scheduled before the last one is committed (vLLM's async scheduling): a token that is still to be
-    sampled is an output placeholder, and the shards take it from where they sampled it. A sequence that turns out to have
-    ended then has run a step too many, whose token nobody sees. Its pages and its slot are free from `finish` on, with steps
-    under way that use them: shards run steps in order, so they are done with before any later plan's holder writes there.
+    The next step may be scheduled before the last one is committed (vLLM's async scheduling). A token that is still to be
+    sampled is then an output placeholder, and the shards feed their own sampled token. A sequence that turns out to have ended
+    has run one step too many; the extra token is dropped. `finish` frees its pages and slot at once, although plans in flight
+    still use them: shards run steps in order, so those plans are done before a later plan's sequence writes there.
 
-    A request that has run before, on shards that are gone, replays: its prompt in the same chunks, its output tokens one per
-    step through the decode path, as they were computed at first. That counts in the budget like any other token.
+    A request that ran before a rebuild is replayed: its prompt in the same chunks, and its output tokens one per step through
+    the decode path, as they were computed at first. Replayed tokens count against the budget like any others.
 
     Args:
-        evict_window: (sink, recent) where the method never reads others at decode, so that they are freed; None: all are kept.
-        trace: whether decode rows are traced, where their request does not say otherwise.
-        copy_on_fork: whether samples may not share pages, since the method changes what it keeps in them.
-        chunk_multiple: a chunk that the budget cuts ends at a multiple of so many tokens, and starts in a later step where the
-            rest of the budget holds none. So a few decode rows more or less leave the borders where they are, and a prefill
-            store finds the chunks.
+        evict_window: (sink, recent) pages. Set if the method never reads other pages at decode, so they are freed; None: no
+            pages are freed.
+        trace: whether decode rows are traced; `trace_steps` of a request restricts it.
+        copy_on_fork: whether samples get copies of the prompt's pages, since the method modifies pages as it reads them.
+        chunk_multiple: a chunk that the budget cuts ends at a multiple of this many tokens, and is left to a later step if the
+            rest of the budget does not reach one. Chunk borders then do not depend on the number of decode rows, so a prefill
+            store finds the chunks again.
     """
 
     def __init__(
@@ -82,9 +84,9 @@ class Scheduler:
         self._new_pages: list[tuple[int, list[int]]] = []
         self._page_copies: list[tuple[int, int]] = []
         self.in_flight: deque[ScheduledStep] = deque()
-        """Steps with tokens that have been scheduled and not committed, the oldest first."""
+        """Steps with tokens that have been scheduled and not committed, oldest first."""
         self.replayed_tokens = 0
-        self._rows_waited = False  # in the last step, for a chunk that was replayed
+        self._rows_waited = False  # the last step's budget had no room for some decode rows
 
     # ---- add
 
@@ -98,7 +100,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def check_fits(self, request: Request) -> None:
-        """Raises a ValueError if a request can never run: its reservation exceeds the whole cache."""
+        """Raise ValueError if a request can never run: its reservation exceeds the whole cache."""
         shared, private = self._reservation(request)
         needed = shared + private * len(request.unfinished)
         if needed > self.allocator.total:
@@ -115,18 +117,18 @@ class Scheduler:
     # ---- schedule
 
     def schedule(self, step: int, generation: int) -> StepPlan:
-        """The next step's plan. Page ids and slots that it names are held by their sequences from here on.
+        """The next step plan. Its sequences hold the page ids and slots that it names from now on.
 
-        It may come out empty while there is work: where all that runs waits for steps in flight to be committed.
+        The plan is empty if every running sequence needs the result of a step that is not committed yet.
         """
         plan = StepPlan(step=step, generation=generation)
         while self.waiting and self.waiting[0].replays and self._admit(self.waiting[0], plan):
-            self.running.append(self.waiting.popleft())  # they had been admitted before
+            self.running.append(self.waiting.popleft())  # these were running before the rebuild
         budget = self.max_num_batched_tokens
         prompts = [request for request in self.running if request.leader.in_prefill]
         replayed = next((request for request in prompts if request.leader.replays_next), None)
-        # A chunk is replayed whole. Behind the decode rows it might never find the room that it had at first, so it goes
-        # before them, but not in two steps on end.
+        # A chunk is replayed with its original length. If decode rows came first, the rest of the budget might never be large
+        # enough, so the chunk goes first, but not in two consecutive steps.
         if replayed is not None and not self._rows_waited:
             budget -= self._prefill(replayed, budget, plan)
             prompts.remove(replayed)
@@ -144,7 +146,7 @@ class Scheduler:
         return plan
 
     def _advance(self, plan: StepPlan) -> None:
-        """Stand where the plan's step will have led, so that the next one can be scheduled."""
+        """Update the sequences as if the plan had run, so that the next one can be scheduled."""
         slots = {slot for part in plan.parts for slot in (part.slot, *part.samples)}
         self.in_flight.append(ScheduledStep(plan, {slot: self._by_slot[slot] for slot in slots}))
         for part in plan.parts:
@@ -158,7 +160,7 @@ class Scheduler:
                         self._fork(sequence, sibling)
 
     def _decode(self, budget: int, plan: StepPlan) -> int:
-        """Add a row for every sequence that decodes, as far as the budget goes; returns their number."""
+        """Add a decode row for every sequence that decodes, up to the budget; return the number of rows."""
         ready = [
             sequence
             for sequence in self._running_sequences()
@@ -169,7 +171,7 @@ class Scheduler:
         return len(plan.decode)
 
     def _running_sequences(self) -> Iterator[Sequence]:
-        """Sequences that hold pages: of a request whose prompt is not yet computed, only the leader."""
+        """Sequences that hold pages: only the leader while a request's prompt is not computed."""
         for request in self.running:
             leader = request.leader
             for sequence in request.unfinished:
@@ -186,20 +188,15 @@ class Scheduler:
         if sequence.replays_next:
             return row
         row.trace = self.trace and request.traces(position)
-        if sequence.in_prompt:
-            self._want_prompt_logprobs(row, request, position)
+        wanted = request.params.prompt_logprobs
+        if wanted is not None and request.first_scored <= position + 1 < len(request.prompt_token_ids):
+            row.target, row.prompt_logprobs = request.prompt_token_ids[position + 1], wanted
         if position == sequence.num_tokens_with_placeholders - 1:
             row.samples = self._samples(sequence)
         return row
 
-    @staticmethod
-    def _want_prompt_logprobs(row: DecodeRow, request: Request, position: int) -> None:
-        wanted = request.params.prompt_logprobs
-        if wanted is not None and request.first_scored <= position + 1 < len(request.prompt_token_ids):
-            row.target, row.prompt_logprobs = request.prompt_token_ids[position + 1], wanted
-
     def _samples(self, sequence: Sequence) -> list[int]:
-        """Slots that sample from the logits of this sequence's last token: all of the request's when it ends the prompt."""
+        """Slots that sample from this sequence's last logits: those of all the request's samples at the end of the prompt."""
         if sequence.request.score:
             return []
         if sequence.output_token_ids or sequence.num_output_placeholders:
@@ -207,7 +204,7 @@ class Scheduler:
         return [sibling.slot for sibling in sequence.request.unfinished]
 
     def _prefill(self, request: Request, budget: int, plan: StepPlan) -> int:
-        """Add the request's next prompt chunk to the plan; returns its tokens."""
+        """Add the request's next prompt chunk to the plan; return its number of tokens."""
         sequence = request.leader
         if not sequence.in_prefill or budget <= 0:
             return 0
@@ -222,7 +219,7 @@ class Scheduler:
                 border = end - end % self.chunk_multiple
                 if border <= start and plan.prefill:
                     return 0
-                end = border if border > start else end  # else decode rows leave no more in any step
+                end = border if border > start else end  # a budget below one multiple, or this chunk would never run
         prompt = request.prompt_token_ids
         self._grow(sequence, end)
         ends_known = end == sequence.num_tokens
@@ -233,7 +230,7 @@ class Scheduler:
         return end - start
 
     def _admit(self, request: Request, plan: StepPlan) -> bool:
-        """Give the request its slots and reserve its pages; False, and nothing changes, if they are not there."""
+        """Give the request its slots and reserve its pages. Return False, changing nothing, if there are too few."""
         sequences = request.unfinished
         shared, private = self._reservation(request)
         if len(self._free_slots) < len(sequences) or not self.allocator.reserve(shared + private * len(sequences)):
@@ -262,11 +259,10 @@ class Scheduler:
         return True
 
     def _reservation(self, request: Request) -> tuple[int, int]:
-        """Pages that the request can ever hold: (full prompt pages, shared by its samples; all others of one sample).
+        """The most pages that the request can hold: (full prompt pages shared by its samples, other pages per sample).
 
-        No `take` exceeds it, with eviction either. Call a sample's pages past the shared ones its own. Up to the end of its
-        prefill, and when it forks, those are prompt pages at most. From then on it grows in `_decode_row` alone, which
-        evicts first: it never holds more than sink + recent pages, its own among them.
+        With eviction, too, `take` never exceeds it: until its prefill ends, and when it forks, a sample holds at most the
+        prompt's pages. After that it grows only in `_decode_row`, which evicts first, so it holds at most sink + recent pages.
         """
         prompt = len(request.prompt_token_ids)
         shared = 0 if self.copy_on_fork else prompt // self.page_size
@@ -276,7 +272,7 @@ class Scheduler:
         return shared, private
 
     def _evict(self, sequence: Sequence, num_tokens: int) -> None:
-        """Free the pages outside the window of a decode step over `num_tokens` tokens: later steps read none of them either."""
+        """Free the pages outside the eviction window of a `num_tokens` long context; later steps do not read them either."""
         if self.evict_window is None:
             return
         sink, recent = self.evict_window
@@ -287,7 +283,7 @@ class Scheduler:
             sequence.evicted_end = end
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> None:
-        """Take the pages that the sequence lacks for its first `num_tokens` tokens."""
+        """Allocate the pages that the sequence lacks for its first `num_tokens` tokens."""
         missing = pages_for(num_tokens, self.page_size) - len(sequence.pages)
         if missing > 0:
             pages = self.allocator.take(missing)
@@ -297,14 +293,21 @@ class Scheduler:
     # ---- commit
 
     def commit(self, plan: StepPlan, tokens: list[int]) -> list[Committed]:
-        """Take in the oldest step's sampled tokens, in the order of the plan's `samples`, less those of sequences that have
-        ended since it was scheduled."""
+        """Append the oldest step's sampled tokens to their sequences.
+
+        Args:
+            plan: the oldest plan in flight.
+            tokens: one per entry of the plan's `samples` lists, in order.
+
+        Returns:
+            One entry per new token, and per scored prompt that has ended; none for sequences that have finished since.
+        """
         if not plan.parts:
             return []
         assert self.in_flight[0].plan is plan, "steps are committed in the order in which they were scheduled"
         sequences = self.in_flight.popleft().sequences
         assert len(tokens) == sum(len(part.samples) for part in plan.parts), (
-            "a step returned other tokens than its plan samples"
+            "the step result's tokens do not match the plan's samples"
         )
         committed: list[Committed] = []
         place = -1
@@ -324,7 +327,7 @@ class Scheduler:
         return committed
 
     def _commit_part(self, sequence: Sequence, part: DecodeRow | PrefillChunk) -> None:
-        """What a part has computed is in the cache."""
+        """Record that a part's tokens are in the cache."""
         request = sequence.request
         if sequence.replays:
             request.metrics.num_replayed_tokens += part.num_tokens
@@ -337,7 +340,7 @@ class Scheduler:
                 sibling.num_committed = part.end
 
     def _fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let the child share the parent's full pages and copy its partial one, or copy all; applied by the next plan."""
+        """Share the parent's full pages with the child and copy the partial one, or copy all. Sent with the next plan."""
         shared = 0 if self.copy_on_fork else parent.num_computed // self.page_size
         child.pages = parent.pages[:shared]
         self.allocator.share(child.held_pages)
@@ -353,7 +356,7 @@ class Scheduler:
     # ---- finish
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        """End a sequence: its pages are free for the next plan, its slot too."""
+        """End a sequence and free its pages and its slot for the next plan."""
         request = sequence.request
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
         if sequence.slot < 0:  # never admitted
@@ -361,7 +364,7 @@ class Scheduler:
                 self.waiting.remove(request)
             return
         self.allocator.release(sequence.held_pages)
-        # A fork that has not reached a shard yet must not be written there: its pages may belong to another by then.
+        # Drop a fork that has not been sent to the shards: its pages may belong to another sequence by then.
         self._new_pages = [entry for entry in self._new_pages if entry[0] != sequence.slot]
         held = set(sequence.pages)
         self._page_copies = [copy for copy in self._page_copies if copy[1] not in held]

@@ -1,4 +1,4 @@
-"""DriverService: the thread that runs the Driver's steps, with an inbox for requests and an outbox per client."""
+"""DriverService: runs the Driver in a thread, with an inbox for calls and an outbox per client."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from distributed_sparse.ranks.base import ShardFailure, ShardGroup
 logger = logging.getLogger(__name__)
 
 CLIENT_SILENCE_S = 30.0
-"""A client that has not asked for its updates for so long has its requests aborted."""
+"""The requests of a client that has not called `next_outputs` for so long are aborted."""
 HEALTH_INTERVAL_S = 20.0
-"""An engine is healthy if a step went through every rank within this time."""
+"""`health` is true if a step has completed within this time."""
 IDLE_STEP_S = 5.0
-"""An idle engine sends an empty step through every rank this often."""
+"""Interval of the empty steps that an idle engine runs through every rank."""
 IDLE_POLL_S = 0.25
-"""How often an idle engine looks whether its ranks are still there."""
+"""Interval of an idle engine's checks that its ranks are alive."""
 STOP_GRACE_S = 5.0
-"""How long a shutdown waits for the step that runs before it cancels it."""
+"""Time that a shutdown gives the current step before cancelling it."""
 
 T = TypeVar("T")
 
 
 class Outbox:
-    """Updates for one client, numbered, kept until the client's cursor has passed them."""
+    """Numbered updates of one client, kept until the client acknowledges them with its cursor."""
 
     def __init__(self) -> None:
         self.updates: deque[RequestUpdate] = deque()
@@ -42,7 +42,7 @@ class Outbox:
         self.last_seen = time.monotonic()
 
     def after(self, cursor: int) -> list[RequestUpdate]:
-        """Drop what lies before the cursor, return what lies behind it."""
+        """Drop the updates before the cursor and return the rest."""
         while self.first < cursor and self.updates:
             self.updates.popleft()
             self.first += 1
@@ -65,7 +65,7 @@ class DriverService:
         self._thread = threading.Thread(target=self._run, name="driver", daemon=True)
 
     def start(self) -> dict[str, Any]:
-        """Bring the shards up and start the loop; the ranks and the cache's size. Raises as `Recovery.start`."""
+        """Start the shards and the loop; return the ranks and the number of pages. Raises as `Recovery.start`."""
         try:
             self._recovery.start()
         except BaseException:
@@ -79,7 +79,7 @@ class DriverService:
     # ---- calls from clients
 
     def submit(self, client_id: str, requests: list[NewRequest]) -> None:
-        """Queue requests; what becomes of each comes through `next_outputs`."""
+        """Queue requests. Results and refusals come through `next_outputs`."""
 
         arrived = time.monotonic()
 
@@ -92,7 +92,7 @@ class DriverService:
         self._call(add)
 
     def abort(self, client_id: str, request_ids: list[str]) -> None:
-        """End a client's requests; ids of others, and unknown ones, are ignored."""
+        """Abort a client's requests. Unknown ids and other clients' ids are ignored."""
 
         def end() -> None:
             own = set(self._driver.owned_by(client_id))
@@ -101,9 +101,9 @@ class DriverService:
         self._call(end)
 
     def next_outputs(self, client_id: str, cursor: int, timeout: float) -> tuple[int, list[RequestUpdate]] | None:
-        """The client's updates after its cursor, and the new cursor; waits up to `timeout` seconds for one.
+        """Wait up to `timeout` seconds for updates after the cursor; return the new cursor and the updates.
 
-        None once the service is closed and everything has been given out.
+        Returns None once the service is closed and all updates have been returned.
         """
         deadline = time.monotonic() + timeout
         with self._wake:
@@ -121,7 +121,7 @@ class DriverService:
                 self._wake.wait(left)
 
     def stats(self) -> dict[str, Any]:
-        """The engine's counters; runs between two steps. While the shards are being rebuilt, theirs are of the last time."""
+        """The engine's counters, taken between two steps. During a rebuild the ranks' counters are those of the last report."""
 
         def ask() -> dict[str, Any]:
             if self._failure is None:
@@ -131,11 +131,11 @@ class DriverService:
         return self._ask(ask)
 
     def metrics(self) -> tuple[dict[str, float], Readings]:
-        """Gauges as they are now, and what was recorded since the last call; the first call begins it. Waits for no step."""
+        """Current gauges, and the values recorded since the last call. The first call starts the recording. Does not wait."""
         return self._driver.gauges(), self._driver.metrics.take()
 
     def health(self) -> bool:
-        """True only if a step, an empty one if there is no work, went through every rank within the last interval."""
+        """Whether a step (an empty one on an idle engine) went through every rank within the last HEALTH_INTERVAL_S."""
         if self._failure is not None or self._closed or not self._recovery.up:
             return False
         return time.monotonic() - self._last_step < HEALTH_INTERVAL_S
@@ -148,7 +148,7 @@ class DriverService:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             if self._recovery.up:
                 self._thread.join(STOP_GRACE_S)
-            self._recovery.cancel()  # the step is a long one, or a hung rank does not answer it
+            self._recovery.cancel()  # a long step, or one that a hung rank never completes
             self._thread.join()
         self._recovery.close()
         self._group.stop()
@@ -176,7 +176,7 @@ class DriverService:
             return not self._closed
 
     def _advance(self) -> None:
-        """One step, or while there is nothing to do a look at the shards."""
+        """Run one step. An idle engine checks its ranks instead, and runs an empty step every IDLE_STEP_S."""
         if not self._driver.has_work and time.monotonic() - self._last_step < IDLE_STEP_S:
             self._group.check()
             return
@@ -189,10 +189,10 @@ class DriverService:
     def _report(self) -> None:
         while self._driver.in_flight:
             self._publish(self._driver.settle())
-        self._driver.report()
+        self._driver.check(report=True)
 
     def _answer_calls(self) -> None:
-        """Make the calls that have come so far; if one raises, those behind it are still in the inbox."""
+        """Run the queued calls. If one raises, those behind it stay in the inbox."""
         for _ in range(len(self._inbox)):
             with self._wake:
                 call = self._inbox.popleft()
@@ -211,7 +211,7 @@ class DriverService:
             self._wake.notify_all()
 
     def _abort_silent_clients(self) -> None:
-        """Their outboxes stay, with the numbering: a client that was only slow then finds out what became of its requests."""
+        """Abort requests of clients that fetch no updates. Outboxes stay, numbering included: a slow client still gets them."""
         now = time.monotonic()
         with self._wake:
             silent = [client for client, outbox in self._outboxes.items() if now - outbox.last_seen > CLIENT_SILENCE_S]
@@ -219,23 +219,23 @@ class DriverService:
             requests = self._driver.owned_by(client_id)
             if requests:
                 logger.warning(
-                    "a client has been silent for %g s: its %d requests are aborted", CLIENT_SILENCE_S, len(requests)
+                    "a client has not fetched its outputs for %g s; aborting its %d requests", CLIENT_SILENCE_S, len(requests)
                 )
-                reason = f"nobody has fetched this client's outputs for {CLIENT_SILENCE_S:g} s; its requests were aborted"
+                reason = f"the client has not fetched its outputs for {CLIENT_SILENCE_S:g} s; its requests were aborted"
                 self._publish({client_id: self._driver.abort(requests, reason)})
 
     def _fail(self, failure: ShardFailure) -> None:
-        """The shards cannot go on: every request ends with the reason, later ones are refused with it."""
+        """Stop for good: end every request with the failure, and refuse later ones with it."""
         self._failure = failure
         logger.error("the engine has stopped: %s", failure)  # with the shard's traceback
         self._publish(self._driver.fail_all(failure))
-        self._recovery.cancel()  # where the error was the driver's own, a rebuild may be under way
+        self._recovery.cancel()  # a rebuild may be running if the error is the Driver's own
         self._recovery.close()
         try:
             self._group.stop()
         except Exception:
             logger.exception("the shards could not be stopped")
-        while True:  # answer what still comes in
+        while True:  # answer further calls until shutdown
             with self._wake:
                 while not self._inbox and not self._closed:
                     self._wake.wait()
@@ -243,7 +243,7 @@ class DriverService:
                     return
             self._answer_calls()
 
-    # ---- calls that the loop's thread makes
+    # ---- calls that run in the loop's thread
 
     def _call(self, function: Callable[[], None]) -> None:
         with self._wake:

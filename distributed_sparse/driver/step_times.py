@@ -1,4 +1,4 @@
-"""StepTimes: how long steps took: what stats show of them, and how long the next one may take."""
+"""StepTimes: durations of the last steps, for the stats and for the timeout of the next step."""
 
 from __future__ import annotations
 
@@ -11,46 +11,57 @@ from distributed_sparse.protocol.step import StepPlan, StepResult
 TIMEOUT_FLOOR_S = 5.0
 TIMEOUT_FACTOR = 20.0
 FIRST_STEPS_TIMEOUT_S = 120.0
-"""The deadline of a kind of step of which fewer than `FIRST_STEPS` have been seen."""
+"""Timeout of a step while fewer than `FIRST_STEPS` of its kind have run."""
 EMPTY_STEP_TIMEOUT_S = 10.0
-"""The deadline of a step without tokens: a barrier, and perhaps a report."""
+"""Timeout of a step without tokens: a barrier, and possibly a report."""
 FIRST_STEPS = 8
 KEPT = 256
-"""Steps remembered, of each kind and for the medians."""
+"""Number of steps kept, per kind and for the medians."""
+
+
+@dataclass(frozen=True)
+class SentStep:
+    """A step plan that has been sent to every rank."""
+
+    plan: StepPlan
+    sent: float
+    """`time.monotonic` when the last rank had been sent it."""
+    scheduling: float
+    """Seconds spent on scheduling and sending it."""
 
 
 @dataclass(frozen=True)
 class StepClock:
-    """When the things of one step happened, on the Driver's monotonic clock, in seconds."""
+    """Timestamps and durations of one step, in seconds on the Driver's monotonic clock."""
 
     sent: float
     received: float
-    """The last rank's result was there."""
+    """When the last rank's result arrived."""
     received_before: float | None
-    """The last result of the step before; None where there was a pause between."""
+    """When the previous step's last result arrived; None if the engine was idle in between."""
     driver: float
-    """Spent on making and sending the plan, and on committing its result; beside the ranks' work, if plans are in flight."""
+    """Spent on scheduling, sending and committing; overlaps with the ranks' work if plans are in flight."""
     cpu: float
-    """Processor time of the Driver's thread in the call that took the result in: it also sent the plan behind."""
+    """CPU time of the Driver's thread in the call that committed the step, which also sent the next plan."""
     same_clock: bool
-    """Whether the ranks' clocks are the Driver's."""
+    """Whether the ranks and the Driver share a clock."""
 
     @property
     def step(self) -> float:
-        """Seconds that the ranks took: since the plan was sent, and the result before it was there."""
+        """Seconds that the ranks took, from the later of the plan's sending and the previous result."""
         return self.received - max(self.sent, self.received_before or self.sent)
 
     @property
     def period(self) -> float:
-        """Seconds from result to result."""
+        """Seconds from the previous step's result to this one's."""
         return self.received - self.received_before if self.received_before is not None else self.step + self.driver
 
 
 class StepTimes:
-    """Seconds of the last steps. Steps are of one kind if their work is alike, to a factor of two.
+    """Durations of the last steps. Two steps are of one kind if their work is equal to within a factor of two (`kind_of`).
 
     Args:
-        step_timeout_s: the user's deadline for every step; None: max(5 s, 20 x p99 of the steps of that kind), 10 s if empty.
+        step_timeout_s: the user's timeout for every step; None: max(5 s, 20 x p99 of the steps of that kind), 10 s if empty.
     """
 
     def __init__(self, step_timeout_s: float | None) -> None:
@@ -60,14 +71,14 @@ class StepTimes:
             "step_p50": deque(maxlen=KEPT),  # see StepClock.step
             "driver_p50": deque(maxlen=KEPT),  # schedule, send and commit
             "shard_p50": deque(maxlen=KEPT),  # the slowest shard's own time
-            "overhead_p50": deque(maxlen=KEPT),  # the whole period less the slowest shard's own time
-            "driver_cpu_p50": deque(maxlen=KEPT),  # processor time of the Driver's thread
-            # from the last result of a step received to the next step begun by all shards: below 0 where they had its plan
+            "overhead_p50": deque(maxlen=KEPT),  # the period minus the slowest shard's own time
+            "driver_cpu_p50": deque(maxlen=KEPT),  # CPU time of the Driver's thread
+            # from a step's last result to the start of the next step on all shards; below 0 if they already had its plan
             "gap_p50": deque(maxlen=KEPT),
         }
 
     def timeout(self, plan: StepPlan) -> float:
-        """Seconds that the ranks have for a plan."""
+        """Seconds within which all ranks must answer the plan."""
         if self._step_timeout_s is not None:
             return self._step_timeout_s
         if not plan.decode and not plan.prefill:
@@ -78,9 +89,9 @@ class StepTimes:
         return max(TIMEOUT_FLOOR_S, TIMEOUT_FACTOR * seen[int(0.99 * (len(seen) - 1))])
 
     def add(self, plan: StepPlan, results: list[StepResult], times: StepClock) -> None:
-        """Remember a step."""
+        """Record a step."""
         slowest = max(result.step_ms for result in results) / 1e3
-        if not any(result.prefill_from_store for result in results):  # a step of that kind may have to compute its chunks
+        if not any(result.prefill_from_store for result in results):  # a step of this kind may have to compute its chunks
             self._by_kind[kind_of(plan)].append(times.step)
         self._parts["step_p50"].append(times.step)
         self._parts["driver_p50"].append(times.driver)
@@ -91,15 +102,15 @@ class StepTimes:
             self._parts["gap_p50"].append(max(result.started for result in results) - times.received_before)
 
     def medians_ms(self) -> dict[str, float]:
-        """The medians of the last steps, in ms."""
+        """Medians over the last steps, in ms."""
         return {name: statistics.median(seconds) * 1e3 if seconds else 0.0 for name, seconds in self._parts.items()}
 
 
 def kind_of(plan: StepPlan) -> tuple[int, ...]:
-    """What a step's time depends on, each to a factor of two: prompt tokens, decode rows, a prompt's context, logprob rows,
-    traced rows.
+    """The quantities that a step's duration depends on, as powers of two: prompt tokens, decode rows, longest context of a
+    prompt chunk, logprob rows, traced rows.
 
-    Not the context of decode rows: it grows by a token a step, and the deadline's own factor follows it.
+    Without the context of decode rows: it grows by one token per step, and TIMEOUT_FACTOR leaves room for that.
     """
     logprob_rows = sum(len(chunk.targets or ()) for chunk in plan.prefill)
     longest = max((chunk.end for chunk in plan.prefill), default=0)

@@ -1,4 +1,4 @@
-"""StopChecker: finds stop strings, special tokens among them, in a text that grows; constant time per character."""
+"""StopChecker: finds stop strings, also ones with special tokens, in a growing text; constant time per character."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ class StopMatch:
 
 
 class StopChecker:
-    """Finds the stop string that is complete first; of several that end together, the longest.
+    """Finds the stop string that ends first; of several that end together, the longest.
 
-    So where a text is cut depends on the text alone, and not on how it fell into tokens. A stop string that holds special
-    tokens (`<|im_end|>`) matches the tokens themselves, and also the same characters as ordinary text.
+    The cut depends only on the text and not on how it was split into tokens. A stop string with special tokens (`<|im_end|>`)
+    matches the tokens themselves and also the same characters as ordinary text.
 
     Args:
-        stop: the stop strings; none makes a checker that never matches.
+        stop: the stop strings; with none the checker never matches.
         include_stop_str_in_output: the output keeps the stop string, so no text is held back for it.
-        min_tokens: stop strings that end within the text of so many first tokens do not count.
-        to_symbols: a stop string with the ids of special tokens instead of their names.
+        min_tokens: stop strings that end within the text of the first `min_tokens` tokens are ignored.
+        to_symbols: converts a stop string to symbols, replacing names of special tokens by their ids.
     """
 
     def __init__(
@@ -44,23 +44,23 @@ class StopChecker:
             tuple((s, s) for s in stop),
             tuple((s, ids) for s, ids in with_ids if not all(isinstance(i, str) for i in ids)),
         )
-        # two, since a special token changes nothing for a stop string of text alone, and ends the match of others
+        # two automata: a special token does not affect stop strings of text alone, but ends the match of others
         self._automata = [_automaton(own) for own in patterns if own]
         self._states = [0] * len(self._automata)
-        self._checked = 0  # no stop string ends within text[:_checked], or it did not count
+        self._checked = 0  # no stop string ends within text[:_checked], except ignored ones
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """The special tokens that stop strings hold."""
+        """Ids of the special tokens in stop strings."""
         return self._automata[-1].special_ids if self._automata else frozenset()
 
     def check(self, text: str, num_tokens: int, special_id: int | None = None) -> StopMatch | None:
-        """Look at a text that has grown.
+        """Check the text added since the last call; return the first match, or None.
 
         Args:
             text: the whole text so far; the last call's text is a prefix of it.
-            num_tokens: the tokens that it came from.
-            special_id: one of `special_ids`, when the last of these tokens is that one.
+            num_tokens: number of tokens that `text` was decoded from.
+            special_id: the last token, if it is one of `special_ids`.
         """
         if not self._automata:
             return None
@@ -82,10 +82,10 @@ class StopChecker:
         return None
 
     def publishable(self, text: str) -> int:
-        """How many characters of `text` (the one checked last, with no match in it) may be shown while more is to come.
+        """How many characters of `text` (as last checked, without a match) may be published while tokens are still to come.
 
-        The longest end of the text that could be the beginning of a stop string is held back. An output that keeps its stop
-        string holds back only what follows a special token, since the token's name would stand before it.
+        The longest suffix that could be the beginning of a stop string is held back. If the output keeps its stop string, only
+        characters after a special token are held back, since the token's name would come before them.
         """
         held = (
             (automaton.after_special if self.include else automaton.lengths)[state]
@@ -95,23 +95,23 @@ class StopChecker:
 
 
 class StopAutomaton:
-    """The automaton of Aho and Corasick over stop strings: its state is the longest end of the text that begins one of them.
+    """Aho-Corasick automaton over stop strings. A state is the longest suffix of the text that begins one of them.
 
-    The lists are by state; state 0 is the empty beginning.
+    Lists are indexed by state; state 0 is the empty suffix.
     """
 
     def __init__(self, patterns: Sequence[tuple[str, Sequence[Symbol]]]) -> None:
         self.special_ids = frozenset(symbol for _, pattern in patterns for symbol in pattern if isinstance(symbol, int))
         self._next: list[dict[Symbol, int]] = [{}]
-        self._shorter = [0]  # the longest proper end of this state that is a state too
+        self._shorter = [0]  # the longest proper suffix of this state that is a state, too
         self.stops: list[str | None] = [None]
         """The longest stop string that ends here."""
         self.stop_lengths = [0]
-        """Its characters."""
+        """Length of that stop string in characters."""
         self.lengths = [0]
         """Characters of the text that may still become part of a stop string."""
         self.after_special = [0]
-        """Those of them that follow a special token of it."""
+        """How many of them follow a special token of the stop string."""
         for stop, pattern in patterns:
             self._add(stop, pattern)
         self._link()
@@ -143,7 +143,7 @@ class StopAutomaton:
 
     def _link(self) -> None:
         states = deque(self._next[0].values())
-        while states:  # breadth first, so a shorter state is complete when a longer one refers to it
+        while states:  # breadth first, so shorter states are complete before longer ones refer to them
             state = states.popleft()
             shorter = self._shorter[state]
             for symbol, following in self._next[state].items():
@@ -151,7 +151,7 @@ class StopAutomaton:
                 states.append(following)
             if self.stops[state] is None:
                 self.stops[state], self.stop_lengths[state] = self.stops[shorter], self.stop_lengths[shorter]
-            if not self._next[state]:  # no stop string goes on from here
+            if not self._next[state]:  # no longer stop string continues from here
                 self.lengths[state], self.after_special[state] = self.lengths[shorter], self.after_special[shorter]
 
 

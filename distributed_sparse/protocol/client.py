@@ -1,4 +1,4 @@
-"""What crosses between a client (`LLM`) and the Driver: requests in, updates out. Plain msgspec structs, so picklable."""
+"""Messages between a client (`LLM`) and the Driver: requests and updates, as plain msgspec structs, so picklable."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from distributed_sparse.sampling_params import SamplingParams
 
 
 class NewRequest(msgspec.Struct):
-    """A request as the client hands it over; the Driver checks it again, and refuses it alone if it is wrong."""
+    """A request as sent by the client. The Driver validates it again and refuses only this request if it is invalid."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     score: bool = False
-    """Only the log-probabilities of the prompt are wanted: nothing is sampled (`params.prompt_logprobs` says how many)."""
+    """Only compute the prompt's log-probabilities (`params.prompt_logprobs` of them per token); nothing is sampled."""
     first_scored: int = 1
-    """Of such a prompt, the first token whose log-probability is wanted."""
+    """With `score`: the first prompt token whose log-probability is wanted."""
     profile: bool = False
-    """Steps that decode it, and no prompt beside it, take the times of their parts, whatever `profile_interval` says."""
+    """Steps that decode it, and hold no prompt chunk, are profile steps, whatever `profile_interval` is."""
 
 
 class SampleUpdate(msgspec.Struct):
-    """What one commit added to one of a request's `n` samples."""
+    """What one committed step added to one of a request's `n` samples."""
 
     index: int
     token_ids: list[int]
     text: str
-    """New text, held back while it may be the start of a stop string; never half a UTF-8 character."""
+    """New text. Text that may be the start of a stop string is held back, and so are incomplete UTF-8 characters."""
     logprobs: list[LogprobBlock]
     finish_reason: str | None = None
     """stop, length, abort or error."""
@@ -38,14 +38,15 @@ class SampleUpdate(msgspec.Struct):
 
 
 class TraceUpdate(msgspec.Struct):
-    """A traced decode row of one of a request's samples, as every rank saw it, in rank order."""
+    """The trace of one decode row of one of a request's samples."""
 
     index: int
     ranks: list[TraceBlock]
+    """One per rank, in rank order."""
 
 
 class RequestUpdate(msgspec.Struct):
-    """What one commit added to one request. `finished` comes once, last."""
+    """What one committed step added to one request. `finished` is set in the last update only."""
 
     request_id: str
     samples: list[SampleUpdate] = []
@@ -53,15 +54,15 @@ class RequestUpdate(msgspec.Struct):
     traces: list[TraceUpdate] = []
     finished: bool = False
     error: str | None = None
-    """The request was refused, or ended by a failure of the engine; the tokens so far have been published."""
+    """Why the request was refused or ended early; the tokens so far have been published."""
     error_kind: str | None = None
-    """"invalid" (the request's own fault), "timeout" (its `timeout_s` has passed) or "engine"."""
+    """"invalid" (the request is invalid), "timeout" (its `timeout_s` has passed) or "engine"."""
     metrics: RequestMetrics | None = None
-    """With `finished`."""
+    """Set with `finished`."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """What the Driver knows of the model."""
+    """The model's properties that the Driver needs."""
 
     vocab_size: int
     num_layers: int
@@ -69,4 +70,4 @@ class ModelInfo(msgspec.Struct, frozen=True):
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     name: str = ""
-    """What the user calls it: the label of its metrics."""
+    """The user's name for the model; the metrics' label."""

@@ -1,9 +1,9 @@
-"""The only messages that cross between the Driver and a shard: msgspec structs in msgpack, deltas only.
+"""Messages between the Driver and the shards: msgspec structs in msgpack. A step plan holds only what changed since the last.
 
-Start-up: shard `Hello` -> driver checks it, `Join` -> shard `Loaded` -> driver `AllocateCache` -> shard `Ready`.
-Then one `StepPlan` down and one `StepResult` up per step, until `Stop`, or `Failed`. After another rank's failure the driver
-sends `Regroup`, and the start-up begins again with the `Hello` of the next generation. From its first word on a shard also
-says `Alive`, from a thread of its own.
+Start-up: a shard sends `Hello`; the Driver checks all of them and sends `Join`; the shard answers `Loaded`, gets
+`AllocateCache`, and answers `Ready`. Then each `StepPlan` is answered by a `StepResult`, until `Stop`, or `Failed` from the
+shard. After another rank's failure the Driver sends `Regroup`, and start-up begins again with the `Hello` of the next
+generation. From the beginning the shard also sends `Alive` regularly, from a separate thread.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import msgspec
 
 
 class Message(msgspec.Struct, tag=True, array_like=True):
-    """A message; its class name travels with it."""
+    """A message; it is encoded with its class name as a tag."""
 
 
 class Part(msgspec.Struct, array_like=True):
-    """A piece of a message."""
+    """A component of a message."""
 
 
 # ---- driver -> shard ------------------------------------------------------------------------------------------------
 
 
 class SlotSetup(Part):
-    """A slot of the batch is given to a new sequence: whatever it held before is forgotten. Filled by the Scheduler."""
+    """Assigns a slot of the batch to a new sequence; the slot's former state is dropped. Filled by the Scheduler."""
 
     slot: int
     prompt_length: int
-    """Positions below it are the prompt's: what a method draws for them is sample 0's, whichever sample computes it."""
+    """Random draws of a sparse method at positions below it use sample index 0, whichever sample computes the prompt."""
     prefill_length: int
-    """Prompt tokens that are prefilled at once in effect: what length-dependent rope types count as the length."""
+    """Prompt tokens that are prefilled; length-dependent rope types use at least this as the sequence length."""
     seed: int
     sample_index: int
     temperature: float
@@ -37,27 +37,27 @@ class SlotSetup(Part):
     top_k: int
     min_p: float
     logprobs: int | None
-    """Log-probabilities of so many best tokens beside each sampled one (None: none at all)."""
+    """Return log-probabilities of this many top tokens with each sampled one; None: none at all."""
     suppressed: list[int]
-    """Token ids (EOS, stop_token_ids) that may not be sampled at positions below `suppress_until`."""
+    """Token ids (EOS, stop_token_ids) that are not sampled at positions below `suppress_until`."""
     suppress_until: int
 
 
 class DecodeRow(Part):
-    """One token of a sequence through the decode path, where the sparse method applies."""
+    """One token of a sequence through the decode path, which uses sparse attention."""
 
     slot: int
     position: int
     token: int | None
-    """None: the token that the shard itself sampled last for this slot."""
+    """None: the token that the shard sampled last for this slot."""
     samples: list[int]
-    """Slots that sample their next token from this row's logits: none while a prompt's last tokens are decoded."""
+    """Slots that sample their next token from this row's logits; empty while the last prompt tokens are decoded."""
     target: int | None = None
-    """The known next token, whose log-probability is wanted (prompt_logprobs)."""
+    """The known next token, if its log-probability is wanted (prompt_logprobs)."""
     prompt_logprobs: int = 0
-    """With `target`: so many best tokens beside it; -1: the whole vocabulary."""
+    """With `target`: also return this many top tokens; -1: the whole vocabulary."""
     trace: bool = False
-    """Say what this row's attention missed: a `TraceBlock` from every rank."""
+    """Return a `TraceBlock` of this row from every rank: what its attention missed."""
 
     @property
     def num_tokens(self) -> int:
@@ -70,15 +70,15 @@ class DecodeRow(Part):
 
 
 class PrefillChunk(Part):
-    """Consecutive prompt tokens of one sequence, attended densely."""
+    """Consecutive prompt tokens of one sequence, with dense attention."""
 
     slot: int
     start: int
     tokens: list[int]
     samples: list[int]
-    """Slots that sample from the last token's logits: non-empty only where the chunk ends the prompt."""
+    """Slots that sample from the last token's logits; empty unless the chunk ends the prompt."""
     targets: list[int] | None = None
-    """The tokens that follow each of `tokens`, as far as they are known (prompt_logprobs)."""
+    """The next token of each of `tokens`, if known and prompt_logprobs are wanted."""
     prompt_logprobs: int = 0
 
     @property
@@ -92,7 +92,7 @@ class PrefillChunk(Part):
 
 
 class StepPlan(Message):
-    """One step: what changed since the last one, and which tokens run. Applied in the order of the fields."""
+    """One step: changes since the last step, and the tokens to run. Shards apply the fields in order."""
 
     step: int
     generation: int
@@ -104,13 +104,13 @@ class StepPlan(Message):
     decode: list[DecodeRow] = []
     prefill: list[PrefillChunk] = []
     report: bool = False
-    """Answer with a `ShardReport`."""
+    """Return a `ShardReport` with the result."""
     profile: bool = False
-    """Take the times of select, attend and all-reduce in this step (synchronises the device)."""
+    """Measure select, attend and all-reduce in this step, which synchronises the device."""
 
     @property
     def parts(self) -> list[DecodeRow | PrefillChunk]:
-        """What runs, in the order of the batch: decode rows, then prompt chunks."""
+        """The batch in order: decode rows, then prompt chunks."""
         return [*self.decode, *self.prefill]
 
     @property
@@ -120,36 +120,36 @@ class StepPlan(Message):
 
     @property
     def num_ids(self) -> int:
-        """Tokens and pages that it names: what its size on the wire grows with, beside its rows."""
+        """Number of token and page ids in it, which determines its encoded size besides the number of rows."""
         tokens = sum(len(chunk.tokens) + len(chunk.targets or ()) for chunk in self.prefill)
         return tokens + sum(len(pages) for _, pages in self.new_pages) + 2 * len(self.page_copies)
 
 
 class Join(Message):
-    """Every rank has said hello, and they agree: meet the others, and load what is not loaded yet."""
+    """All ranks have sent equal `Hello`s: set up the collectives and load the weights unless loaded."""
 
 
 class Regroup(Message):
-    """Another rank has failed: say hello as a rank of this generation. The old collective group is left when they meet."""
+    """Another rank has failed: send `Hello` for this generation. The old collective group is left at the next `Join`."""
 
     generation: int
 
 
 class AllocateCache(Message):
-    """The number of pages that every rank has room for (page 0, the null page, included)."""
+    """Allocate the cache with as many pages as fit on every rank, the null page (page 0) included."""
 
     num_pages: int
 
 
 class Stop(Message):
-    """End run() in good order."""
+    """Return from `run_shard`."""
 
 
 # ---- shard -> driver ------------------------------------------------------------------------------------------------
 
 
 class Hello(Message):
-    """First word of a shard. Ranks with unequal versions or weights are refused by name."""
+    """A shard's first message. Ranks with different versions or weights are refused with an error that names them."""
 
     rank: int
     generation: int
@@ -161,18 +161,18 @@ class Hello(Message):
 
 
 class Alive(Message):
-    """This process runs, whatever it is busy with: one that has been stopped, or whose node has gone, falls silent."""
+    """Heartbeat. A stopped process, or one whose node is lost, sends none."""
 
     rank: int
 
 
 class Loaded(Message):
-    """The weights are in place."""
+    """The weights are loaded."""
 
     rank: int
     device: str
     dtype: str
-    """Of weights and cache, such as "float16"."""
+    """dtype of weights and cache, such as "float16"."""
     kv_heads: tuple[int, int]
     """This rank's KV heads: first, and one past the last."""
     weight_bytes: int
@@ -181,13 +181,13 @@ class Loaded(Message):
     max_pages: int
     """Pages that fit into this rank's memory."""
     evict_window: tuple[int, int] | None = None
-    """(sink, recent) pages where the method reads no others at decode, so that the Driver frees them; None: all are kept."""
+    """(sink, recent) pages, if the method reads no others at decode, so the Driver frees them; None: no pages are freed."""
     copy_on_fork: bool = False
-    """Whether samples of a request may not share pages, since the method changes what it keeps in them as it reads."""
+    """Whether samples of a request must not share pages, since the method modifies pages as it reads them."""
 
 
 class Ready(Message):
-    """The cache is allocated, warm-up is done; a StepPlan may come."""
+    """The cache is allocated and warm-up is done; the shard accepts a `StepPlan`."""
 
     rank: int
     cache_bytes: int
@@ -195,15 +195,15 @@ class Ready(Message):
 
 
 class LogprobBlock(Part):
-    """Log-probabilities for consecutive positions of one slot, as little-endian arrays: numpy.frombuffer reads them."""
+    """Log-probabilities at consecutive positions of one slot, as little-endian arrays for `numpy.frombuffer`."""
 
     slot: int
     position: int
-    """Position of the predicted token of the first row."""
+    """Position of the token that the first row predicts."""
     rows: int
     width: int
     token_ids: bytes
-    """int32 [rows, width]: the sampled or target token, then the best ones; empty where the row is the whole vocabulary."""
+    """int32 [rows, width]: the sampled or target token, then the top tokens; empty if a row is the whole vocabulary."""
     logprobs: bytes
     """float32 [rows, width]."""
     ranks: bytes
@@ -222,32 +222,32 @@ class LayerTraceBlock(Part):
     counts: bytes
     """int32 [H_kv]."""
     indices: bytes
-    """int32: one KV head's after the other's, without those of heads that read all of their context."""
+    """int32, concatenated over KV heads, without heads that attend their whole context."""
     details: dict[str, bytes]
     """float32 [H_kv] or [H_q]."""
 
 
 class TraceBlock(Part):
-    """A traced row on one rank."""
+    """The trace of one decode row on one rank."""
 
     slot: int
     position: int
     num_kv_heads: int
-    """Of this rank."""
+    """Number of KV heads on this rank."""
     layers: list[LayerTraceBlock]
 
 
 class ShardReport(Part):
-    """What this rank has counted since it started."""
+    """This rank's counters since the start of the generation."""
 
     rows_dense: int
     rows_sparse: int
     tokens_attended: list[list[int]]
     """[layer][local KV head], over all decode rows."""
     tokens_in_context: int
-    """What each of them would have attended if dense."""
+    """What each of these heads would have attended with dense attention."""
     bytes_read: int
-    """Cache bytes that decode attention and selection read: K, V of attended tokens and the metadata scored."""
+    """KV cache bytes read by decode attention and selection: K, V of attended tokens and the metadata scored."""
     all_reduce_calls: int
     all_reduce_bytes: int
     time_ms: dict[str, float]
@@ -255,45 +255,45 @@ class ShardReport(Part):
 
 
 class BadLogits(Part):
-    """Logits of one sequence that are NaN or infinite: its request ends."""
+    """One sequence's logits are NaN or infinite; the Driver ends its request."""
 
     slot: int
     position: int
-    """Of the token that was read."""
+    """Position of the input token."""
     value: float
-    """What the best logit is, or the token's hidden state."""
+    """The largest logit, or the offending value of the token's hidden state."""
 
 
 class StepResult(Message):
-    """What a rank did. Only rank 0 fills tokens, bad logits and log-probabilities; every rank its traces."""
+    """The result of a step. Tokens, bad logits and log-probabilities come from rank 0 only, traces from every rank."""
 
     step: int
     rank: int
     tokens: list[int] = []
-    """One per entry of every `samples` list: decode rows in order, then prefill chunks in order. Always ids of the vocabulary:
-    where the logits are bad, the step that is already queued behind this one needs one, too."""
+    """One per entry of every `samples` list: decode rows in order, then prefill chunks in order. Always valid token ids, even
+    where the logits are bad, since the step queued behind this one feeds them."""
     bad_logits: list[BadLogits] = []
     logprobs: list[LogprobBlock | None] = []
-    """Beside each of `tokens` (empty if no slot wants any)."""
+    """One entry per token in `tokens`; empty if no slot wants log-probabilities."""
     prompt_logprobs: list[LogprobBlock] = []
     traces: list[TraceBlock] = []
-    """From every rank: one per decode row that is traced, in the plan's order."""
+    """One per traced decode row, in the plan's order; from every rank."""
     started: float = 0.0
-    """When the rank began with the plan, on its machine's monotonic clock."""
+    """When the rank began the plan, on its machine's monotonic clock."""
     step_ms: float = 0.0
     report: ShardReport | None = None
     prefill_from_store: int = 0
-    """Prompt tokens of the plan that were read from the prefill store and not computed; the same on every rank."""
+    """Prompt tokens of the plan that were read from the prefill store instead of computed; the same on every rank."""
 
 
 class Failed(Message):
-    """This rank could not do what it was told; `error` is for the user, with the traceback behind it."""
+    """This rank failed. `error` is shown to the user; the traceback is logged."""
 
     rank: int
     error: str
     traceback: str = ""
     waits: bool = False
-    """Only its collective group has broken: the process waits for `Regroup`. Otherwise it ends."""
+    """Only its collective group broke off, and the process waits for `Regroup`. If False, the process ends."""
 
 
 ToShard = StepPlan | Join | AllocateCache | Regroup | Stop

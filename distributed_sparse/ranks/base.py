@@ -1,4 +1,4 @@
-"""ShardGroup: what the Driver knows of its shards: start them, send a plan, collect the results, stop them."""
+"""ShardGroup: the Driver's interface to its ranks: start them, send step plans, collect results, rebuild, stop."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import msgspec
+
 from distributed_sparse.protocol.step import Hello, Loaded, Ready, StepPlan, StepResult
 
 
 @dataclasses.dataclass(frozen=True)
 class RankInfo:
-    """One rank, as it introduced itself; fields in bytes are of this rank alone."""
+    """One rank's properties, from its start-up messages. Fields in bytes are per rank."""
 
     rank: int
     node_id: str
@@ -37,39 +39,25 @@ class RankInfo:
 
     @classmethod
     def of(cls, hello: Hello, loaded: Loaded, ready: Ready) -> RankInfo:
-        """What a shard said on its way up, in one piece."""
-        return cls(
-            rank=hello.rank,
-            node_id=hello.node_id,
-            hostname=hello.hostname,
-            pid=hello.pid,
-            device=loaded.device,
-            dtype=loaded.dtype,
-            kv_heads=loaded.kv_heads,
-            weight_bytes=loaded.weight_bytes,
-            page_bytes=loaded.page_bytes,
-            max_pages=loaded.max_pages,
-            cache_bytes=ready.cache_bytes,
-            metadata_bytes=ready.metadata_bytes,
-            evict_window=loaded.evict_window,
-            copy_on_fork=loaded.copy_on_fork,
-        )
+        """Combine a shard's start-up messages."""
+        known = msgspec.structs.asdict(hello) | msgspec.structs.asdict(loaded) | msgspec.structs.asdict(ready)
+        return cls(**{field.name: known[field.name] for field in dataclasses.fields(cls)})
 
 
 class ShardFailure(RuntimeError):
-    """A shard failed, died, or did not answer in time; its group can only be rebuilt or stopped.
+    """A shard failed, died, or did not answer in time. The group must then be rebuilt or stopped.
 
     Attributes:
-        ranks: the ranks at the root of it, ascending; empty where no rank was reached at all.
+        ranks: the ranks that caused it, ascending; empty if no rank was reached.
         cause: what happened, for the user: rank, node, process and error.
-        traceback: the shard's own traceback, where it could still send one.
-        detect_s: seconds since the last sign of life of these ranks: when it was noticed, it was no older than that.
+        traceback: the shard's own traceback, if it could send one.
+        detect_s: seconds from these ranks' last message to the detection: an upper bound of the detection time.
     """
 
     detect_s: float = 0.0
 
     def __init__(self, ranks: Sequence[int], cause: str, traceback: str = "") -> None:
-        super().__init__(tuple(ranks), cause, traceback)  # the constructor's own arguments: so it can be pickled
+        super().__init__(tuple(ranks), cause, traceback)  # the constructor's own arguments, so pickling works
         self.ranks = tuple(ranks)
         self.cause = cause
         self.traceback = traceback
@@ -79,14 +67,14 @@ class ShardFailure(RuntimeError):
 
 
 class ShardGroup(ABC):
-    """The ranks, from one generation to the next: start, then send and collect, rebuild after a failure, then stop.
+    """The ranks of one engine over all generations: `start`, then `send` and `collect`; `rebuild` after a failure; `stop`.
 
-    Plans may be sent before the results of earlier ones are collected; ranks run them in order. One thread at a time calls it;
-    only `cancel` may be called beside another verb.
+    Plans may be sent before the results of earlier ones are collected; ranks run them in order. Only one thread at a time may
+    call it, except for `cancel`.
 
     Attributes:
         world_size: number of ranks.
-        generation: counts the rebuilds of the group; rendezvous keys and hellos carry it.
+        generation: number of rebuilds so far; rendezvous keys and `Hello`s carry it.
         ranks: one `RankInfo` per rank, in rank order; empty until `start` has returned.
     """
 
@@ -97,13 +85,8 @@ class ShardGroup(ABC):
 
     @property
     def num_pages(self) -> int:
-        """Pages that every rank has allocated, the null page included: the smallest of the ranks' `max_pages`."""
+        """Pages allocated on every rank, the null page included: the smallest `max_pages` of the ranks."""
         return min(info.max_pages for info in self.ranks)
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page over all layers of one rank, metadata included: the largest of the ranks'."""
-        return max(info.page_bytes for info in self.ranks)
 
     @property
     def evict_window(self) -> tuple[int, int] | None:
@@ -117,28 +100,28 @@ class ShardGroup(ABC):
 
     @property
     def queues_plans(self) -> bool:
-        """Whether ranks go on with a plan that was sent while the Driver does other things. Known once they have started."""
+        """Whether ranks run a plan while the Driver does other work. Valid after `start`."""
         return True
 
     @abstractmethod
     def start(self, deadline: float | None = None) -> list[RankInfo]:
-        """Bring every rank up, weights loaded, cache allocated, warm; the ranks, in rank order.
+        """Start every rank: load weights, allocate the cache, warm up. Returns the ranks in rank order.
 
         Args:
-            deadline: when they must be ready (`time.monotonic`); None: `startup_timeout_s` from now.
+            deadline: when all must be ready (`time.monotonic`); None: `startup_timeout_s` from now.
 
         Raises:
-            ValueError: the ranks cannot be placed, or their versions, weights or methods differ. The group is stopped.
+            ValueError: the ranks cannot be placed, or differ in versions, weights or methods. The group is stopped.
             ShardFailure: a rank failed, died or was not ready in time.
         """
 
     @abstractmethod
     def rebuild(self, deadline: float | None = None) -> list[RankInfo]:
-        """After a ShardFailure: bring every rank up as the next generation; nothing is left of what the caches held.
+        """After a ShardFailure: start the next generation, with empty caches.
 
-        Ranks that failed are ended and replaced; others stay, with their weights, where the collectives' backend allows it.
-        Plans that were sent and not collected are forgotten. Arguments and errors: as `start`; but what a single rank refuses
-        in a rebuild is a ShardFailure, since it has been right before.
+        Failed ranks are replaced. The others keep their process and weights if the collectives' backend allows it. Plans sent
+        and not collected are dropped. Arguments and errors: as `start`, except that an error of a single rank's own is a
+        ShardFailure here, since the same configuration has worked before.
         """
 
     @abstractmethod
@@ -146,7 +129,7 @@ class ShardGroup(ABC):
         """Send one plan to every rank.
 
         Raises:
-            ShardFailure: a rank has gone.
+            ShardFailure: a rank is lost.
         """
 
     @abstractmethod
@@ -159,16 +142,16 @@ class ShardGroup(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Between steps: is every rank still there? Costs no message.
+        """Check between steps that every rank is alive. Sends no message.
 
         Raises:
-            ShardFailure: a rank has gone.
+            ShardFailure: a rank is lost.
         """
 
     @abstractmethod
     def cancel(self) -> None:
-        """From any thread: whatever verb waits for ranks, now or later, raises ShardFailure soon. `stop` does not wait."""
+        """Make any call that waits for ranks, now or later, raise ShardFailure soon. May be called from any thread."""
 
     @abstractmethod
     def stop(self) -> None:
-        """End every rank, by force if need be; leaves no process and no socket behind. Harmless when called again."""
+        """End every rank, killing it if necessary; leaves no process and no socket behind. May be called again."""

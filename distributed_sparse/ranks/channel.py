@@ -1,7 +1,7 @@
-"""Channel: an authenticated TCP connection that carries messages between the Driver and one shard.
+"""Channel: an authenticated TCP connection for messages between the Driver and one shard.
 
-Framing and HMAC handshake are those of the standard library's `multiprocessing.connection`; only `send_bytes` and
-`recv_bytes` are used, so nothing that arrives is ever unpickled.
+Framing and HMAC handshake are those of the standard library's `multiprocessing.connection`. Only `send_bytes` and
+`recv_bytes` are used, so received data is never unpickled.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 5.0
 SEND_TIMEOUT_S = 30.0
 STALL_TIMEOUT_S = 10.0
-"""How long the rest of a message may pause once its first byte has come."""
+"""Receive timeout within a message, after its first byte."""
 MAX_HANDSHAKES = 128
-"""Peers in the middle of their handshake; a newer one takes the place of the oldest."""
+"""Maximum number of concurrent handshakes; beyond it the oldest one is dropped."""
 ACCEPT_POLL_S = 0.02
 
 # a wrong digest is an AuthenticationError, a wrong greeting an AssertionError (3.11), a stalled peer a BlockingIOError
@@ -38,19 +38,19 @@ HANDSHAKE_ERRORS = (AuthenticationError, AssertionError, EOFError, OSError, Valu
 
 
 class ChannelClosed(ConnectionError):
-    """The peer has gone, or the channel was closed on this side."""
+    """The peer has disconnected, or the channel was closed on this side."""
 
 
 class ChannelTimeout(TimeoutError):
-    """Nothing came, or nothing could be sent, in the time allowed."""
+    """Nothing could be received, or sent, in the time allowed."""
 
 
 class Channel:
-    """Messages over one connection. Threads may send while another receives.
+    """Messages over one connection. Several threads may send while another one receives.
 
     Args:
-        connected: a connected, blocking TCP socket that has passed the handshake; the channel owns it.
-        decode: turns a received frame into a message: `messages.decode_from_shard` or `messages.decode_to_shard`.
+        connected: a connected, blocking TCP socket after its handshake; the channel owns it.
+        decode: decodes a received frame: `messages.decode_from_shard` or `messages.decode_to_shard`.
     """
 
     def __init__(self, connected: socket.socket, decode: Callable[[bytes], Any]) -> None:
@@ -62,7 +62,7 @@ class Channel:
         self._sending = threading.Lock()
 
     def fileno(self) -> int:
-        """For `select`: readable means that `receive` will not wait for a first byte."""
+        """For `select`: if it is readable, `receive` does not wait for a first byte."""
         return self._connection.fileno()
 
     @property
@@ -73,35 +73,35 @@ class Channel:
         """Send one message.
 
         Raises:
-            ChannelClosed: the peer has gone.
-            ChannelTimeout: the peer took nothing for 30 s; the channel is closed, since half a message is on its way.
+            ChannelClosed: the peer has disconnected.
+            ChannelTimeout: the peer read nothing for 30 s; the channel is closed, since a message was sent in part.
         """
         self.send_bytes(messages.encode(message))
 
     def send_bytes(self, frame: bytes) -> None:
-        """Send one message that is encoded already. Errors: as `send`."""
+        """Send an encoded message. Errors: as `send`."""
         try:
             with self._sending:
                 self._connection.send_bytes(frame)
         except BlockingIOError:
             self.close()
-            raise ChannelTimeout(f"the peer took no bytes for {SEND_TIMEOUT_S:g} s") from None
+            raise ChannelTimeout(f"the peer read no bytes for {SEND_TIMEOUT_S:g} s") from None
         except OSError as error:
             self.close()
             raise ChannelClosed(f"the connection was lost while sending ({error})") from None
 
     def poll(self, timeout: float | None = 0.0) -> bool:
-        """Whether `receive` would not wait for a first byte; waits for one up to `timeout` seconds (None: for ever)."""
+        """Wait up to `timeout` seconds (None: forever) for data; return whether there is any."""
         return bool(self._poll.poll(None if timeout is None else max(timeout, 0.0) * 1e3))
 
     def receive(self, timeout: float | None = None) -> Any:
-        """The next message. `timeout`: seconds to wait for its first byte; None waits for ever.
+        """The next message. `timeout`: seconds to wait for its first byte; None: no limit.
 
         Raises:
-            ChannelClosed: end of file, a reset, or bytes that are no message.
-            ChannelTimeout: nothing came (the channel stays usable), or a message stopped half way (it is closed).
+            ChannelClosed: end of file, a reset, or bytes that cannot be decoded.
+            ChannelTimeout: nothing was received (the channel stays usable), or a message stopped half way (it is closed).
         """
-        # the socket's own time-out is for the rest of a message; how long to wait for its first byte, `timeout` says
+        # the socket's own timeout applies within a message; `timeout` applies until the first byte
         if not self.poll(timeout):
             raise ChannelTimeout(f"no message in {timeout:g} s")
         try:
@@ -116,23 +116,23 @@ class Channel:
             return self._decode(frame)
         except msgspec.MsgspecError as error:
             self.close()
-            raise ChannelClosed(f"the peer sent {len(frame)} bytes that are no message ({error})") from None
+            raise ChannelClosed(f"the peer sent {len(frame)} bytes that are not a valid message ({error})") from None
 
     def close(self) -> None:
-        """Close both directions; a peer that waits sees end of file. Harmless when called again."""
+        """Close both directions; a waiting peer reads end of file. May be called again."""
         _shut_down(self._socket)
         self._connection.close()
 
 
 class Listener:
-    """Accepts authenticated peers on a port of its own while wrong and silent ones are turned away.
+    """Accepts authenticated peers on a new port; drops unauthenticated and silent ones.
 
-    Each handshake runs in its own thread and has its own deadline, so a silent peer keeps nobody waiting.
+    Each handshake runs in its own thread with its own deadline, so a silent peer delays nobody.
 
     Args:
-        host: the address to listen on, and on no other.
-        secret: what both sides must know.
-        decode: given to every accepted `Channel`.
+        host: the only address to listen on.
+        secret: the shared key of the HMAC handshake.
+        decode: passed to every accepted `Channel`.
         handshake_timeout: seconds that one peer has for the whole handshake.
     """
 
@@ -155,7 +155,7 @@ class Listener:
         self.address: tuple[str, int] = self._server.getsockname()[:2]
 
     def accept(self, timeout: float) -> Channel | None:
-        """The next peer that has proved itself, or None after `timeout` seconds."""
+        """The next authenticated peer, or None after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -170,7 +170,7 @@ class Listener:
                 self._begin_handshake()
 
     def close(self) -> None:
-        """Close the port, the handshakes under way, and the channels that nobody has taken. Harmless when called again."""
+        """Close the port, pending handshakes, and channels not yet returned by `accept`. May be called again."""
         with self._lock:
             self._closed = True
             pending = list(self._handshakes)
@@ -187,7 +187,7 @@ class Listener:
         try:
             peer, address = self._server.accept()
         except OSError:
-            return  # the peer has gone again
+            return  # the peer has disconnected
         with self._lock:
             oldest = next(iter(self._handshakes)) if len(self._handshakes) >= MAX_HANDSHAKES else None
             self._handshakes[peer] = time.monotonic() + self._handshake_timeout
@@ -196,7 +196,7 @@ class Listener:
         threading.Thread(target=self._handshake, args=(peer, address), name="handshake", daemon=True).start()
 
     def _end_overdue_handshakes(self) -> None:
-        """A peer that trickles single bytes never meets the socket's time-out, so the whole has a deadline, too."""
+        """A peer that sends single bytes slowly never hits the socket timeout, so the whole handshake has a deadline."""
         now = time.monotonic()
         with self._lock:
             overdue = [peer for peer, deadline in self._handshakes.items() if deadline < now]
@@ -225,11 +225,11 @@ def connect(
     timeout: float,
     decode: Callable[[bytes], Any] = messages.decode_to_shard,
 ) -> Channel:
-    """Connect to a `Listener` and prove that `secret` is known. `timeout`: seconds for it all.
+    """Connect to a `Listener` and authenticate with `secret`. `timeout`: seconds for both together.
 
     Raises:
-        ChannelTimeout: nobody listens there, or the handshake took too long.
-        ChannelClosed: the other side refused the secret, or does not know it.
+        ChannelTimeout: no connection, or the handshake took too long.
+        ChannelClosed: the connection was refused, or one side's secret is wrong.
     """
     where = f"{address[0]}:{address[1]}"
     deadline = time.monotonic() + timeout
@@ -253,10 +253,10 @@ def connect(
 def _authenticated(
     peer: socket.socket, secret: bytes, decode: Callable[[bytes], Any], timeout: float, *, server: bool
 ) -> Channel:
-    """Both sides prove that they know the secret; then the channel's own options are set. The caller closes on error."""
+    """Run the mutual handshake, then set the channel's socket options. The caller closes `peer` on error."""
     peer.setblocking(True)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # a node that vanishes sends no end of file: without this an idle shard would wait for its Driver for ever
+    # a lost node sends no end of file: without keepalive an idle shard would wait for its Driver forever
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, option):
@@ -274,15 +274,15 @@ def _authenticated(
 
 
 def _set_timeouts(peer: socket.socket, receive_s: float, send_s: float) -> None:
-    """The kernel's own time-outs: `settimeout` would make the descriptor non-blocking, which `Connection` cannot use."""
+    """Set the kernel's timeouts: `settimeout` would make the descriptor non-blocking, which `Connection` cannot use."""
     for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
-        microseconds = max(int(seconds * 1e6), 1)  # zero would mean: wait for ever
+        microseconds = max(int(seconds * 1e6), 1)  # zero means no timeout
         peer.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", *divmod(microseconds, 1_000_000)))
 
 
 def _shut_down(peer: socket.socket, close: bool = True) -> None:
-    """Wakes whoever reads or writes; `close=False` leaves the descriptor to the thread that still uses it."""
-    with contextlib.suppress(OSError):  # it may not be connected any more
+    """Wake threads that read or write; `close=False` leaves the descriptor open for the thread that still uses it."""
+    with contextlib.suppress(OSError):  # it may be disconnected already
         peer.shutdown(socket.SHUT_RDWR)
     if close:
         peer.close()

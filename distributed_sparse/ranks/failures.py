@@ -1,4 +1,4 @@
-"""failures: what is told of ranks that failed, refused to start, or differ from the others."""
+"""failures: error messages about ranks that failed, refused to start, or differ from each other."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from distributed_sparse.protocol.step import Failed, Hello, Loaded
 from distributed_sparse.ranks.base import ShardFailure
 
 
-def describe(news: Mapping[int, str | Failed], hellos: dict[int, Hello]) -> ShardFailure:
-    """One failure out of what is known of each rank that has failed.
+def describe(reasons: Mapping[int, str | Failed], hellos: dict[int, Hello]) -> ShardFailure:
+    """Combine what is known about each failed rank into one ShardFailure.
 
-    A rank that only saw a collective break off has not caused anything as long as another rank has.
+    A rank whose collective merely broke off is not a cause, unless no other rank has failed.
     """
 
     def consequence(what: str | Failed) -> bool:
         return isinstance(what, Failed) and what.waits
 
-    root = {rank: what for rank, what in sorted(news.items()) if not consequence(what)} or dict(sorted(news.items()))
+    root = {rank: what for rank, what in sorted(reasons.items()) if not consequence(what)} or dict(sorted(reasons.items()))
     texts, traceback = [], ""
     for rank, what in root.items():
         if isinstance(what, Failed):
@@ -29,11 +29,11 @@ def describe(news: Mapping[int, str | Failed], hellos: dict[int, Hello]) -> Shar
 
 
 def refusal_of(
-    failure: ShardFailure, news: Mapping[int, str | Failed], world_size: int, hellos: dict[int, Hello]
+    failure: ShardFailure, reasons: Mapping[int, str | Failed], world_size: int, hellos: dict[int, Hello]
 ) -> ValueError | None:
-    """Where shards refused to start with ValueErrors, which the user can mend: the first of them as one."""
+    """If all failed ranks raised ValueErrors, which the user can fix, the first as a ValueError; else None."""
     prefix = "ValueError: "
-    errors = {rank: what.error for rank in failure.ranks if isinstance(what := news.get(rank), Failed)}
+    errors = {rank: what.error for rank in failure.ranks if isinstance(what := reasons.get(rank), Failed)}
     if not errors or len(errors) < len(failure.ranks) or not all(error.startswith(prefix) for error in errors.values()):
         return None
     rank, error = next(iter(errors.items()))
@@ -43,13 +43,13 @@ def refusal_of(
 
 
 def place(rank: int, hellos: dict[int, Hello]) -> str:
-    """A rank, its node and its process, for the user."""
+    """A rank with its node, host and pid, for messages."""
     hello = hellos.get(rank)
     return f"rank {rank} (node {hello.node_id}, host {hello.hostname}, pid {hello.pid})" if hello else f"rank {rank}"
 
 
 def refuse_unequal(hellos: dict[int, Hello]) -> None:
-    """Ranks must run the same versions on the same weights.
+    """Check that all ranks have the same package versions and weights.
 
     Raises:
         ValueError: names two ranks that differ, and both values.
@@ -71,7 +71,7 @@ def refuse_unequal(hellos: dict[int, Hello]) -> None:
 
 
 def refuse_unequal_methods(loaded: list[Loaded], hellos: dict[int, Hello]) -> None:
-    """One allocator serves all ranks: their methods must agree on which pages are freed and shared.
+    """Check that the ranks' methods agree on which pages are freed and shared, since one allocator serves all ranks.
 
     Raises:
         ValueError: names two ranks that differ, and both values.

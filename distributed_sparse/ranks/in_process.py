@@ -1,4 +1,4 @@
-"""InProcessGroup: one rank in the Driver's own process, without Ray and without a socket."""
+"""InProcessGroup: a single rank in the Driver's process, without Ray and without sockets."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 class InProcessGroup(ShardGroup):
-    """The same verbs as any group; the work is done inside them, so a timeout cannot be kept here, and `cancel` must wait.
+    """A ShardGroup of one rank. Calls run in the Driver's thread, so timeouts and `cancel` have no effect.
 
-    A GPU works beside the Driver: a plan is begun when it is sent. A CPU cannot: it computes when its results are collected,
-    and to have sent the next plan by then would only delay them.
+    A GPU runs asynchronously: a plan is started by `send`. A CPU computes a plan in `collect`, and sending the next plan
+    ahead would only delay results, so `queues_plans` is False there.
 
     Args:
         config: the engine's; `tensor_parallel_size` must be 1.
@@ -56,7 +56,7 @@ class InProcessGroup(ShardGroup):
             ready = self._shard.allocate(loaded.max_pages)
         except ValueError:
             self.stop()
-            raise  # the user's to mend, and said in the shard's own words
+            raise  # for the user to fix; the message is the shard's own
         except Exception as error:
             self._failure = self._failed("could not start", error)
             raise self._failure from error.with_traceback(None)  # its frames would keep the shard's memory
@@ -68,12 +68,12 @@ class InProcessGroup(ShardGroup):
         return self.ranks[0].device != "cpu"
 
     def rebuild(self, deadline: float | None = None) -> list[RankInfo]:
-        self.stop()  # the memory first: there may not be enough for two
+        self.stop()  # free the memory first: there may not be enough for two
         self._failure = None
         self.generation += 1
         try:
             return self.start(deadline)
-        except ValueError as error:  # it was right before
+        except ValueError as error:  # the same configuration worked before
             self._failure = self._failed("could not start again", error)
             raise self._failure from error.with_traceback(None)
 

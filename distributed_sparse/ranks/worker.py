@@ -1,8 +1,7 @@
-"""serve: the life of one shard: say hello, join, load, allocate, then a result for every plan, in order, until told to stop.
+"""worker: the loop of one rank: start-up messages, then one result per step plan in order, until `Stop`.
 
-When another rank fails it keeps its weights, says hello to the next generation, and goes on.
-
-Needs no Ray: an actor runs it, and so does any process.
+After another rank's failure the process keeps its weights and rejoins as the next generation. Does not need Ray: an actor runs
+it, and any other process can.
 """
 
 from __future__ import annotations
@@ -50,27 +49,27 @@ M = TypeVar("M")
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
-"""A shard says that it is alive this often."""
+"""Interval of `Alive` messages."""
 MAX_PENDING = 2
-"""Steps queued on the device before the first one's result is waited for."""
+"""Maximum number of steps queued on the device; beyond it the worker waits for the oldest result."""
 RESULT_POLL_S = 1e-4
-"""How often a shard whose device is at work looks whether it is done, while it also listens for the next plan."""
+"""Polling interval for finished steps and new plans while the device is busy."""
 
 
 class ShardInterface(Protocol):
-    """What `serve` asks of a shard, in the order in which it asks."""
+    """The calls that `Worker` makes, in this order."""
 
     def load(self) -> Loaded:
-        """Weights in place; how many pages would fit."""
+        """Load the weights; return how many pages fit."""
 
     def allocate(self, num_pages: int) -> Ready:
-        """Cache allocated, warm-up done. Called again in every generation, for nothing to be left of the last one's counts."""
+        """Allocate the cache and warm up. Called once per generation; must reset all counters."""
 
     def begin(self, plan: StepPlan) -> PendingStep:
-        """One step, queued behind those begun before it; computed where it cannot be queued."""
+        """Queue a step behind earlier ones; compute it at once if the device has no queue."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all resources."""
 
 
 ShardFactory = Callable[["EngineConfig", int, int, "Collectives"], ShardInterface]
@@ -79,30 +78,30 @@ ShardFactory = Callable[["EngineConfig", int, int, "Collectives"], ShardInterfac
 
 @dataclasses.dataclass(frozen=True)
 class ShardArguments:
-    """What one rank is told when it is spawned; picklable."""
+    """Arguments of `run_shard` for one rank; picklable."""
 
     config: EngineConfig
     rank: int
     world_size: int
     generation: int
     address: tuple[str, int]
-    """Where the Driver listens."""
+    """Address that the Driver listens on."""
     secret: bytes
     store_address: tuple[str, int]
-    """Where the ranks meet: the Driver's TCPStore."""
+    """Address of the Driver's TCPStore, for the ranks' rendezvous."""
     node_ip: str
     node_id: str
     num_threads: int
-    """torch threads: the node's cores shared among the ranks on it."""
+    """torch threads: the node's cores divided by the ranks on it."""
     shard_factory: ShardFactory | None = None
     """None: `Shard` itself."""
 
 
 def run_shard(arguments: ShardArguments) -> None:
-    """The whole life of a shard. Returns after `Stop`, or when the Driver has gone.
+    """Run a shard until `Stop`, or until the Driver's connection closes.
 
     Raises:
-        Exception: whatever ended the shard; the Driver has been told before.
+        Exception: the error that ended the shard; it has been sent to the Driver.
     """
     with contextlib.ExitStack() as opened:
         channel = connect(arguments.address, arguments.secret, arguments.config.startup_timeout_s)
@@ -117,16 +116,16 @@ def run_shard(arguments: ShardArguments) -> None:
                 if answer is not None:
                     channel.send(answer)
         except ChannelClosed as error:
-            logger.warning("rank %d ends: the driver has gone (%s)", arguments.rank, error)
+            logger.warning("rank %d ends: the connection to the driver closed (%s)", arguments.rank, error)
         except BaseException as error:
-            # told before anything is closed, which takes a while
+            # sent before closing anything, which takes a while
             with contextlib.suppress(OSError):
                 channel.send(failed(arguments.rank, error))
             raise
 
 
 def next_message(channel: Channel, worker: Worker) -> ToShard:
-    """The next word of the Driver; until it comes, and before too much is queued, results go out as they get ready."""
+    """Wait for the Driver's next message. Meanwhile send results as they get ready; at MAX_PENDING steps, send one first."""
     while worker.pending:
         if worker.pending[0].ready or len(worker.pending) == MAX_PENDING:
             channel.send(worker.finish_step())
@@ -139,11 +138,11 @@ def next_message(channel: Channel, worker: Worker) -> ToShard:
 
 @contextlib.contextmanager
 def heartbeat(channel: Channel, rank: int) -> Iterator[None]:
-    """Say `Alive` every `HEARTBEAT_S` from a thread of its own, as long as the block runs."""
+    """Send `Alive` every `HEARTBEAT_S` from a separate thread while the block runs."""
     ended = threading.Event()
 
     def beat() -> None:
-        with contextlib.suppress(OSError):  # the Driver has gone: the thread that receives finds out, too
+        with contextlib.suppress(OSError):  # connection lost: the receiving thread notices, too
             while not ended.wait(HEARTBEAT_S):
                 channel.send(Alive(rank))
 
@@ -157,10 +156,10 @@ def heartbeat(channel: Channel, rank: int) -> Iterator[None]:
 
 
 class Worker:
-    """A shard and its collectives, from one generation to the next; `answer` does what one message asks for.
+    """A shard and its collectives over all generations; `answer` handles one message.
 
     Attributes:
-        pending: steps begun whose results have not been sent, the oldest first.
+        pending: steps begun whose results have not been sent, oldest first.
     """
 
     def __init__(self, arguments: ShardArguments) -> None:
@@ -174,34 +173,35 @@ class Worker:
 
     @functools.cached_property
     def _introduction(self) -> Hello:
-        # torch is imported before the hello: between `Join` and the meeting, others wait where nothing can wake them
+        # torch is imported before `Hello` is sent: after `Join` the other ranks block in the rendezvous, uninterruptibly
         self._collectives = self._collectives or make_collectives(self._arguments)
         return introduction(self._arguments)
 
     @property
     def hello(self) -> Hello:
-        """The first word in this generation."""
+        """The first message of this generation."""
         return msgspec.structs.replace(self._introduction, generation=self._generation)
 
     def answer(self, message: StepPlan | Join | AllocateCache | Regroup) -> Message | None:
-        """What to send back at once; None for a plan: it is `pending`, or its group has broken, and it is forgotten.
+        """Handle a message and return the answer. None for a plan: it is added to `pending`, or dropped if the group is broken.
 
-        A collective that breaks off is another rank's failure: this one keeps its weights, and waits to be regrouped.
+        If a collective breaks off, another rank has failed: this one returns `Failed` with `waits`, keeps its weights, and
+        expects `Regroup`.
 
         Raises:
-            Exception: whatever the shard raised; it cannot go on.
+            Exception: the shard's own error; the shard cannot go on.
         """
         return self._or_broken(lambda: self._do(message))
 
     def finish_step(self) -> Message:
-        """The result of the oldest pending step. Raises as `answer`."""
+        """Wait for the oldest pending step's result. Raises as `answer`."""
         step = self.pending.popleft()
         return self._or_broken(step.result)
 
     def _do(self, message: StepPlan | Join | AllocateCache | Regroup) -> Message | None:
         if isinstance(message, StepPlan):
             assert self._shard is not None
-            if not self._broken:  # else it was sent before the Driver knew
+            if not self._broken:  # else the Driver sent it before it knew of the failure
                 self.pending.append(self._shard.begin(message))
             return None
         if isinstance(message, Join):
@@ -225,7 +225,7 @@ class Worker:
             self._broken = True
             self.pending.clear()
             if self._collectives is not None:
-                self._collectives.close()  # ranks that wait for this one in turn find out now
+                self._collectives.close()  # so that ranks blocked on this one fail at once, too
             return failed(self._arguments.rank, error, waits=True)
 
     def _join(self) -> Loaded:
@@ -240,7 +240,7 @@ class Worker:
         return self._loaded
 
     def close(self) -> None:
-        """Give back what the shard and the collectives hold."""
+        """Release the shard and the collectives."""
         if self._shard is not None:
             self._shard.close()
         if self._collectives is not None:
@@ -248,12 +248,12 @@ class Worker:
 
 
 def failed(rank: int, error: BaseException, waits: bool = False) -> Failed:
-    """What a shard tells of an exception."""
+    """The message that reports an exception."""
     return Failed(rank, f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)), waits)
 
 
 def introduction(arguments: ShardArguments) -> Hello:
-    """The first word of a rank: who and where it is, and what it would compute with."""
+    """A rank's `Hello`: its place, package versions and weights fingerprint."""
     from distributed_sparse.model.checkpoint import resolve_checkpoint, weights_fingerprint
 
     config = arguments.config
@@ -269,7 +269,7 @@ def introduction(arguments: ShardArguments) -> Hello:
 
 
 def make_collectives(arguments: ShardArguments) -> Collectives:
-    """Set this process's threads and device; then what it will meet the other ranks with."""
+    """Set this process's torch threads and device; return its collectives, not connected to the other ranks yet."""
     import torch
     import torch.distributed as dist
 
@@ -281,7 +281,7 @@ def make_collectives(arguments: ShardArguments) -> Collectives:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        torch.cuda.set_device(0)  # whoever spawned this process has shown it one GPU only
+        torch.cuda.set_device(0)  # the process sees exactly one GPU
     if arguments.world_size == 1:
         return Collectives()
     host, port = arguments.store_address
@@ -298,7 +298,7 @@ def make_collectives(arguments: ShardArguments) -> Collectives:
 def make_shard(
     config: EngineConfig, rank: int, world_size: int, collectives: Collectives, factory: ShardFactory | None
 ) -> ShardInterface:
-    """The shard of one rank: `factory`'s, or a `Shard`."""
+    """Make one rank's shard with `factory`; None: a `Shard`."""
     if factory is None:
         from distributed_sparse.shard.shard import Shard
 

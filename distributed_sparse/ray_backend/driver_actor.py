@@ -1,4 +1,4 @@
-"""DriverActor: the Ray actor around a DriverService, and RemoteDriver, the client's side of it."""
+"""DriverActor: the Ray actor that hosts the DriverService; RemoteDriver: the client's handle to it."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
-"""An idle stream of outputs yields an empty item this often."""
+"""Interval of the empty items that an idle output stream yields."""
 UNREAD_ITEMS = 4
-"""Items of a stream that may lie unread; then it pauses, the client counts as silent, and the service aborts its requests."""
+"""Maximum unread items of a stream. Then the stream pauses, and the service aborts the requests of the silent client."""
 START_MARGIN_S = 60.0
-"""What making the Driver's own process may take beside the shards' start-up deadline."""
+"""Time allowed for starting the Driver's own process, on top of `startup_timeout_s`."""
 STOP_TIMEOUT_S = 30.0
-"""How long a Driver has for an orderly end before it is killed."""
+"""Time for an orderly shutdown before the Driver is killed."""
 DRIVER_DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
-"""What Ray raises when the Driver's process, or its node with what it had answered, has gone."""
+"""Errors that Ray raises if the Driver's process, or its node with the stored answers, is lost."""
 OWN_RAY_CPUS_PER_RANK = 0.01
-"""In a Ray that is the engines' own nothing else needs the CPUs, and a second engine must find room beside the first."""
+"""CPUs per rank in a Ray that this process started: nothing else needs them, and several engines must fit."""
 
 
 @ray.remote(num_cpus=0, max_restarts=0, max_concurrency=4, concurrency_groups={"outputs": 16})  # type: ignore[call-overload]
 class DriverActor:
-    """Makes the shards and the service, so that they all die with this process; every method passes on to the service."""
+    """Creates the shards and the service, so that all of them end with this process. Methods delegate to the service."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class DriverActor:
         self._started = False
 
     def start(self) -> dict[str, Any]:
-        """Called once, before all others. Not in the constructor: there Ray would hide which error it was."""
+        """Start the engine. Called once, first. Not part of the constructor, where Ray would hide the type of an error."""
         config, model_info, tokenizer_json = self._arguments
         group = RayShardGroup(config, **self._group_options)
         self._service = DriverService(config, model_info, tokenizer_json, group)
@@ -94,7 +94,7 @@ class DriverActor:
 
     @ray.method(concurrency_group="outputs")
     def outputs(self, client_id: str, cursor: int) -> Iterator[tuple[int, list[RequestUpdate]]]:
-        """A client's one stream: an item per commit, with the new outputs of all its requests, and the cursor behind them."""
+        """A client's output stream: one item per commit, with the new updates of all its requests and the next cursor."""
         while (item := self._service.next_outputs(client_id, cursor, HEARTBEAT_S)) is not None:
             cursor = item[0]
             yield item
@@ -106,14 +106,14 @@ class DriverActor:
         return self._service.health()
 
     def shutdown(self) -> None:
-        """An orderly end; a Driver that is still starting is killed instead."""
+        """Shut down in order. While the engine is still starting this does nothing, and the caller kills the actor."""
         if self._started:
             self._service.shutdown()
             self._exporter.close()
 
 
 class RemoteDriver:
-    """A DriverService behind an actor: the same methods, from any thread. Made by `connect_driver`."""
+    """A handle with the methods of DriverService, which runs in an actor. Thread-safe. Made by `connect_driver`."""
 
     def __init__(self, session: RaySession, actor: Any, name: str) -> None:
         self._origin = Origin()
@@ -126,16 +126,16 @@ class RemoteDriver:
         self._closed = False
         self._clearing = threading.Lock()
         self._cleared = False
-        # before Ray's own end, since it is registered after it: a call that comes later, from a thread that still waits for
+        # registered after Ray's own exit handler, so it runs before it: a later call, from a thread that still waits for
         # outputs, would start a new Ray
         atexit.register(self.shutdown)
 
     def start(self, timeout: float) -> dict[str, Any]:
-        """Bring the shards up.
+        """Start the shards.
 
         Raises:
-            ValueError: a setting, the checkpoint or the cluster does not allow it.
-            ShardFailure: a shard, or the Driver, did not come up.
+            ValueError: a setting, the checkpoint or the cluster is invalid.
+            ShardFailure: a shard, or the Driver, did not start.
         """
         return self._ask("start", timeout=timeout)
 
@@ -146,7 +146,7 @@ class RemoteDriver:
         self._ask("abort", client_id, request_ids)
 
     def next_outputs(self, client_id: str, cursor: int, timeout: float) -> tuple[int, list[RequestUpdate]] | None:
-        """As `DriverService.next_outputs`, over the client's stream; `cursor` counts where the stream begins."""
+        """As `DriverService.next_outputs`, over the client's stream. `cursor` only matters when the stream is opened."""
         with self._counted() as allowed:
             if not allowed:
                 return None
@@ -176,9 +176,9 @@ class RemoteDriver:
             return False
 
     def shutdown(self) -> None:
-        """End the service, its actors and its placement group, by force if need be.
+        """End the service, its actors and its placement group, killing them if necessary.
 
-        Harmless when called again, and in a forked child.
+        May be called again; does nothing in a forked child.
         """
         if not self._origin.is_here:
             return
@@ -187,11 +187,11 @@ class RemoteDriver:
                 return
             self._closed = True
         atexit.unregister(self.shutdown)
-        # where the process has closed its connection everything is gone, and a call would start a new Ray
+        # if the process has closed its Ray connection, everything has ended, and a call would start a new Ray
         if ray.is_initialized():
             with contextlib.suppress(RayError):
                 ray.get(self._actor.shutdown.remote(), timeout=STOP_TIMEOUT_S)
-            self._clear_away()
+            self._clean_up()
             with self._idle:
                 self._idle.wait_for(lambda: self._calls == 0, timeout=STOP_TIMEOUT_S)
         self._session.release()
@@ -206,28 +206,28 @@ class RemoteDriver:
                 raise self._translated(error) from None
 
     def _translated(self, error: RayError) -> Exception:
-        """Ray's error as the engine's own; where it says that the Driver has died, what that left behind is cleared away."""
+        """Convert Ray's error to the engine's own (see `translated`). If the Driver has died, clean up after it."""
         if isinstance(error, DRIVER_DEATHS):
-            self._clear_away()
+            self._clean_up()
         return translated(error)
 
-    def _clear_away(self) -> None:
-        """End the Driver's process, if there still is one, and remove its placement group, which Ray would keep for us.
+    def _clean_up(self) -> None:
+        """Kill the Driver's process, if it still runs, and remove its placement group, which Ray would keep.
 
-        Ray and the end of their sockets end the shards. Harmless when called again, or from two threads.
+        The shards end through Ray and through their closed sockets. May be called again, also from two threads.
         """
         with self._clearing:
             if not self._cleared:
                 ray.kill(self._actor)
-                with contextlib.suppress(ValueError):  # the Driver has removed it already, or never made it
+                with contextlib.suppress(ValueError):  # the Driver has removed it already, or not made it yet
                     remove(ray.util.get_placement_group(self._name))
                 self._cleared = True
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[bool]:
-        """Counts calls in flight, so that Ray is not closed under one; whether calls are still allowed.
+        """Count a call in flight, so that Ray is not closed under it; yields whether calls are allowed.
 
-        Not where the process has closed its connection, either: a call would start a new Ray.
+        They are not after `shutdown`, nor after the process has closed its Ray connection: a call would start a new Ray.
         """
         with self._idle:
             allowed = not self._closed and ray.is_initialized()
@@ -246,13 +246,13 @@ def connect_driver(
     tokenizer_json: str | None,
     shard_factory: ShardFactory | None = None,
 ) -> RemoteDriver:
-    """A started Driver with its shards, on the Ray that `ensure_ray` finds or starts.
+    """Start a Driver and its shards on the Ray that `ensure_ray` finds or starts.
 
-    Neither outlives this process: nothing is detached.
+    Both end with this process, since no actor is detached.
 
     Raises:
-        ValueError: a setting, the checkpoint or the cluster does not allow it.
-        ShardFailure: a shard, or the Driver, did not come up.
+        ValueError: a setting, the checkpoint or the cluster is invalid.
+        ShardFailure: a shard, or the Driver, did not start.
     """
     session = ensure_ray(config.tensor_parallel_size)
     client = ClientPlacement.of_this_process()
@@ -261,7 +261,7 @@ def connect_driver(
     name = f"{re.sub(r'[^A-Za-z0-9._-]', '-', Path(config.model).name)}-{uuid.uuid4().hex[:12]}"
     driver: RemoteDriver | None = None
     try:
-        # beside its client, for which it needs no room: softly, or without a word, Ray puts an actor of no CPUs on any node
+        # on the client's node; without a hard affinity Ray may put an actor with num_cpus=0 on any node
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = DriverActor.options(name=f"{name}-driver", scheduling_strategy=here).remote(  # type: ignore[attr-defined]
             config,
@@ -283,7 +283,7 @@ def connect_driver(
 
 
 def translated(error: RayError) -> Exception:
-    """Ray's error as the engine's own, where it has one for it."""
+    """Convert Ray's error to the engine's own, if there is one for it."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError | ShardFailure):
         return error.cause
     if isinstance(error, DRIVER_DEATHS):

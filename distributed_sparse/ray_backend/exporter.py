@@ -1,4 +1,4 @@
-"""MetricsExporter: hands the engine's metrics to Ray, which offers them to Prometheus on every node."""
+"""MetricsExporter: exports the engine's metrics through Ray, which serves them to Prometheus on every node."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 EXPORT_INTERVAL_S = 1.0
 MODEL_TAG = "model_name"
-"""vLLM's label for the model, on every metric."""
+"""Label of the model on every metric; vLLM's name."""
 
 
 class MetricsExporter:
-    """Owns a thread that wakes every `EXPORT_INTERVAL_S`: no step waits for it. Lives in the Driver's actor.
+    """Exports every `EXPORT_INTERVAL_S` from a thread of its own, so no step waits. Lives in the Driver's actor.
 
     Args:
-        service: whose metrics; each value is exported once.
+        service: the source of the metrics; each value is exported once.
         model: the value of the label `model_name`.
     """
 
@@ -42,13 +42,13 @@ class MetricsExporter:
             else:
                 made = self._counters[metric.name] = ray_metrics.Counter(*named, keys)
             made.set_default_tags({MODEL_TAG: model})
-        service.metrics()  # from now on it records
+        service.metrics()  # starts the recording
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Export what is left, and end."""
+        """Export the remaining values and end the thread."""
         self._ended.set()
         self._thread.join()
 

@@ -34,28 +34,28 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 POLL_S = 0.05
-"""How often Ray is asked about something that is waited for."""
+"""Polling interval for Ray's state."""
 PLACEMENT_TIMEOUT_S = 30.0
-"""How long resources that exist but are in use may take to become free when the ranks are placed for the first time."""
+"""Time to wait for resources that are in use, when the ranks are placed for the first time."""
 PATIENCE_S = 2.0
-"""How long a lost node's ranks may wait for room elsewhere before the log says so."""
+"""Time after which ranks of a lost node that find no room are logged."""
 DEATH_TIMEOUT_S = 15.0
-"""How long processes that have been killed may take to go."""
+"""Time for killed processes to disappear."""
 
 
 class RayShardGroup(RemoteShardGroup):
-    """One rank per actor, one CPU or one GPU per rank, ranks of a node next to each other.
+    """One actor and one CPU or GPU per rank, with the ranks of a node adjacent.
 
-    The placement group stays as long as the group does, and a rank stays in its bundle. When a node goes, Ray moves the
-    bundles that were on it to other nodes as soon as there is room; until then a rebuild waits.
+    The placement group lives as long as the group, and a rank keeps its bundle. If a node is lost, Ray moves its bundles to
+    other nodes as soon as they have room; until then a rebuild waits.
 
     Args:
-        config: the engine's; `device="auto"` takes GPUs where the cluster has any.
+        config: the engine's; `device="auto"` uses GPUs if the cluster has any.
         generation, shard_factory: as `RemoteShardGroup`.
-        name: the engine's: of its placement group, so that a client can remove it when the Driver has died, and, with
-            `-rank-N` behind it, of its actors.
-        cpus_per_rank: Ray CPUs of a CPU rank; a Ray that is the engine's alone need not count them.
-        client: the placement group whose bundles are used instead of a new group's; it is not removed at the end.
+        name: name of the placement group, by which a client can remove it after the Driver's death. With the suffix `-rank-N`
+            also the name of the actors.
+        cpus_per_rank: Ray CPUs per CPU rank; near 0 in a Ray that only runs engines.
+        client: use the bundles of this placement group instead of a new group. It is not removed at the end.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class RayShardGroup(RemoteShardGroup):
         self._bundle = {"GPU": 1.0} if config.device == "cuda" else {"CPU": cpus_per_rank}
         self._client = client
         self._placement = client.group if client else None
-        self._on_one_node = False  # Ray moves such a placement group only to a node that has room for all of it
+        self._on_one_node = False  # STRICT_PACK: after a node loss Ray moves the group only to a node with room for all of it
         self._bundles = list(range(self.world_size))  # in rank order
         self._actors: dict[int, Any] = {}
-        self._names: Counter[int] = Counter()  # actors that each rank has had
+        self._names: Counter[int] = Counter()  # number of actors that each rank has had
         self._places: dict[int, Place] = {}
         self._runs: dict[int, ray.ObjectRef] = {}
 
@@ -107,10 +107,10 @@ class RayShardGroup(RemoteShardGroup):
     # ---- resources
 
     def _place(self, deadline: float) -> list[int]:
-        """Reserve one bundle per rank for the first time; the bundles in order of their nodes, which they are not numbered in.
+        """Reserve one bundle per rank; return the bundles sorted by node, since Ray does not number them by node.
 
         Raises:
-            ValueError: the cluster has too little, or it stays in use.
+            ValueError: the cluster has too few resources, or they stay in use.
         """
         (resource, amount), *_ = self._bundle.items()
         nodes = [node["Resources"] for node in live_nodes()]
@@ -153,7 +153,7 @@ class RayShardGroup(RemoteShardGroup):
         )
 
     def _wait_for(self, get: Callable[[], T | None], deadline: float, complaint: Callable[[float], str]) -> T:
-        """What `get` returns once it is not None; after PLACEMENT_TIMEOUT_S a ValueError that says `complaint(seconds)`."""
+        """Poll `get` until it is not None; after PLACEMENT_TIMEOUT_S raise ValueError with `complaint(seconds)`."""
         timeout = min(PLACEMENT_TIMEOUT_S, deadline - time.monotonic())
         in_time = time.monotonic() + timeout
         while (found := get()) is None:
@@ -164,17 +164,17 @@ class RayShardGroup(RemoteShardGroup):
         return found
 
     def _await_room(self, ranks: list[int], deadline: float) -> None:
-        """Returns once every bundle has its resources, those of `ranks` perhaps on other nodes than before.
+        """Wait until every bundle has its resources; those of `ranks` may have moved to other nodes.
 
         Raises:
-            ValueError: no room for them until `deadline`.
-            ShardFailure: ranks beside `ranks` have gone meanwhile.
+            ValueError: there is no room for them before `deadline`.
+            ShardFailure: other ranks were lost meanwhile.
         """
-        began, told = time.monotonic(), False
+        began, logged = time.monotonic(), False
         while (state := self._placement_state()) != "CREATED":
-            self._raise_if_in_vain()
+            self._raise_if_cancelled_or_dead()
             if self._on_one_node or state in ("REMOVED", None):
-                # its node has gone, and with it every bundle: there is nothing to keep, and no need for one node again
+                # its node is lost, and with it every bundle: reserve new ones, without requiring a single node
                 others = {rank: "lost the resources it was placed on" for rank in self._places if rank not in ranks}
                 if others:
                     raise self._fail(others)
@@ -189,8 +189,8 @@ class RayShardGroup(RemoteShardGroup):
                     f"{demand(self.config)}, and those of a lost node found no room on another within {waited:.0f} s: "
                     f"the Ray cluster {self._unused()}; add a node or lower tensor_parallel_size"
                 )
-            if waited > PATIENCE_S and not told:
-                told = True
+            if waited > PATIENCE_S and not logged:
+                logged = True
                 logger.warning(
                     "%s, and those of a lost node have no room: the Ray cluster %s; waiting %.0f s more for a node",
                     demand(self.config), self._unused(), deadline - time.monotonic(),
@@ -218,36 +218,36 @@ class RayShardGroup(RemoteShardGroup):
     # ---- actors
 
     def _make_actors(self, ranks: list[int], deadline: float) -> None:
-        """An actor for each of `ranks` in its bundle, and where it has come to live.
+        """Make an actor for each of `ranks` in its bundle, and record its place.
 
-        One that goes down with its node is made again: until Ray has noticed that a node is gone, it goes on placing there.
+        An actor lost with its node is made again: until Ray notices that a node is lost, it keeps placing actors there.
         """
         while missing := [rank for rank in ranks if rank not in self._places]:
             self._await_room(missing, deadline)
             nodes = placement_group_table(self._placement)["bundles_to_node_id"]
             for rank in missing:
                 self._actors[rank] = self._make_actor(rank)
-            asked = {self._actors[rank].where.remote(): rank for rank in missing}
-            while asked:
-                self._raise_if_in_vain()
+            pending = {self._actors[rank].where.remote(): rank for rank in missing}
+            while pending:
+                self._raise_if_cancelled_or_dead()
                 if time.monotonic() >= deadline:
                     given = f"startup_timeout_s={self.config.startup_timeout_s:g}"
-                    raise self._fail({rank: f"has no process yet, and {given} are over" for rank in asked.values()}, hung=True)
-                answered, _ = ray.wait(list(asked), timeout=POLL_S)
+                    raise self._fail({rank: f"has no process after {given}" for rank in pending.values()}, hung=True)
+                answered, _ = ray.wait(list(pending), timeout=POLL_S)
                 for reference in answered:
-                    rank = asked.pop(reference)
+                    rank = pending.pop(reference)
                     try:
                         self._places[rank] = ray.get(reference)
                     except RayError as error:
                         if nodes[self._bundles[rank]] in {node["NodeID"] for node in live_nodes()}:
-                            raise self._fail({rank: f"could not be made: {reason(error)}"}, hung=True) from None
-                        logger.warning("rank %d was placed on a node that has gone; it is placed anew", rank)
+                            raise self._fail({rank: f"could not be created: {reason(error)}"}, hung=True) from None
+                        logger.warning("rank %d was placed on a lost node; placing it again", rank)
 
     def _make_actor(self, rank: int) -> Any:
         assert self._placement is not None
         self._names[rank] += 1
         name = f"{self._name}-rank-{rank}"
-        if self._names[rank] > 1:  # Ray may not have given the former actor's name free yet
+        if self._names[rank] > 1:  # Ray may not have freed the former actor's name yet
             name += f"-{self._names[rank]}"
         return ShardActor.options(  # type: ignore[attr-defined]
             name=name,
@@ -258,8 +258,8 @@ class RayShardGroup(RemoteShardGroup):
             ),
         ).remote(name)
 
-    def _raise_if_in_vain(self) -> None:
-        """While ranks are being made: has somebody cancelled it, or has one that stayed gone, too?"""
+    def _raise_if_cancelled_or_dead(self) -> None:
+        """Raise if the start was cancelled or another rank has died meanwhile."""
         self._raise_if_cancelled()
         if dead := self._dead_ranks():
             raise self._fail(dead)
@@ -275,7 +275,7 @@ class RayShardGroup(RemoteShardGroup):
         runs = [self._runs[rank] for rank in ranks if rank in self._runs]
         if runs:
             ray.wait(runs, num_returns=len(runs), timeout=grace, fetch_local=False)
-        # directly where that is possible: Ray takes 5 s for a process that has been stopped
+        # kill local processes directly: Ray takes 5 s for a stopped (SIGSTOP) process
         here = ray.get_runtime_context().get_node_id()
         pids = [place.pid for rank, place in self._places.items() if rank in ranks and place.node_id == here]
         for pid in filter(is_shard, pids):
@@ -284,7 +284,7 @@ class RayShardGroup(RemoteShardGroup):
         for rank in ranks:
             if rank in self._actors:
                 ray.kill(self._actors[rank])
-        # elsewhere Ray counts it as dead from now on, and its bundle as free only when the process has gone
+        # Ray counts the actor as dead at once, but frees its bundle only when the process has ended
         deadline = time.monotonic() + DEATH_TIMEOUT_S
         while any(map(is_shard, pids)) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -296,7 +296,7 @@ class RayShardGroup(RemoteShardGroup):
 
 
 def with_device(config: EngineConfig, client: ClientPlacement | None = None) -> EngineConfig:
-    """`device="auto"` takes GPUs where the client's placement group, or without one the cluster, has any."""
+    """Resolve `device="auto"`: GPUs if the client's placement group, or without one the cluster, has any."""
     if config.device != "auto":
         return config
     has_gpu = any(client.total("GPU") if client else (node["Resources"].get("GPU") for node in live_nodes()))
@@ -304,18 +304,18 @@ def with_device(config: EngineConfig, client: ClientPlacement | None = None) -> 
 
 
 def demand(config: EngineConfig) -> str:
-    """What an engine takes of a cluster, for the user."""
+    """The resources that an engine needs, for messages."""
     size, resource = config.tensor_parallel_size, "GPU" if config.device == "cuda" else "CPU"
     return f"tensor_parallel_size={size} on device={config.device!r} asks for {size} {resource}s"
 
 
 def live_nodes() -> list[dict[str, Any]]:
-    """Ray's entries of the nodes that it counts as alive."""
+    """Ray's entries of live nodes."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def is_shard(pid: int) -> bool:
-    """Whether that process runs, and is one of Ray's with a ShardActor: a pid from another container would be another's."""
+    """Whether the process runs and is a Ray ShardActor: the same pid may be another process, e.g. from another container."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ShardActor")
     except OSError:
@@ -323,38 +323,38 @@ def is_shard(pid: int) -> bool:
 
 
 def end_of(run: ray.ObjectRef) -> str:
-    """How a `run` that has ended came to its end."""
+    """The reason for the end of a `run` call."""
     try:
         ray.get(run)
     except RayError as error:
         return f"died: {reason(error)}"
-    return "ended before it was told to"
+    return "ended unexpectedly, without an error"
 
 
-OWN_WORDS = {
-    "its worker process has died": "its process was killed (by the kernel, perhaps, where memory is short) or crashed",
+SHORT_REASONS = {
+    "its worker process has died": "its process was killed (possibly by the kernel, out of memory) or crashed",
     "The actor is temporarily unavailable": "its process cannot be reached any more",
 }
-"""What Ray says, at length, of a process that has vanished."""
+"""Ray's long messages about lost processes, and short replacements."""
 
 
 def reason(error: RayError) -> str:
-    """What the user needs to know of Ray's error: the actor's own exception, or the line that says why it died."""
+    """A short form of Ray's error: the actor's own exception, or the line with the cause of death."""
     if isinstance(error, RayTaskError):
         return f"{type(error.cause).__name__}: {error.cause}"
     text = str(error)
     if isinstance(error, OutOfMemoryError):
-        return f"Ray killed it, since its node ran out of memory: {text.partition('Object store memory usage')[0].strip()}"
-    for words, own in OWN_WORDS.items():
+        return f"Ray killed it because its node ran out of memory: {text.partition('Object store memory usage')[0].strip()}"
+    for words, short in SHORT_REASONS.items():
         if words in text:
-            return own
-    # the first lines name the actor's class, id, pid and the like: the rank's place says more
+            return short
+    # drop the lines with the actor's class, id, pid and the like: the message already names the rank's place
     lines = [line for line in text.splitlines() if not line.startswith("\t") or "node" in line]
     return " ".join(" ".join(lines).removeprefix("The actor died unexpectedly before finishing this task.").split())
 
 
 def remove(placement: PlacementGroup, timeout: float = 5.0) -> None:
-    """Remove a placement group, and return once Ray counts it as removed. Harmless when it has gone."""
+    """Remove a placement group and wait until Ray reports it as removed. It may be gone already."""
     with contextlib.suppress(RayError, ValueError):
         remove_placement_group(placement)
         deadline = time.monotonic() + timeout

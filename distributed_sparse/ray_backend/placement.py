@@ -1,4 +1,4 @@
-"""The placement group in which an engine's client runs: its bundles, and what is unused of them."""
+"""placement: the placement group that an engine's client runs in, its bundles, and their unused resources."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 @dataclass(frozen=True)
 class ClientPlacement:
-    """The placement group of the actor or task that makes an engine. Its ranks use that group's bundles, as in vLLM.
+    """The placement group of the actor or task that creates an engine. As in vLLM, the ranks use that group's bundles.
 
     Attributes:
-        group: Ray's handle; it belongs to the user, so an engine never removes it.
-        held: units per (resource, bundle) that the actor or task itself holds.
+        group: Ray's handle. The group belongs to the user, so an engine never removes it.
+        held: units per (resource, bundle) used by the actor or task itself.
     """
 
     group: PlacementGroup
@@ -25,11 +25,11 @@ class ClientPlacement:
 
     @classmethod
     def of_this_process(cls) -> ClientPlacement | None:
-        """None outside of actors and tasks, and where they are in no placement group."""
+        """The placement group of the current actor or task; None if there is none."""
         group = get_current_placement_group()
         if group is None:
             return None
-        # Ray names the units of a bundle CPU_group_{bundle}_{group}; only the worker itself knows which bundle it is in
+        # Ray names a bundle's units CPU_group_{bundle}_{group}; only the worker knows which bundle it runs in
         held = {
             (match[1], int(match[2])): sum(amount for _, amount in amounts)
             for name, amounts in global_worker.core_worker.resource_ids().items()  # type: ignore[attr-defined]
@@ -43,7 +43,7 @@ class ClientPlacement:
 
     def unused(self, resource: str) -> list[float]:
         """Unused units of a resource per bundle."""
-        # Ray's figures are some 100 ms old: they may count as unused what this client holds
+        # Ray's figures lag by some 100 ms: they may show as unused what this client holds
         seen = ray.available_resources()
         return [
             min(total - self.held.get((resource, i), 0.0), seen.get(f"{resource}_group_{i}_{self.group.id.hex()}", 0.0))
@@ -51,9 +51,9 @@ class ClientPlacement:
         ]
 
     def bundles_for(self, num_ranks: int, resource: str) -> list[int] | None:
-        """A bundle with an unused unit for each rank, on as few nodes as possible; None: too few are unused.
+        """One bundle with an unused unit per rank, on as few nodes as possible; None if too few are unused.
 
-        A bundle of several units takes several ranks.
+        A bundle with several units can take several ranks.
         """
         nodes = placement_group_table(self.group)["bundles_to_node_id"]
         units = [i for i, unused in enumerate(self.unused(resource)) for _ in range(int(unused + 1e-9))]
@@ -62,7 +62,7 @@ class ClientPlacement:
         return units[:num_ranks] if len(units) >= num_ranks else None
 
     def describe(self, resource: str) -> str:
-        """For an error: what each bundle has of a resource."""
+        """The unused and total units per bundle, for error messages."""
         pairs = zip(self.unused(resource), self.total(resource), strict=True)
         bundles = ", ".join(f"bundle {i}: {unused:g} of {total:g}" for i, (unused, total) in enumerate(pairs))
         return f"the placement group in which this engine is made has unused {resource}s in {bundles}"

@@ -1,4 +1,4 @@
-"""ShardActor: the Ray actor around a shard: one long `run`, whose end is the shard's end."""
+"""ShardActor: the Ray actor that runs one shard in a single long `run` call; the shard ends with the call."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from distributed_sparse.ranks.worker import ShardArguments, run_shard
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where an actor has come to live."""
+    """The node and process of an actor."""
 
     node_id: str
     node_ip: str
     pid: int
     num_cores: int
-    """Cores that this process may run on."""
+    """Number of cores that this process may run on."""
 
 
 @ray.remote(max_restarts=0)
 class ShardActor:
-    """Asked where it is, then told to run. Never restarted by Ray: its group puts another in its place.
+    """Call `where`, then `run`. Ray never restarts it; its group replaces it with a new actor.
 
     Args:
-        name: what Ray puts before the lines that this actor logs.
+        name: the prefix that Ray puts before this actor's log lines.
     """
 
     def __init__(self, name: str) -> None:
@@ -45,5 +45,5 @@ class ShardActor:
         )
 
     def run(self, arguments: ShardArguments) -> None:
-        """The shard's whole life; see `run_shard`."""
+        """Run the shard until it ends; see `run_shard`."""
         run_shard(arguments)

@@ -582,7 +582,7 @@ def test_an_abort_keeps_the_reason_of_a_sample_that_had_ended(engine: Engine) ->
 
 def test_a_request_that_needs_more_pages_than_there_are_is_refused_alone(path: Path) -> None:
     engine = Engine(path)
-    page_bytes = engine.group.page_bytes
+    page_bytes = engine.group.ranks[0].page_bytes
     engine = Engine(path, kv_cache_memory_bytes=7 * page_bytes)  # one sequence of 96 tokens, and the null page
     good = engine.add(PROMPT, max_tokens=5)
     bad = engine.add(PROMPT, max_tokens=70, n=2)
@@ -710,7 +710,7 @@ def test_stats_count_requests_pages_and_steps(path: Path) -> None:
     waiting = engine.add(PROMPT, temperature=0, max_tokens=20, n=2)
     engine.add([], max_tokens=2)
     engine.step(3)
-    engine.driver.report()
+    engine.driver.check(report=True)
     stats = engine.driver.stats()
     assert stats["requests"] == {"running": 1, "waiting": 1, "finished": 1, "aborted": 0, "failed": 1}
     assert stats["pages"] == {"total": engine.driver.allocator.total, "used": 2, "reserved": 3}

@@ -30,9 +30,9 @@ def test_nothing_piles_up_where_nobody_exports() -> None:
 def test_density_is_of_the_time_between_two_reports_and_begins_anew_with_a_generation() -> None:
     density = AttendedDensity()
     density.add([report(50, 100), report(50, 100)])
-    assert density.lately == 0.5
+    assert density.latest == 0.5
     density.add([report(60, 200), report(60, 200)])
-    assert density.lately == 0.1
+    assert density.latest == 0.1
     density.begin()
     density.add([report(90, 300), report(90, 300)])  # more than before already
-    assert density.lately == 0.3
+    assert density.latest == 0.3

@@ -378,7 +378,7 @@ def test_a_recovery_is_told_in_one_line_once_everything_stands_where_it_was(
     loop.fail(failure("rank 0 (node n, host h, pid 1) was killed by SIGKILL", detect_s=0.04))
     loop.come_back()
     assert recoveries_told(caplog) == [], "the replay is not over"
-    assert "its group is being rebuilt: rank 0 (node n" in caplog.records[0].getMessage(), "one that lasts is not silent"
+    assert "rebuilding the group: rank 0 (node n" in caplog.records[0].getMessage(), "one that lasts is not silent"
     assert loop.recovery.stats()["recovery_log"][0]["replay_s"] is None
     clock.now += 2
     for _ in range(8):

@@ -368,7 +368,7 @@ def test_a_token_more_than_the_plan_samples_is_an_error() -> None:
     engine = Engine()
     engine.add(tokens_of(4))
     plan = engine.plan()
-    with pytest.raises(AssertionError, match="other tokens than its plan samples"):
+    with pytest.raises(AssertionError, match="tokens do not match the plan's samples"):
         engine.scheduler.commit(plan, [1, 2])
 
 

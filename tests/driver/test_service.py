@@ -190,7 +190,7 @@ def test_the_pages_of_an_aborted_request_are_free_within_one_step(start: Start, 
     service = start(ScriptedGroup(before_step=gate), max_num_seqs=1 if state == "waiting" else 4, max_num_batched_tokens=16)
     service.submit("a", [request("other", 400), request("1", 100, prompt=[3] * 40, n=1)])
     gate.pass_steps(steps)
-    wait_until(lambda: service._driver._steps == steps and gate.waiting.is_set(), "the steps")
+    wait_until(lambda: service._driver._stats.steps == steps and gate.waiting.is_set(), "the steps")
     slot = service._driver._requests["1"].leader
     assert {"waiting": slot.slot < 0, "in prefill": 0 < slot.num_committed < 40, "decoding": slot.num_committed > 40}[state]
     service.abort("a", ["1"])

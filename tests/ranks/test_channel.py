@@ -258,7 +258,7 @@ def test_a_message_that_stops_half_way_times_out(listener, monkeypatch):
 def test_a_peer_that_takes_nothing_ends_the_send(listener, monkeypatch):
     monkeypatch.setattr(channel_module, "SEND_TIMEOUT_S", 0.3)
     driver, shard = pair(listener)
-    with pytest.raises(ChannelTimeout, match="took no bytes"):
+    with pytest.raises(ChannelTimeout, match="read no bytes"):
         driver.send(Failed(rank=0, error="x" * (64 << 20)))
     shard.close()
 

@@ -26,7 +26,7 @@ def config(tmp_path):
 def test_it_starts_steps_in_order_and_stops(config):
     group = InProcessGroup(config, StandInShard)
     (info,) = group.start()
-    assert (info.rank, group.num_pages, group.page_bytes, info.cache_bytes) == (0, 50, 64, 50 * 60)
+    assert (info.rank, group.num_pages, info.page_bytes, info.cache_bytes) == (0, 50, 64, 50 * 60)
     group.send(StepPlan(step=1, generation=0))
     group.send(StepPlan(step=2, generation=0))
     assert [group.collect()[0].tokens for _ in range(2)] == [[1, 1], [1, 2]]

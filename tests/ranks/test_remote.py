@@ -16,6 +16,7 @@ import pytest
 
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.protocol.step import DecodeRow, StepPlan
+from distributed_sparse.ranks import messaging
 from distributed_sparse.ranks import remote as remote_group
 from distributed_sparse.ranks import worker as serve
 from distributed_sparse.ranks.base import ShardFailure
@@ -71,7 +72,7 @@ def test_a_group_starts_steps_and_stops(started):
     assert [info.rank for info in group.ranks] == [0, 1]
     assert [info.pid for info in group.ranks] == [process.pid for process in group.processes]
     assert group.num_pages == 49, "the rank with the least room decides"
-    assert group.page_bytes == 64
+    assert group.ranks[0].page_bytes == 64
     assert group.ranks[1].cache_bytes == 49 * 60
     assert group.ranks[1].as_dict()["kv_heads"] == (1, 2)
     for number in range(5):
@@ -279,9 +280,9 @@ def test_stopping_a_group_that_never_started_is_harmless(config):
 @pytest.fixture
 def watchful(monkeypatch):
     """A Driver that waits for little; its ranks must say often enough that they are alive (`run_lively`)."""
-    monkeypatch.setattr(remote_group, "SUSPECT_S", 0.5)
-    monkeypatch.setattr(remote_group, "SILENCE_S", 1.0)
-    monkeypatch.setattr(remote_group, "START_SILENCE_S", 2.5)
+    monkeypatch.setattr(messaging, "SUSPECT_S", 0.5)
+    monkeypatch.setattr(messaging, "SILENCE_S", 1.0)
+    monkeypatch.setattr(messaging, "START_SILENCE_S", 2.5)
     monkeypatch.setattr(remote_group, "REGROUP_TIMEOUT_S", 1.0)
 
 
@@ -324,7 +325,7 @@ def test_a_rank_that_is_killed_is_replaced_and_the_other_keeps_process_weights_a
     assert (pids(group)[stays], pids(group)[rank] == before[rank]) == (before[stays], False)
     assert connections(before[stays], group.ports[1]) == store
     assert counts(group)[stays] == (1, 2) and counts(group)[rank] == (1, 1)
-    assert (group.num_pages, group.page_bytes) == (49, 64)
+    assert (group.num_pages, group.ranks[0].page_bytes) == (49, 64)
     assert_it_works(group)
 
 
@@ -495,7 +496,7 @@ def test_a_rank_that_is_stopped_while_it_loads_is_found_by_its_silence(config, w
     group = ProcessShardGroup(config, stand_in.StopsWhileLoading, run=stand_in.run_lively)
     began = time.monotonic()
     failure = failure_of(group)
-    assert failure.ranks == (1,) and "has given no sign of life for 2.5 s" in failure.cause
+    assert failure.ranks == (1,) and "has sent no heartbeat for 2.5 s" in failure.cause
     assert time.monotonic() - began < 10.0
 
 
@@ -503,7 +504,7 @@ def test_a_rank_that_is_stopped_between_steps_is_found_by_its_silence(started, w
     group = started(run=stand_in.run_lively)
     os.kill(group.processes[0].pid, signal.SIGSTOP)
     began = time.monotonic()
-    with pytest.raises(ShardFailure, match="no sign of life") as caught:
+    with pytest.raises(ShardFailure, match="sent no heartbeat") as caught:
         while time.monotonic() < began + 10.0:
             group.check()
             time.sleep(0.05)
@@ -518,7 +519,7 @@ def stop_before_connecting(arguments: ShardArguments) -> None:
 
 def test_a_rank_that_hangs_before_it_has_said_a_word_is_found_by_its_silence(config, watchful):
     group = ProcessShardGroup(config, StandInShard, run=stop_before_connecting)
-    with pytest.raises(ShardFailure, match="no sign of life") as caught:
+    with pytest.raises(ShardFailure, match="sent no heartbeat") as caught:
         group.start()
     assert caught.value.ranks == (1,)
     group.rebuild()
@@ -529,7 +530,7 @@ def test_a_rank_that_hangs_before_it_has_said_a_word_is_found_by_its_silence(con
 
 def test_a_rank_that_computes_for_long_is_not_taken_for_dead(started, watchful):
     group = started(run=stand_in.run_lively)
-    assert stand_in.BUSY_S > remote_group.SILENCE_S
+    assert stand_in.BUSY_S > messaging.SILENCE_S
     assert [result.tokens for result in step(group, stand_in.BUSY_STEP)] == [[3, stand_in.BUSY_STEP]] * 2
 
 

@@ -109,7 +109,7 @@ def test_a_cluster_that_ray_start_left_behind_is_said_and_done_without(
     left_behind(tmp_path)
     with caplog.at_level(logging.WARNING):
         assert find_cluster() is None
-    assert "does not answer; starting another" in caplog.text
+    assert "does not answer; starting a local one" in caplog.text
 
 
 def test_a_server_that_says_nothing_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
