@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -109,6 +110,49 @@ inline Vec sums_of(const Vec x[W]) {
            SHUFFLE(twos[0], twos[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
+// The sums of HEADS times 4 vectors into rows of `out`, CHUNK apart.
+template <int HEADS, int STRIDE>
+void store_sums(const Vec sums[HEADS][4], float* out) {
+    if constexpr (HEADS * 4 == W) {
+        const Vec found = sums_of(sums[0]);
+        for (int g = 0; g < HEADS; ++g) memcpy(out + g * STRIDE, (const float*)&found + g * 4, 4 * sizeof(float));
+    } else {
+        for (int g = 0; g < HEADS; ++g)
+            for (int j = 0; j < 4; ++j) out[g * STRIDE + j] = sum(sums[g][j]);
+    }
+}
+
+// Rows become columns, in place: halves, quarters, ... of two rows change places.
+void transpose(Vec x[W]) {
+#define EXCHANGE(DISTANCE, FIRST, SECOND)                                                                                      \
+    for (int i = 0; i < W; ++i)                                                                                                \
+        if (!(i & DISTANCE)) {                                                                                                 \
+            const Vec a = x[i], b = x[i + DISTANCE];                                                                           \
+            x[i] = SHUFFLE(a, b, FIRST);                                                                                       \
+            x[i + DISTANCE] = SHUFFLE(a, b, SECOND);                                                                           \
+        }
+#define LIST(...) __VA_ARGS__
+    EXCHANGE(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+             LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+    EXCHANGE(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+             LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+    EXCHANGE(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+             LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+    EXCHANGE(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+             LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+#undef LIST
+#undef EXCHANGE
+}
+
+// Products of ROWS columns of one panel [dim, W] (from `rows` on) with all 16 columns of another.
+template <int ROWS>
+void products_of(const float* rows, const float* panel, int64_t dim, Vec out[ROWS]) {
+    Vec sums[ROWS] = {};
+    for (int64_t i = 0; i < dim; ++i)
+        for (int r = 0; r < ROWS; ++r) sums[r] += rows[i * W + r] * load(panel + i * W);
+    for (int r = 0; r < ROWS; ++r) out[r] = sums[r];
+}
+
 // Of four vectors, each four by four: out[g] has the g-th four of every one. (Through memory, 16 bytes written at a time and 64
 // read wait for each other.)
 inline void turn_fours(const Vec x[4], Vec out[4]) {
@@ -137,6 +181,53 @@ inline Vec exp_of_negative(Vec x) {
     y = (y * r + 1.0f) * r + 1.0f;
     const Vec power = (Vec)((n + 127) << 23);
     return x < -87.0f ? Vec{} : y * power;
+}
+
+// e^(logits - highest) of `count` tokens into SIZE weights; 0 past the count. Returns the sum.
+template <int SIZE>
+float weights_of(const float* logits, float highest, int count, float weights[SIZE]) {
+    Vec total = {};
+    for (int t = 0; t < SIZE; t += W) {
+        Vec weight = t < count ? exp_of_negative(load(logits + t) - highest) : Vec{};
+        for (int j = std::max(count - t, 0); j < W; ++j) weight[j] = 0.0f;
+        store(weights + t, weight);
+        total += weight;
+    }
+    return sum(total);
+}
+
+// Room for floats, from the start of a cache line on: a vector across two lines costs twice. It never shrinks.
+class Floats {
+    std::vector<float> room;
+    float* first = nullptr;
+
+public:
+    float* resize(int64_t size) {
+        if (int64_t(room.size()) < size + W) {
+            room.resize(size + W);
+            first = room.data() + (-reinterpret_cast<uintptr_t>(room.data()) / sizeof(float)) % W;
+        }
+        return first;
+    }
+    float& operator[](int64_t i) const { return first[i]; }
+};
+
+// Calls `work(number, first)` for up to HEADS_AT_ONCE query heads at a time; the number is a constant to the compiler.
+template <class Work>
+void for_heads(int64_t group, Work work) {
+    for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) switch (group - g) {
+            case 1: work(std::integral_constant<int, 1>(), g); break;
+            case 2: work(std::integral_constant<int, 2>(), g); break;
+            case 3: work(std::integral_constant<int, 3>(), g); break;
+            default: work(std::integral_constant<int, HEADS_AT_ONCE>(), g);
+        }
+}
+
+// The lines of 4 tokens' channel i on.
+template <class T>
+void prefetch(const T* from, const int64_t at[4], int64_t i) {
+    if (i * sizeof(T) % 64 == 0)
+        for (int j = 0; j < 4; ++j) __builtin_prefetch(from + at[j] + i, 0, 2);
 }
 
 }  // namespace

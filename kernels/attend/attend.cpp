@@ -99,11 +99,6 @@ struct Attend {
                 for (int j = 0; j < VECTORS; ++j) prefetch(v, later + t, from + j * W);
     }
 
-    static void prefetch(const T* from, const int64_t at[4], int64_t i) {
-        if (i * sizeof(T) % 64 == 0)
-            for (int j = 0; j < 4; ++j) __builtin_prefetch(from + at[j] + i, 0, 2);
-    }
-
     // A block for the query heads from `head` of the chunk's on.
     template <int HEADS>
     void attend_block(const Block& block, const int64_t* later, int64_t head, const float* queries, State* states,

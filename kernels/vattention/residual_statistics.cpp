@@ -7,60 +7,12 @@
 
 #include "vectors.h"
 
-#include <type_traits>
-
 namespace {
 
 constexpr int CHUNK = 128;  // tokens of a row's pilot; the first chunk holds the rows of the Gram matrix (GRAM_ROWS)
 constexpr int AHEAD = 32;   // tokens on their way from memory
 constexpr int ROWS = 8;     // of the Gram matrix at a time, and 16 columns
 constexpr int MOMENTS = 4, FIELDS = 7;
-
-// Room for floats, from the start of a cache line on: a vector across two lines costs twice. It never shrinks.
-class Floats {
-    std::vector<float> room;
-    float* first = nullptr;
-
-public:
-    float* resize(int64_t size) {
-        if (int64_t(room.size()) < size + W) {
-            room.resize(size + W);
-            first = room.data() + (-reinterpret_cast<uintptr_t>(room.data()) / sizeof(float)) % W;
-        }
-        return first;
-    }
-    float& operator[](int64_t i) const { return first[i]; }
-};
-
-// Calls `work(number, first)` for up to HEADS_AT_ONCE query heads at a time; the number is a constant to the compiler.
-template <class Work>
-void for_heads(int64_t group, Work work) {
-    for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) switch (group - g) {
-            case 1: work(std::integral_constant<int, 1>(), g); break;
-            case 2: work(std::integral_constant<int, 2>(), g); break;
-            case 3: work(std::integral_constant<int, 3>(), g); break;
-            default: work(std::integral_constant<int, HEADS_AT_ONCE>(), g);
-        }
-}
-
-// The lines of 4 tokens' channel i on.
-template <class T>
-void prefetch(const T* from, const int64_t at[4], int64_t i) {
-    if (i * sizeof(T) % 64 == 0)
-        for (int j = 0; j < 4; ++j) __builtin_prefetch(from + at[j] + i, 0, 2);
-}
-
-// The sums of HEADS times 4 vectors into rows of `out`, CHUNK apart.
-template <int HEADS>
-void store_sums(const Vec sums[HEADS][4], float* out) {
-    if constexpr (HEADS * 4 == W) {
-        const Vec found = sums_of(sums[0]);
-        for (int g = 0; g < HEADS; ++g) memcpy(out + g * CHUNK, (const float*)&found + g * 4, 4 * sizeof(float));
-    } else {
-        for (int g = 0; g < HEADS; ++g)
-            for (int j = 0; j < 4; ++j) out[g * CHUNK + j] = sum(sums[g][j]);
-    }
-}
 
 // Logits of 4 tokens for some query heads. Their values, and keys of later tokens, come into the cache meanwhile.
 template <class T, int HEADS>
@@ -77,7 +29,7 @@ void logits_of(const float* queries, const T* k, const T* v, const int64_t at[4]
         if (v) prefetch(v, at, i);
         if (later) prefetch(k, later, i);
     }
-    store_sums<HEADS>(sums, out);
+    store_sums<HEADS, CHUNK>(sums, out);
 }
 
 // |w (v - c) - z|^2 of 4 tokens for some query heads; of two at a time, as the registers hold no more.
@@ -99,7 +51,7 @@ void norms_of(const float* weights, const float* c, const float* z, const float*
         for (int g = 0; g < HEADS; ++g)
             for (int j = 0; j < 2; ++j) sums[g][t + j] = of_two[g][j];
     }
-    store_sums<HEADS>(sums, out);
+    store_sums<HEADS, CHUNK>(sums, out);
 }
 
 // sums += weights . v of up to 16 tokens; for some query heads, and VECTORS times 16 of the dimensions. Copies v, if asked to.
@@ -118,48 +70,6 @@ void add_values(const float* weights, const T* v, const int64_t* at, int count, 
     }
     for (int g = 0; g < HEADS; ++g)
         for (int j = 0; j < VECTORS; ++j) store(to + g * dim + j * W, sums[g][j]);
-}
-
-// Rows become columns, in place: halves, quarters, ... of two rows change places.
-void transpose(Vec x[W]) {
-#define EXCHANGE(DISTANCE, FIRST, SECOND)                                                                                      \
-    for (int i = 0; i < W; ++i)                                                                                                \
-        if (!(i & DISTANCE)) {                                                                                                 \
-            const Vec a = x[i], b = x[i + DISTANCE];                                                                           \
-            x[i] = SHUFFLE(a, b, FIRST);                                                                                       \
-            x[i + DISTANCE] = SHUFFLE(a, b, SECOND);                                                                           \
-        }
-#define LIST(...) __VA_ARGS__
-    EXCHANGE(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-             LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
-    EXCHANGE(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-             LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
-    EXCHANGE(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-             LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
-    EXCHANGE(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-             LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
-#undef LIST
-#undef EXCHANGE
-}
-
-// Products of ROWS columns of one panel (from `rows` on) with all 16 of another. A panel is [dim, W].
-void products_of(const float* rows, const float* panel, int64_t dim, Vec out[ROWS]) {
-    Vec sums[ROWS] = {};
-    for (int64_t i = 0; i < dim; ++i)
-        for (int r = 0; r < ROWS; ++r) sums[r] += rows[i * W + r] * load(panel + i * W);
-    for (int r = 0; r < ROWS; ++r) out[r] = sums[r];
-}
-
-// e^(logits - highest) of `count` tokens, 0 for the rest of their chunk. Returns the sum.
-float weights_of(const float* logits, float highest, int count, float weights[CHUNK]) {
-    Vec total = {};
-    for (int t = 0; t < CHUNK; t += W) {
-        Vec weight = t < count ? exp_of_negative(load(logits + t) - highest) : Vec{};
-        for (int j = std::max(count - t, 0); j < W; ++j) weight[j] = 0.0f;
-        store(weights + t, weight);
-        total += weight;
-    }
-    return sum(total);
 }
 
 struct Chunk {
@@ -237,7 +147,7 @@ struct Statistics {
             const float* found = logits + g * CHUNK;
             const float highest = *std::max_element(found, found + count);
             work.highest[i * group + g] = highest;
-            work.totals[i * group + g] = weights_of(found, highest, count, &weights[g * CHUNK]);
+            work.totals[i * group + g] = weights_of<CHUNK>(found, highest, count, &weights[g * CHUNK]);
         }
         float* sums = &work.sums[i * group * dim];
         std::fill(sums, sums + group * dim, 0.0f);
@@ -298,7 +208,7 @@ struct Statistics {
         norms.resize(group * CHUNK);
         for (int64_t g = 0; g < group; ++g) {
             const float* logits = &work.logits[(i * group + g) * CHUNK];
-            weights_of(logits, work.row_highest[chunk.row * group + g], count, &weights[g * CHUNK]);
+            weights_of<CHUNK>(logits, work.row_highest[chunk.row * group + g], count, &weights[g * CHUNK]);
         }
         const float *c = &work.c[chunk.row * group * dim], *z = &work.z[chunk.row * group * dim];
         for (int t = 0; t < padded; t += 4)
@@ -358,7 +268,7 @@ struct Statistics {
                 to[j * W] = c, to[j * W + 1] = y;
             }
             float* factors = &own[g * FACTORS * CHUNK];
-            weights_of(&work.logits[(i * group + g) * CHUNK], work.row_highest[head], count, factors + WEIGHT * CHUNK);
+            weights_of<CHUNK>(&work.logits[(i * group + g) * CHUNK], work.row_highest[head], count, factors + WEIGHT * CHUNK);
             for (int t = 0; t < columns; t += W) {
                 const Vec a = load(factors + WEIGHT * CHUNK + t) - mean;
                 store(factors + A * CHUNK + t, a);
@@ -369,7 +279,7 @@ struct Statistics {
         for (int t = 0; t < columns; t += W)
             for (int64_t g = 0; g < group; g += ROWS / 2) {
                 Vec products[ROWS];
-                products_of(&vectors[2 * g / W * W * dim + 2 * g % W], &moved[t * dim], dim, products);
+                products_of<ROWS>(&vectors[2 * g / W * W * dim + 2 * g % W], &moved[t * dim], dim, products);
                 for (int64_t k = g; k < std::min(group, g + ROWS / 2); ++k) {
                     float* factors = &own[k * FACTORS * CHUNK + t];
                     const Vec weight = load(factors + WEIGHT * CHUNK);
@@ -384,7 +294,7 @@ struct Statistics {
             for (int j = 0; j < std::min(count - t, W); ++j) counted[j] = 1.0f;
             for (int u = t; u < count; u += ROWS) {
                 Vec products[ROWS];
-                products_of(&moved[u / W * W * dim + u % W], &moved[t * dim], dim, products);
+                products_of<ROWS>(&moved[u / W * W * dim + u % W], &moved[t * dim], dim, products);
                 const Vec times = u < t + W ? counted : 2 * counted;
                 for (int64_t g = 0; g < group; ++g) {
                     const float *factors = &own[g * FACTORS * CHUNK], *of_row = factors + u;
