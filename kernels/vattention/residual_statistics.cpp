@@ -1,20 +1,20 @@
-// residual_statistics: what a pilot says of a row's residual (residual_statistics.py). Keys and values are read where they lie.
+// residual_statistics: statistics of a row's residual from its pilot (residual_statistics.py). Reads K and V in their pages.
 //
 // With w_i = e^(s_i - highest), y = mean(w v), a_i = w_i - mean(w) and z = y - mean(w) c:
 //     r_i - mean(r) = w_i v_i - a_i c - y = w_i (v_i - c) - z.
-// "Mean" is the mean over all of the pilot, for the Gram rows too. Exponentials are relative to the pilot's largest logit until
-// the end: relative to M, fourth powers would underflow where the chosen part dominates.
+// "Mean" is over the whole pilot, for the Gram rows too. Exponentials are relative to the pilot's largest logit until the end:
+// relative to M, fourth powers would underflow where the chosen part dominates.
 
 #include "vectors.h"
 
 namespace {
 
-constexpr int CHUNK = 128;  // tokens of a row's pilot; the first chunk holds the rows of the Gram matrix (GRAM_ROWS)
-constexpr int AHEAD = 32;   // tokens on their way from memory
-constexpr int ROWS = 8;     // of the Gram matrix at a time, and 16 columns
+constexpr int CHUNK = 128;  // tokens of a pilot per chunk; the first chunk holds the rows of the Gram matrix (GRAM_ROWS)
+constexpr int AHEAD = 32;   // tokens prefetched ahead
+constexpr int ROWS = 8;     // of the Gram matrix computed at a time, with 16 columns
 constexpr int MOMENTS = 4, FIELDS = 7;
 
-// Logits of 4 tokens for some query heads. Their values, and keys of later tokens, come into the cache meanwhile.
+// Logits of 4 tokens for HEADS query heads. Prefetches the tokens' values (v, or null) and the keys of later tokens (or null).
 template <class T, int HEADS>
 void logits_of(const float* queries, const T* k, const T* v, const int64_t at[4], const int64_t* later, int64_t dim,
                float* out) {
@@ -32,7 +32,7 @@ void logits_of(const float* queries, const T* k, const T* v, const int64_t at[4]
     store_sums<HEADS, CHUNK>(sums, out);
 }
 
-// |w (v - c) - z|^2 of 4 tokens for some query heads; of two at a time, as the registers hold no more.
+// |w (v - c) - z|^2 of 4 tokens for HEADS query heads; two tokens at a time, which is what the registers hold.
 template <int HEADS>
 void norms_of(const float* weights, const float* c, const float* z, const float* values, int64_t dim, float* out) {
     Vec sums[HEADS][4];
@@ -54,7 +54,7 @@ void norms_of(const float* weights, const float* c, const float* z, const float*
     store_sums<HEADS, CHUNK>(sums, out);
 }
 
-// sums += weights . v of up to 16 tokens; for some query heads, and VECTORS times 16 of the dimensions. Copies v, if asked to.
+// sums += weights . v of up to 16 tokens, for HEADS query heads and VECTORS * 16 channels. Copies v to `copy` unless null.
 template <class T, int HEADS, int VECTORS>
 void add_values(const float* weights, const T* v, const int64_t* at, int count, int64_t dim, float* to, float* copy) {
     Vec sums[HEADS][VECTORS];
@@ -74,15 +74,15 @@ void add_values(const float* weights, const T* v, const int64_t* at, int count, 
 
 struct Chunk {
     int64_t row;
-    int32_t first, count;  // its tokens of the row's pilot
+    int32_t first, count;  // range of the row's pilot tokens
 };
 
-// What one call plans and fills. Per chunk and query head: what it finds; per query head: what follows from all of its chunks.
+// Work list and intermediate results of one call: per (chunk, query head), and per query head over all of its chunks.
 struct Work {
     std::vector<Chunk> chunks;
     std::vector<int64_t> firsts;            // [rows + 1] where a row's chunks begin
     Floats logits;                          // [chunks, group, CHUNK]
-    Floats values;                          // [chunks, CHUNK, dim], unless a row is all one thread's
+    Floats values;                          // [chunks, CHUNK, dim]; unused when each row is computed by one thread
     Floats highest, totals, sums;           // [chunks, group], [.., dim]: with e^(s - highest), the sums of w and of w v
     Floats moments;                         // [chunks, group, MOMENTS] sums of a^2, a^4, |r - mean|^2, |r - mean|^4
     Floats row_highest, mean_weight, gram;  // [rows, group]
@@ -119,8 +119,8 @@ struct Statistics {
         for (auto* each : {&work.c, &work.y, &work.z}) each->resize(rows * group * dim);
     }
 
-    // A chunk's logits, and the sums of w and of w v relative to its own highest one. Its values are copied into `values`
-    // [CHUNK, dim]: of one head they lie so far apart that they share few sets of a cache, and soon push each other out.
+    // Computes a chunk's logits, and the sums of w and of w v relative to the chunk's highest logit. Copies its values into
+    // `values` [CHUNK, dim]: at their strides in the KV cache they map to few cache sets and evict each other.
     void attend(int64_t i, float* values, Work& work) const {
         const Chunk& chunk = work.chunks[i];
         const int64_t b = chunk.row / heads, h = chunk.row % heads;
@@ -165,7 +165,7 @@ struct Statistics {
         }
     }
 
-    // What follows from all chunks for a query head, in order: c, y, z; the first two statistics.
+    // Merges a query head's chunks, in order, into c, y, z and the first two statistics.
     void gather(int64_t head, Work& work, float* denominator, float* numerator_norm_sq) const {
         const int64_t row = head / group, first = work.firsts[row], last = work.firsts[row + 1];
         if (first == last) return;
@@ -187,7 +187,7 @@ struct Statistics {
         Vec squares = {};
         for (int64_t j = 0; j < dim; j += W) {
             Vec numerator = ratio * factor * load(y + j);
-            if (lse[head] > -INFINITY) numerator += chosen * load(out + head * dim + j);  // an empty part's may be NaN
+            if (lse[head] > -INFINITY) numerator += chosen * load(out + head * dim + j);  // out of an empty part may be NaN
             squares += numerator * numerator;
             const Vec centre = is_centred ? numerator / *denominator : Vec{};
             store(c + j, centre);
@@ -199,7 +199,7 @@ struct Statistics {
         work.mean_weight[head] = mean;
     }
 
-    // A chunk's sums of powers of a and of |r - mean(r)|.
+    // Sums a^2, a^4, |r - mean(r)|^2 and |r - mean(r)|^4 over a chunk.
     void take_moments(int64_t i, const float* values, Work& work) const {
         const Chunk& chunk = work.chunks[i];
         const int count = chunk.count, padded = (count + 3) / 4 * 4;
@@ -232,7 +232,7 @@ struct Statistics {
     }
 
     // The sum over i, j of ((r_i - mean) . (r_j - mean))^2 in a row's first chunk, for each query head.
-    // Values, and with them c and y, are first moved to their mean, so that squares do not cancel.
+    // Values, c and y are first shifted by the mean value, so that squares do not cancel.
     void square_gram(int64_t row, const float* values, Work& work) const {
         const int64_t i = work.firsts[row];
         if (i == work.firsts[row + 1]) return;
@@ -243,7 +243,7 @@ struct Statistics {
             for (int64_t j = 0; j < dim; j += W) store(&origin[j], load(&origin[j]) + load(values + t * dim + j));
         for (int64_t j = 0; j < dim; ++j) origin[j] /= count;
 
-        moved.resize(columns * dim);  // in panels of 16 tokens; 0 past the count
+        moved.resize(columns * dim);  // in panels [dim, 16] of 16 tokens; 0 past the count
         for (int t = 0; t < columns; t += W)
             for (int64_t j = 0; j < dim; j += W) {
                 Vec block[W] = {};
@@ -290,7 +290,7 @@ struct Statistics {
 
         std::fill_n(totals.resize(group * W), group * W, 0.0f);
         for (int t = 0; t < columns; t += W) {
-            Vec counted = {};  // blocks below the diagonal stand for those above it, too; past the count nothing is
+            Vec counted = {};  // 0 past the count; blocks below the diagonal count twice, for those above it
             for (int j = 0; j < std::min(count - t, W); ++j) counted[j] = 1.0f;
             for (int u = t; u < count; u += ROWS) {
                 Vec products[ROWS];
@@ -317,7 +317,7 @@ struct Statistics {
         for (int64_t g = 0; g < group; ++g) work.gram[row * group + g] = sum(load(&totals[g * W]));
     }
 
-    // The statistics of a query head into `to`, `stride` apart.
+    // Writes a query head's statistics to `to`, `stride` apart.
     void conclude(int64_t head, const Work& work, float* to, int64_t stride) const {
         const int64_t row = head / group;
         if (num_tokens[row] < 2) {
@@ -339,13 +339,13 @@ struct Statistics {
 
     // result [7, rows, group], in the order of `ResidualStatistics`.
     void run(int64_t rows, float* result, int64_t threads) const {
-        static thread_local Work kept;  // from call to call. Named here, as a worker's would be its own
+        static thread_local Work kept;  // reused across calls. Named outside the parallel region, where each worker would see its own
         Work& work = kept;
         plan(rows, work);
         const int64_t num_chunks = work.chunks.size(), num_heads = rows * group;
         const auto gather_head = [&](int64_t head) { gather(head, work, result + head, result + num_heads + head); };
         const auto conclude_head = [&](int64_t head) { conclude(head, work, result + head, num_heads); };
-        // A row at a time, its values stay in the cache. Where that would leave threads idle they share chunks. No bit changes.
+        // One row per thread keeps its values in the cache. If that leaves threads idle, split by chunks: the bits are the same.
         const bool is_by_row = rows % threads == 0 || rows >= 4 * threads;
         if (!is_by_row) work.values.resize(num_chunks * CHUNK * dim);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -369,7 +369,7 @@ struct Statistics {
 #pragma omp for schedule(static)
             for (int64_t head = 0; head < num_heads; ++head) gather_head(head);
 #pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < rows + num_chunks; ++i)  // the longest first
+            for (int64_t i = 0; i < rows + num_chunks; ++i)  // longest tasks first
                 i < rows ? square_gram(i, of_chunk(work.firsts[i]), work) : take_moments(i - rows, of_chunk(i - rows), work);
 #pragma omp for schedule(static)
             for (int64_t head = 0; head < num_heads; ++head) conclude_head(head);
@@ -379,7 +379,7 @@ struct Statistics {
 
 }  // namespace
 
-// One entry per dtype of the cache. Tensors as in residual_statistics.py; strides in elements.
+// One function per dtype of the cache. Tensors as in residual_statistics.py; strides in elements.
 #define RESIDUAL_STATISTICS(NAME, T)                                                                                           \
     extern "C" void residual_statistics_##NAME(                                                                                \
         const float* q, const T* k, const T* v, int64_t page_stride, int64_t head_stride, const int32_t* tokens,               \
