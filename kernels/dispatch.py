@@ -26,8 +26,8 @@ def op(contract: Any = None, /, *, native: Callable[[Tensor], bool] = native.ser
 
     The op ``attend`` in ``attend.py`` is implemented by ``attend_torch`` in ``attend_torch.py``, ``attend_triton`` in
     ``attend_triton.py`` and, if the op has C++ code, ``attend_native`` in ``attend_native.py``. The first tensor argument
-    selects the implementation: Triton for a CUDA tensor, C++ if ``native`` returns True, torch otherwise. Implementation modules are
-    imported on first use, so a CPU process never imports Triton.
+    selects the implementation: Triton for a CUDA tensor, C++ if ``native`` returns True, torch otherwise. Implementation
+    modules are imported on first use, so a CPU process never imports Triton.
 
     Args:
         native: predicate on the first tensor: can the C++ code take it? `native.serves` by default.

@@ -1,8 +1,8 @@
-// vectors: shared helpers of the C++ kernels, on vectors of 16 floats (GCC/Clang vector extensions, which the compiler maps to
-// the machine's registers).
+// vectors: shared helpers of the C++ kernels, on vectors of 16 floats (GCC/Clang vector extensions, which the compiler maps
+// to the machine's registers).
 //
-// No headers of torch or other libraries: `native.py` compiles these files on first use and calls them with plain pointers. Work
-// is split by a row's own length only, and partial results are merged in order, so a row has the same bits at any number of
+// No headers of torch or other libraries: `native.py` compiles these files on first use and calls them with plain pointers.
+// Work is split by a row's own length only, and partial results are merged in order, so a row has the same bits at any number of
 // threads and in any batch.
 
 #pragma once
@@ -153,8 +153,8 @@ void products_of(const float* rows, const float* panel, int64_t dim, Vec out[ROW
     for (int r = 0; r < ROWS; ++r) out[r] = sums[r];
 }
 
-// out[g] holds the g-th group of four floats of each of the four vectors. In registers: through memory, 64-byte loads would stall
-// on the 16-byte stores before them.
+// out[g] holds the g-th group of four floats of each of the four vectors. In registers: through memory, 64-byte loads would
+// stall on the 16-byte stores before them.
 inline void turn_fours(const Vec x[4], Vec out[4]) {
     const Vec a = SHUFFLE(x[0], x[1], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const Vec b = SHUFFLE(x[2], x[3], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);

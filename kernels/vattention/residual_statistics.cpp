@@ -339,13 +339,13 @@ struct Statistics {
 
     // result [7, rows, group], in the order of `ResidualStatistics`.
     void run(int64_t rows, float* result, int64_t threads) const {
-        static thread_local Work kept;  // reused across calls. Named outside the parallel region, where each worker would see its own
+        static thread_local Work kept;  // reused across calls; `work` shares the caller's with all threads
         Work& work = kept;
         plan(rows, work);
         const int64_t num_chunks = work.chunks.size(), num_heads = rows * group;
         const auto gather_head = [&](int64_t head) { gather(head, work, result + head, result + num_heads + head); };
         const auto conclude_head = [&](int64_t head) { conclude(head, work, result + head, num_heads); };
-        // One row per thread keeps its values in the cache. If that leaves threads idle, split by chunks: the bits are the same.
+        // One row per thread keeps its values in the cache. If that leaves threads idle, split by chunks, to the same bits.
         const bool is_by_row = rows % threads == 0 || rows >= 4 * threads;
         if (!is_by_row) work.values.resize(num_chunks * CHUNK * dim);
 #pragma omp parallel num_threads(threads) if (threads > 1)

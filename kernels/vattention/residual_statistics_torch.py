@@ -62,7 +62,8 @@ def residual_statistics_torch(
 def _of_rows(q: Tensor, keys: Tensor, values: Tensor, ratio: Tensor, out: Tensor, lse: Tensor, centred: bool) -> Tensor:
     """The statistics, float32 [7, R, G], of rows with equal numbers of pilot tokens.
 
-    q: [R, G, d], scaled. keys, values: float32 [R, m, d]. ratio: [R, 1] n_s / m. out [R, G, d], lse [R, G]: attention over the chosen part.
+    q: [R, G, d], scaled. keys, values: float32 [R, m, d]. ratio: [R, 1] n_s / m. out [R, G, d] and lse [R, G]:
+    attention over the chosen part.
     """
     m, dim = values.shape[1:]
     logits = torch.bmm(q, keys.transpose(1, 2))  # [R, G, m]

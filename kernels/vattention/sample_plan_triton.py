@@ -173,7 +173,7 @@ def _plan_samples_kernel(
         b_needed = tl.where(b_trace == 0, 0.0, b_needed)  # all r are equal: any sample is exact
         b_larger = tl.where(b_size < b_needed, b_needed, b_size)
         b_size = tl.where(b_needed == b_needed, b_larger, b_needed)
-    b_size = tl.where(b_size < float("inf"), tl.div_rn(b_size, 1.0 + tl.div_rn(b_size, b_n)), float("inf"))  # NaN gives infinity too
+    b_size = tl.where(b_size < float("inf"), tl.div_rn(b_size, 1.0 + tl.div_rn(b_size, b_n)), float("inf"))  # NaN: infinity too
 
     needed = tl.max(tl.where(m_g, b_size, 0.0), axis=0)
     needed = tl.minimum(tl.maximum(needed, pilot.to(tl.float32)), residual.to(tl.float32))
