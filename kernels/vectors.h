@@ -2,8 +2,8 @@
 // to the machine's registers).
 //
 // No headers of torch or other libraries: `native.py` compiles these files on first use and calls them with plain pointers.
-// Work is split by a row's own length only, and partial results are merged in order, so a row has the same bits at any number of
-// threads and in any batch.
+// Work is split by a row's own length only, and partial results are merged in order, so a row has the same bits at any number
+// of threads and in any batch.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// append: rotary embedding of a step's queries and keys, writes of K and V into their pages, min and max per page, and the keys'
-// low-bit copy (append.py).
+// append: rotary embedding of a step's queries and keys, writes of K and V into their pages, min and max per page, and the
+// keys' low-bit copy (append.py).
 
 #include "vectors.h"
 
@@ -13,8 +13,8 @@ namespace {
 #define ROUND_EACH_PRODUCT
 #endif
 
-// Rotates each channel pair (i, i + dim / 2) of x [dim] by its token's angle; copies if cos is null. -0 becomes +0. Without fused
-// multiply-add, for the same bits as torch.
+// Rotates each channel pair (i, i + dim / 2) of x [dim] by its token's angle; copies if cos is null. -0 becomes +0. Without
+// fused multiply-add, for the same bits as torch.
 EACH_PRODUCT_ROUNDED void turn(const float* x, const float* cos, const float* sin, int64_t dim, float* out) {
     ROUND_EACH_PRODUCT
     const int64_t half = dim / 2;

@@ -141,7 +141,7 @@ def _append_kernel(
             m_w = m_t[:, None] & (o_w < width)[None, :]
             b_packed = tl.zeros([BLOCK_T, BLOCK_W], tl.int32)
             for i_part in tl.static_range(8 // BITS):
-                o_c = i_part * width + o_w  # reload the keys (L1 hits): codes of a byte are d / n channels apart
+                o_c = i_part * width + o_w  # reload the keys (cache hits): codes of a byte are d / n channels apart
                 b_x = _keys(p_k, p_cos, p_sin, i_t, o_c, m_w, stride_k_n, stride_cos_n, stride_sin_n, dtype, D) + 0.0
                 if HAS_OFFSET:
                     b_x -= tl.load(p_offset + o_c, mask=o_w < width, other=0.0)[None, :]
