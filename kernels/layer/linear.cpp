@@ -14,7 +14,7 @@ void products(const float* x, const float* weight, int64_t inner, int64_t weight
     for (int j = 0; j < WEIGHT_ROWS; ++j) from[j] = weight + (j < weight_rows ? j : 0) * inner;
     Vec sums[ROWS][WEIGHT_ROWS] = {};
     for (int64_t i = 0; i < inner; i += W) {
-        const int64_t later = i + FETCHED + (i + FETCHED < inner ? 0 : (WEIGHT_ROWS - 1) * inner);  // past the end: the next weight rows
+        const int64_t later = i + FETCHED + (i + FETCHED < inner ? 0 : (WEIGHT_ROWS - 1) * inner);  // then the next rows
         Vec weights[WEIGHT_ROWS];
         for (int j = 0; j < WEIGHT_ROWS; ++j) {
             weights[j] = load(from[j] + i);

@@ -17,7 +17,7 @@ _BLOCK_CHANNELS = 32
 """Channels per step: divides every head_dim, and keeps the operands of float32 products in registers without spilling."""
 
 
-# Arguments that change with batch and context must not trigger recompilation; strides of q and the metadata are fixed per engine.
+# Arguments that change with batch and context must not trigger recompilation; other strides are fixed per engine.
 @triton.jit(
     do_not_specialize=["width", "stride_table_b"],
     do_not_specialize_on_alignment=["p_table", "p_num_pages"],

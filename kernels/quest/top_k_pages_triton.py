@@ -58,8 +58,8 @@ def _top_k_pages_kernel(
     wanted = count - recent - sinks
     oldest = tl.where(wanted > 0, sinks, newest)  # candidates are the pages oldest..newest-1; none where none is wanted
 
-    # The wanted-th best candidate, eight bits at a time from the top: `prefix` holds the bits found so far, `room` the number of
-    # pages with this prefix still to be taken.
+    # The wanted-th best candidate, eight bits at a time from the top: `prefix` holds the bits found so far, `room` how many
+    # pages with this prefix are still to be taken.
     prefix = tl.zeros([], tl.uint32)
     room = wanted
     o_bin = tl.arange(0, 256)
