@@ -128,7 +128,7 @@ def sketch_probabilities_torch(logits: Tensor, heads: int, num_tokens: Tensor) -
 
 
 def _products(q: Tensor, rows: Tensor) -> Tensor:
-    """q [H_kv, G, d] by rows [tiles, H_kv, n, d]: [tiles, H_kv, G, n]. Every product has the same shape, for any number of tiles."""
+    """q [H_kv, G, d] by rows [tiles, H_kv, n, d]: [tiles, H_kv, G, n]. Every product has the same shape."""
     queries = q.expand(len(rows), -1, -1, -1).flatten(0, 1)
     return torch.bmm(queries, rows.flatten(0, 1).mT).unflatten(0, rows.shape[:2])
 

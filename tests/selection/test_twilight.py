@@ -285,7 +285,10 @@ def test_a_wrong_offset_file_is_refused(tmp_path: Path, content: dict[str, torch
         ({"p": 1.01}, "sparse.p=1.01 must be finite, > 0 and <= 1"),
         ({"p": float("nan")}, "sparse.p=nan must be finite"),
         ({"p": "high"}, "sparse: .*float.*p"),
-        ({"selector": "window"}, "sparse.selector='window' is not known; use one of 'hash', 'oracle', 'quest', 'sketch', 'full'"),
+        (
+            {"selector": "window"},
+            "sparse.selector='window' is not known; use one of 'hash', 'oracle', 'quest', 'sketch', 'full'",
+        ),
         ({"candidate_fraction": 0.0}, "sparse.candidate_fraction=0.0 must be finite, > 0 and <= 1; give the share"),
         ({"candidate_fraction": 2.0}, "sparse.candidate_fraction=2.0"),
         ({"min_candidates": 0}, "sparse.min_candidates=0 must be >= 1"),
