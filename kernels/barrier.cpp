@@ -1,12 +1,12 @@
-// meet: how the ranks of one machine wait for each other in shared memory (shard/collectives/shared_memory.py).
+// barrier: ranks of one machine wait for each other in shared memory (shard/collectives/shared_memory.py).
 
 #include <chrono>
 #include <cstdint>
 #include <thread>
 
-// Write `number` as this rank's, then wait until every rank's is as high: -1, or the first rank that has not come in time.
-// It spins for some microseconds, then lets others have the core, then naps.
-extern "C" int meet(int64_t* numbers, int rank, int world_size, int64_t number, int64_t nanoseconds) {
+// Publishes `number` as this rank's, then waits until every rank's number is at least as high. Returns -1, or the first rank that
+// did not arrive before the timeout. Spins for some microseconds, then yields the core, then sleeps.
+extern "C" int barrier(int64_t* numbers, int rank, int world_size, int64_t number, int64_t nanoseconds) {
     constexpr int LINE = 64 / sizeof(int64_t);  // each rank's number has a cache line of its own
     constexpr int SPINS = 2000, YIELDS = 200;
     __atomic_store_n(numbers + rank * LINE, number, __ATOMIC_RELEASE);

@@ -1,4 +1,4 @@
-"""dispatch: sends a call of an op to its implementation: Triton on a GPU, C++ or torch on a CPU."""
+"""dispatch: route a call of an op to its implementation: Triton on a GPU, C++ or torch on a CPU."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def op(contract: Callable[P, R], /) -> Callable[P, R]: ...
 @overload
 def op(*, native: Callable[[Tensor], bool]) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def op(contract: Any = None, /, *, native: Callable[[Tensor], bool] = native.serves) -> Any:
-    """Decorate the signature and docstring of an op; its body is empty.
+    """Declare an op: decorates a function with the op's signature and docstring and an empty body.
 
-    ``attend`` of ``attend.py`` is implemented by ``attend_torch`` of ``attend_torch.py``, ``attend_triton`` of
-    ``attend_triton.py`` and, where an op has C++ code, ``attend_native`` of ``attend_native.py``. Its first tensor decides:
-    Triton on CUDA; C++ where ``native`` says so; torch otherwise. Modules are imported when first used, so a CPU never imports
-    Triton.
+    The op ``attend`` in ``attend.py`` is implemented by ``attend_torch`` in ``attend_torch.py``, ``attend_triton`` in
+    ``attend_triton.py`` and, if the op has C++ code, ``attend_native`` in ``attend_native.py``. The first tensor argument
+    selects the implementation: Triton for a CUDA tensor, C++ if ``native`` returns True, torch otherwise. Implementation
+    modules are imported on first use, so a CPU process never imports Triton.
 
     Args:
-        native: whether the C++ code takes a tensor; `native.serves` by default.
+        native: predicate on the first tensor: can the C++ code take it? `native.serves` by default.
     """
     if contract is None:
         return functools.partial(_dispatched, serves=native)

@@ -1,8 +1,7 @@
-"""huge_pages: zeros for what is read again in every step, weights and cache, in pages of 2 MB where a CPU has them.
+"""huge_pages: zero tensors in 2 MB pages for CPU memory that every step reads (weights and KV cache).
 
-Read in pages of 4 KB, memory of this size costs a miss of the TLB per few lines, and prefetchers stop at each page's end.
-Linux gives such pages to who asks for them (`transparent_hugepage/enabled` is "madvise" on most machines, and "never" on some;
-then these are ordinary pages).
+With 4 KB pages, reads of this much memory miss the TLB every few lines, and prefetchers stop at page ends. Linux grants huge
+pages on request when `transparent_hugepage/enabled` is "madvise" (most machines); when it is "never", these are ordinary pages.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """`torch.zeros`, in huge pages if it lies on a CPU and fills one. Memory is taken as it is first touched.
+    """`torch.zeros`, in huge pages for a CPU tensor of at least one huge page. Memory is committed on first touch.
 
     Raises:
-        RuntimeError: the memory is not there; torch's own.
+        RuntimeError: out of memory (raised by torch).
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if torch.device(device).type == "cpu" and num_bytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             return _mapped(num_bytes).view(dtype).view(*shape)
         except OSError:
-            pass  # no memory, which torch says better, or a kernel without huge pages
+            pass  # out of memory (torch reports it better below), or a kernel without huge pages
     return torch.zeros(tuple(shape), dtype=dtype, device=device)
 
 
 def _mapped(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes] from the start of a huge page on; their mapping ends with the last tensor that lies in it."""
-    # Private: huge pages of shared memory are another setting, mostly off.
+    """uint8 [num_bytes], aligned to a huge page. The mapping is freed with the last tensor that views it."""
+    # Private: huge pages of shared memory are a separate setting, usually off.
     memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,6 +1,6 @@
-"""native: the C++ kernels for CPUs, compiled on first use by the machine's own C++ compiler, and kept on disk.
+"""native: C++ kernels for CPUs, compiled on first use with the machine's C++ compiler and cached on disk.
 
-Where there is no compiler, the torch formulations of the same ops do the work: the same results, more slowly.
+Without a compiler the torch implementations of the same ops run instead: same results, slower.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi", f"-I{SOURCES}")
 COMPILER_TIMEOUT_S = 300.0
-"""How long the compiler may take for one file."""
+"""Time limit for compiling one file."""
 LOCK_TIMEOUT_S = 900.0
-"""How long to wait for another process that compiles the same."""
+"""How long to wait for another process that compiles the same library."""
 DIGEST_BYTES = 32
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The kernels of this machine, or None where they cannot be built (said once, as a warning).
+    """The compiled kernels, or None if they cannot be built (logs one warning).
 
-    DISTRIBUTED_SPARSE_NATIVE=0 does without them.
+    DISTRIBUTED_SPARSE_NATIVE=0 disables them.
     """
     if os.environ.get("DISTRIBUTED_SPARSE_NATIVE", "1") == "0":
         return None
@@ -53,43 +53,43 @@ def library() -> ctypes.CDLL | None:
         for folder in _cache_folders():
             try:
                 return _whole(folder / recipe.name) or _built(recipe, folder)
-            except (OSError, subprocess.SubprocessError) as error:  # it cannot be written, is full, or runs no programs
+            except (OSError, subprocess.SubprocessError) as error:  # not writable, full, or mounted noexec
                 problem = error
     except (OSError, subprocess.SubprocessError) as error:
         problem = error
-    said = problem.stderr.strip() if isinstance(problem, subprocess.CalledProcessError) else problem
-    logger.warning("the CPU kernels could not be built, and torch's formulations, which are slower, are used: %s", said)
+    reason = problem.stderr.strip() if isinstance(problem, subprocess.CalledProcessError) else problem
+    logger.warning("the C++ CPU kernels could not be built; using the slower torch implementations: %s", reason)
     return None
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the C++ kernels take a tensor: it lies on the CPU, and its rows are of a multiple of 16 elements.
+    """Whether the C++ kernels take this tensor: on the CPU, last dimension a multiple of 16.
 
-    On processors without AVX-512 they do not: compilers take vectors of 16 floats through memory there, and torch is faster.
+    Always False on processors without AVX-512, where compilers spill vectors of 16 floats to memory and torch is faster.
     """
     return x.shape[-1] % 16 == 0 and has_wide_vectors() and available(x)
 
 
 def available(x: Tensor) -> bool:
-    """Whether the C++ kernels without vectors of floats take a tensor: it lies on the CPU."""
+    """Whether the C++ kernels that use no float vectors take this tensor: it is on the CPU."""
     return x.device.type == "cpu" and library() is not None
 
 
 @functools.cache
 def has_wide_vectors() -> bool:
-    """Whether a register of this processor holds 16 floats; or DISTRIBUTED_SPARSE_NATIVE=1 asks for the kernels anyway."""
+    """Whether a register holds 16 floats (AVX-512). DISTRIBUTED_SPARSE_NATIVE=1 forces True."""
     return os.environ.get("DISTRIBUTED_SPARSE_NATIVE") == "1" or "avx512f" in _processor().split()
 
 
 def listed(entries: Tensor) -> Tensor:
-    """int32 with consecutive entries side by side, as the kernels read a list; all other strides are free."""
+    """int32 with stride 1 in the last dimension, as the kernels expect of a list; the other strides are free."""
     return entries.int() if entries.stride(-1) == 1 else entries.int().contiguous()
 
 
 def run(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Call a C++ kernel with the addresses of tensors, a null pointer for None, int64_t for int, float for float.
+    """Call a C++ kernel. Passes a tensor as its address, None as a null pointer, int as int64_t, float as float.
 
-    The number of threads comes last, from here.
+    Appends torch's number of threads as the last argument.
     """
     loaded = library()
     assert loaded is not None
@@ -106,7 +106,7 @@ def _passed(argument: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How the library of these sources, this compiler and this processor is built, and the name that tells it from others."""
+    """How to build the library. Its name is a hash of the sources, the compiler, the flags and the processor."""
 
     name: str
     compiler: list[str]
@@ -115,21 +115,21 @@ class _Recipe:
 
     @classmethod
     def of_this_machine(cls) -> _Recipe:
-        """Raises FileNotFoundError without a compiler, subprocess.SubprocessError where it does not even tell its version."""
+        """Raises FileNotFoundError without a compiler, subprocess.SubprocessError if `compiler --version` fails."""
         compiler = shlex.split(os.environ.get("CXX", "")) or [_compiler()]
-        # -march=native: a home directory may be shared by machines with different processors
-        told = _output_of([*compiler, "--version"])
+        # the processor is part of the hash: -march=native, and machines with different processors may share a home directory
+        version = _output_of([*compiler, "--version"])
         runtime = _openmp_runtime()
         sources = sorted(SOURCES.rglob("*.cpp"))
         texts = [file.read_text() for file in (*sources, *sorted(SOURCES.rglob("*.h")))]
-        parts = (*texts, *compiler, told, *FLAGS, str(runtime), platform.machine(), _processor())
+        parts = (*texts, *compiler, version, *FLAGS, str(runtime), platform.machine(), _processor())
         digest = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()
         return cls(f"native-{digest[:16]}.so", compiler, sources, runtime)
 
     def build(self, folder: Path) -> Path:
-        """Compile in `folder`, and append to the library the digest by which `_whole` knows it."""
+        """Compile in `folder` and append the SHA-256 digest that `_whole` verifies."""
         compiled, linked = [folder / f"{source.stem}.o" for source in self.sources], folder / self.name
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # of waiting: compilers are processes
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads only wait for compiler processes
             command = [*self.compiler, *FLAGS, "-c"]
             list(pool.map(_output_of, ([*command, str(source), "-o", str(out)] for source, out in zip(self.sources, compiled))))
         openmp = str(self.runtime) if self.runtime else "-fopenmp"
@@ -140,9 +140,9 @@ class _Recipe:
 
 
 def _built(recipe: _Recipe, folder: Path) -> ctypes.CDLL:
-    """Compile into `folder`, over what may lie there damaged. Of processes that want it at once one builds it.
+    """Compile into `folder`, replacing a damaged file of the same name. Concurrent processes build it only once.
 
-    It appears under its name at once and whole.
+    The finished library is renamed into place atomically.
 
     Raises:
         OSError: the folder cannot be written, or the library cannot be loaded from it.
@@ -152,9 +152,9 @@ def _built(recipe: _Recipe, folder: Path) -> ctypes.CDLL:
     folder.mkdir(parents=True, exist_ok=True)
     with _lock_on(folder) as locked:
         if locked:
-            for left in folder.glob("building-*"):  # by processes that were killed
+            for left in folder.glob("building-*"):  # left by killed processes
                 shutil.rmtree(left, ignore_errors=True)
-        if (found := _whole(path)) is not None:  # by another process, meanwhile
+        if (found := _whole(path)) is not None:  # built by another process in the meantime
             return found
         with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as building:
             linked = recipe.build(Path(building))
@@ -165,10 +165,10 @@ def _built(recipe: _Recipe, folder: Path) -> ctypes.CDLL:
 
 
 def _whole(path: Path) -> ctypes.CDLL | None:
-    """The library at `path`, or None where none can be read, or its digest is wrong: a truncated one may load and crash later.
+    """The library at `path`, or None if it is unreadable or its digest is wrong (a truncated library may load and crash later).
 
     Raises:
-        OSError: it is whole, and cannot be loaded: another one could not either.
+        OSError: the file is intact but cannot be loaded; rebuilding would not help.
     """
     try:
         content = path.read_bytes()
@@ -180,10 +180,10 @@ def _whole(path: Path) -> ctypes.CDLL | None:
 
 @contextmanager
 def _lock_on(folder: Path) -> Iterator[bool]:
-    """Holds a lock that other processes wait for, or False: one has held it for LOCK_TIMEOUT_S and may have been stopped, or
-    the file system has no locks (some networks' have none). Two that build do each other no harm.
+    """Lock a folder against other processes; yields whether the lock was taken.
 
-    The kernel takes the lock from a process that is killed.
+    False after LOCK_TIMEOUT_S (its holder may be stopped), or on a file system without locks (some network file systems).
+    Building without the lock is safe, only redundant. The kernel releases the lock of a killed process.
     """
     file = os.open(folder, os.O_RDONLY)
     locked, deadline = False, time.monotonic() + LOCK_TIMEOUT_S
@@ -212,10 +212,10 @@ def _compiler() -> str:
 
 
 def _cache_folders() -> Iterator[Path]:
-    """Where the library may lie, the best place first; they need not exist.
+    """Candidate folders for the library, preferred first; they need not exist.
 
-    ~/.cache/distributed_sparse (XDG_CACHE_HOME goes first), and for who has no home, or one that cannot be written, this
-    user's folder for temporary files.
+    $XDG_CACHE_HOME/distributed_sparse or ~/.cache/distributed_sparse; then, for a user without a writable home directory, a
+    per-user folder under the system's temporary directory.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     if home.is_absolute():
@@ -224,13 +224,13 @@ def _cache_folders() -> Iterator[Path]:
     with suppress(FileExistsError):
         shared.mkdir(mode=0o700)
     found = shared.lstat()
-    # what lies there is loaded into this process: nobody else may write it
+    # files there are loaded into this process, so nobody else may have write access
     private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
     yield shared if private else Path(tempfile.mkdtemp(prefix="distributed_sparse-"))
 
 
 def _openmp_runtime() -> Path | None:
-    """The OpenMP library that torch has loaded: a second one would bring threads of its own, which fight for the cores."""
+    """The OpenMP library that torch has loaded. A second one would start its own threads, which compete for the cores."""
     try:
         mapped = Path("/proc/self/maps").read_text().split()
     except OSError:
@@ -242,7 +242,7 @@ def _openmp_runtime() -> Path | None:
 
 
 def _processor() -> str:
-    """What distinguishes processors: the flags of the first one."""
+    """The CPU flags of the first core in /proc/cpuinfo, which identify the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""philox: the counter-based random bits of the engine (Philox4x32-10, Salmon et al., SC 2011), the same on every device."""
+"""philox: counter-based random bits (Philox4x32-10, Salmon et al., SC 2011), identical on every device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TOKEN_SAMPLING, SAMPLE_RESIDUAL, RANDOM_PAGES = 0, 1, 2
-"""What a random number is for: the lowest 4 bits of the last counter word, so that no two uses share one."""
+"""Purpose of a random number, in the lowest 4 bits of the last counter word: different uses never share a number."""
 
 _MUL_0, _MUL_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -35,7 +35,7 @@ def philox(key: tuple[Tensor | int, Tensor | int], counter: tuple[Tensor | int, 
 
 
 def philox_rounds(k0: Words, k1: Words, c0: Words, c1: Words, c2: Words, c3: Words) -> tuple[Words, Words, Words, Words]:
-    """`philox` on int64 tensors, or on numpy's int64 arrays, whose calls on few numbers are cheaper. Counters of one shape."""
+    """`philox` on int64 tensors or numpy int64 arrays (cheaper calls for few numbers). All counters have one shape."""
     for _ in range(10):
         high_0, low_0 = _multiply(c0, _MUL_0)
         high_1, low_1 = _multiply(c2, _MUL_1)
@@ -50,6 +50,6 @@ def uniform(words: Tensor) -> Tensor:
 
 
 def _multiply(a: Words, b: int) -> tuple[Words, Words]:
-    """High and low words of the 64-bit product of a word and a constant: int64 wraps around, and keeps all 64 bits."""
+    """High and low words of the 64-bit product of a word and a constant. int64 wraps around but keeps all 64 bits."""
     product = a * b
     return (product >> 32) & _MASK, product & _MASK

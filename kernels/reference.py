@@ -1,4 +1,4 @@
-"""The kernels once more in float64, written for clarity: what tests and benchmarks compare with."""
+"""reference: float64 implementations of the ops, written for clarity, for tests and benchmarks to compare with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distributed_sparse.kernels.vattention.residual_statistics import GRAM_ROWS,
 def append_reference(
     k: Tensor, v: Tensor, pages: Tensor, starts: Tensor, offsets: Tensor, counts: Tensor, k_pages: Tensor, v_pages: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `append`. New (k_pages, v_pages) and the min and max of all that each written page then holds (others: 0)."""
+    """See `append`. Returns new (k_pages, v_pages) and each written page's min and max (0 for other pages)."""
     k_pages, v_pages = k_pages.clone(), v_pages.clone()
     num_pages, heads, _, dim = k_pages.shape
     page_min_max = torch.zeros(num_pages, heads, 2, dim, dtype=k_pages.dtype)
@@ -74,7 +74,7 @@ def count_attended_reference(
     partial_num_tokens: Tensor | None = None,
     extra_tokens_read: Tensor | None = None,
 ) -> tuple[list[int], list[int], list[int]]:
-    """See `count_attended`: what is added to each counter, [H_kv] each, row by row and page by page."""
+    """See `count_attended`: the increments of each counter, [H_kv] each, row by row and page by page."""
     heads = num_pages.shape[1]
     attended, sparse, apart = [0] * heads, [0] * heads, [0] * heads
     for b, context in enumerate(context_lens.tolist()):
@@ -117,7 +117,7 @@ def attend_reference(
     log_weight: Tensor | None = None,
     partial: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `attend`: one softmax over all that a row lists, each token once. float64 out [B, H_q, d], lse [B, H_q]."""
+    """See `attend`: one softmax over everything that a row lists. float64 out [B, H_q, d], lse [B, H_q]."""
     heads, page_size = k_pages.shape[1:3]
     group = q.shape[1] // heads
     out = torch.zeros(q.shape, dtype=torch.float64)
@@ -137,7 +137,7 @@ def attend_reference(
             for i in range(h * group, (h + 1) * group):
                 logits = keys @ q[b, i].double() * scale + torch.tensor(weights, dtype=torch.float64)
                 parts = values
-                if partial is not None and partial[1][b, i] > float("-inf"):  # what was attended counts as one token
+                if partial is not None and partial[1][b, i] > float("-inf"):  # the partial result enters as one token
                     logits = torch.cat([logits, partial[1][b, i, None].double()])
                     parts = torch.cat([values, partial[0][b, i, None].double()])
                 if len(logits):
@@ -148,7 +148,7 @@ def attend_reference(
 def combine_reference(
     outs: Tensor, lses: Tensor, num_partials: Tensor, partial: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `combine`: a softmax over partial results. float64 out [R, G, d], lse [R, G]."""
+    """See `combine_torch`: a softmax over partial results. float64 out [R, G, d], lse [R, G]."""
     rows, _, group, dim = outs.shape
     out = torch.zeros(rows, group, dim, dtype=torch.float64)
     lse = torch.full((rows, group), float("-inf"), dtype=torch.float64)
@@ -204,7 +204,7 @@ def sample_residual_reference(
     first_kv_head: int,
     draw: int,
 ) -> list[list[list[int]]]:
-    """See `sample_residual`. The slots drawn, [B][H_kv] lists: the residual is listed, the bijection is in plain ints."""
+    """See `sample_residual`. The slots drawn, [B][H_kv] lists, with an explicit residual and plain Python ints."""
     batch, heads, _ = chosen.shape
     drawn: list[list[list[int]]] = [[[] for _ in range(heads)] for _ in range(batch)]
     for b in range(batch):
@@ -238,7 +238,7 @@ def _bijection(x: int, size: int, keys: list[int]) -> int:
 
 
 def _lowbias32(y: int) -> int:
-    """Chris Wellons' 32-bit finaliser of least measured bias."""
+    """The 32-bit finaliser "lowbias32" (Chris Wellons)."""
     y = (y ^ y >> 16) * 0x7FEB352D % 2**32
     y = (y ^ y >> 15) * 0x846CA68B % 2**32
     return y ^ y >> 16
@@ -247,7 +247,7 @@ def _lowbias32(y: int) -> int:
 def quantise_reference(k: Tensor, bits: int, key_offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `append`: one key [H_kv, d] at a time, channel by channel. Codes uint8 [N, H_kv, d * bits / 8], scales [N, H_kv, 2].
 
-    Not in float64: the codes are to be equal bit for bit, so every operation is the named IEEE float32 one.
+    Not in float64: codes must be equal bit for bit, so every operation is the IEEE float32 operation that `append` names.
     """
     levels, per_byte = 2**bits - 1, 8 // bits
     tokens, heads, dim = k.shape

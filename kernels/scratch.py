@@ -1,7 +1,7 @@
-"""scratch: CPU buffers that a thread keeps from call to call, so that no layer's pages are mapped and faulted in anew.
+"""scratch: per-thread CPU buffers reused across calls, so that their memory is not mapped and page-faulted again per layer.
 
-The rules: what a function takes here never leaves it, as a result or in one; and no two buffers of one name are in use at
-a time, so a function names its buffers after its op and calls no other op that takes the same name.
+Rules: a function never returns a scratch buffer or a view of one. Two buffers of one name are never in use at the same time: a
+function names its buffers after its op and calls no other op that uses the same name.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _buffers = _Buffers()
 
 
 def scratch(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """This thread's buffer of a name, as an uninitialised contiguous CPU tensor of any shape.
+    """This thread's buffer `name` as an uninitialised contiguous CPU tensor.
 
-    It grows to the largest shape that was asked for and lives as long as its thread. The next call with the same name and
-    dtype gives the same memory again.
+    It grows to the largest shape requested so far and lives as long as its thread. The next call with the same name and dtype
+    returns the same memory.
     """
     key, size = (name, dtype), prod(shape)
     held = _buffers.by_name.pop(key, None)
     if held is None or held.numel() < size:
-        held = None  # the smaller one goes before the larger one is allocated
-        with torch.inference_mode(False):  # a tensor born in inference mode could be written to in no other
+        held = None  # free the smaller buffer before allocating the larger one
+        with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
             held = torch.empty(size, dtype=dtype)
     _buffers.by_name[key] = held
     return held[:size].view(tuple(shape))

@@ -1,9 +1,9 @@
-// vectors: what all kernels here compute with. 16 floats at a time, in GCC's (also Clang's) vectors, which the compiler maps on
-// what the machine has.
+// vectors: shared helpers of the C++ kernels, on vectors of 16 floats (GCC/Clang vector extensions, which the compiler maps
+// to the machine's registers).
 //
-// No header of torch or of any library: `native.py` compiles these files on first use and calls them with plain pointers. Work
-// is cut by a row's own length alone, and partial results are merged in order: a row has the same bits at any number of threads
-// and in any batch.
+// No headers of torch or other libraries: `native.py` compiles these files on first use and calls them with plain pointers.
+// Work is split by a row's own length only, and partial results are merged in order, so a row has the same bits at any number
+// of threads and in any batch.
 
 #pragma once
 
@@ -12,11 +12,12 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
 
-constexpr int W = 16;  // floats in a vector, and tokens in a block: no page is smaller
+constexpr int W = 16;  // floats in a vector, and tokens in a block (page_size is at least 16)
 typedef float Vec __attribute__((vector_size(W * 4)));
 typedef int32_t IntVec __attribute__((vector_size(W * 4)));
 typedef uint32_t BitVec __attribute__((vector_size(W * 4)));
@@ -25,7 +26,7 @@ typedef uint8_t ByteVec __attribute__((vector_size(W)));
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef float Vec4 __attribute__((vector_size(16)));
 
-constexpr int HEADS_AT_ONCE = 4;  // query heads whose sums stay in registers
+constexpr int HEADS_AT_ONCE = 4;  // query heads computed together: their sums stay in registers
 
 struct Bfloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
@@ -44,10 +45,10 @@ inline BitVec load_bits(const void* from) {
 
 inline Vec load(const Bfloat16* from) { return (Vec)(load_bits(from) << 16); }
 
-// Of 16 numbers of half precision, their bits in the lower halves.
+// 16 floats from fp16 numbers whose bits are in the lower halves of the lanes.
 inline Vec float_of_half(BitVec half) {
     const BitVec rest = half & 0x7fff;
-    const Vec scaled = (Vec)(rest << 13) * 0x1p112f;  // the exponents differ by 112; right for subnormals too
+    const Vec scaled = (Vec)(rest << 13) * 0x1p112f;  // the exponent biases differ by 112; exact for subnormals too
     const BitVec infinite = (BitVec)(rest >= 0x7c00) & 0x7f800000;
     return (Vec)((BitVec)scaled | infinite | (half & 0x8000) << 16);
 }
@@ -56,7 +57,7 @@ inline float float_of_half(Float16 half) { return float_of_half(BitVec{} + half.
 
 inline Vec load(const Float16* from) { return float_of_half(load_bits(from)); }
 
-// Rounded to nearest, ties to even.
+// fp16 of x, rounded to nearest, ties to even.
 inline Float16 half_of_float(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -69,7 +70,7 @@ inline Float16 half_of_float(float x) {
         const float next = std::fabs(x) + 0.5f;
         memcpy(&rest, &next, sizeof rest);
         rest -= 0x3f000000;
-    } else {  // the exponents differ by 112; what is rounded up may carry into the exponent
+    } else {  // the exponent biases differ by 112; rounding up may carry into the exponent
         rest = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
     }
     return {uint16_t(sign | rest)};
@@ -93,7 +94,7 @@ inline float sum(Vec x) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntVec){__VA_ARGS__})
 #endif
 
-// The sums of 16 vectors, in order: halves of two become one, four times. A third of the work of 16 times `sum`.
+// The sums of 16 vectors, in order, by adding halves pairwise four times: a third of the work of 16 calls of `sum`.
 inline Vec sums_of(const Vec x[W]) {
     Vec eights[8], fours[4], twos[2];
     for (int i = 0; i < 8; ++i)
@@ -109,8 +110,51 @@ inline Vec sums_of(const Vec x[W]) {
            SHUFFLE(twos[0], twos[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
-// Of four vectors, each four by four: out[g] has the g-th four of every one. (Through memory, 16 bytes written at a time and 64
-// read wait for each other.)
+// Stores the sums of HEADS x 4 vectors into rows of `out`, STRIDE floats apart.
+template <int HEADS, int STRIDE>
+void store_sums(const Vec sums[HEADS][4], float* out) {
+    if constexpr (HEADS * 4 == W) {
+        const Vec found = sums_of(sums[0]);
+        for (int g = 0; g < HEADS; ++g) memcpy(out + g * STRIDE, (const float*)&found + g * 4, 4 * sizeof(float));
+    } else {
+        for (int g = 0; g < HEADS; ++g)
+            for (int j = 0; j < 4; ++j) out[g * STRIDE + j] = sum(sums[g][j]);
+    }
+}
+
+// Transposes 16 x 16 floats in place, by exchanging halves, quarters, ... of two rows.
+void transpose(Vec x[W]) {
+#define EXCHANGE(DISTANCE, FIRST, SECOND)                                                                                      \
+    for (int i = 0; i < W; ++i)                                                                                                \
+        if (!(i & DISTANCE)) {                                                                                                 \
+            const Vec a = x[i], b = x[i + DISTANCE];                                                                           \
+            x[i] = SHUFFLE(a, b, FIRST);                                                                                       \
+            x[i + DISTANCE] = SHUFFLE(a, b, SECOND);                                                                           \
+        }
+#define LIST(...) __VA_ARGS__
+    EXCHANGE(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+             LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+    EXCHANGE(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+             LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+    EXCHANGE(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+             LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+    EXCHANGE(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+             LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+#undef LIST
+#undef EXCHANGE
+}
+
+// Products of ROWS columns of one panel [dim, W] (from `rows` on) with all 16 columns of another.
+template <int ROWS>
+void products_of(const float* rows, const float* panel, int64_t dim, Vec out[ROWS]) {
+    Vec sums[ROWS] = {};
+    for (int64_t i = 0; i < dim; ++i)
+        for (int r = 0; r < ROWS; ++r) sums[r] += rows[i * W + r] * load(panel + i * W);
+    for (int r = 0; r < ROWS; ++r) out[r] = sums[r];
+}
+
+// out[g] holds the g-th group of four floats of each of the four vectors. In registers: through memory, 64-byte loads would
+// stall on the 16-byte stores before them.
 inline void turn_fours(const Vec x[4], Vec out[4]) {
     const Vec a = SHUFFLE(x[0], x[1], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const Vec b = SHUFFLE(x[2], x[3], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -122,7 +166,7 @@ inline void turn_fours(const Vec x[4], Vec out[4]) {
     out[3] = SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
-// e^x for x <= 0; 0 below -87. Cody and Waite's reduction, then the series to x^7: within 2 ulp.
+// e^x for x <= 0; 0 below -87. Cody-Waite reduction, then the series to x^7: within 2 ulp.
 inline Vec exp_of_negative(Vec x) {
     const Vec kept = x < -87.0f ? Vec{} - 87.0f : x;
     const IntVec n = __builtin_convertvector(kept * 1.44269504f - 0.5f, IntVec);
@@ -137,6 +181,53 @@ inline Vec exp_of_negative(Vec x) {
     y = (y * r + 1.0f) * r + 1.0f;
     const Vec power = (Vec)((n + 127) << 23);
     return x < -87.0f ? Vec{} : y * power;
+}
+
+// e^(logits - highest) of `count` tokens into SIZE weights; 0 past the count. Returns the sum.
+template <int SIZE>
+float weights_of(const float* logits, float highest, int count, float weights[SIZE]) {
+    Vec total = {};
+    for (int t = 0; t < SIZE; t += W) {
+        Vec weight = t < count ? exp_of_negative(load(logits + t) - highest) : Vec{};
+        for (int j = std::max(count - t, 0); j < W; ++j) weight[j] = 0.0f;
+        store(weights + t, weight);
+        total += weight;
+    }
+    return sum(total);
+}
+
+// A buffer of floats aligned to a cache line (a vector across two lines costs twice). It never shrinks.
+class Floats {
+    std::vector<float> room;
+    float* first = nullptr;
+
+public:
+    float* resize(int64_t size) {
+        if (int64_t(room.size()) < size + W) {
+            room.resize(size + W);
+            first = room.data() + (-reinterpret_cast<uintptr_t>(room.data()) / sizeof(float)) % W;
+        }
+        return first;
+    }
+    float& operator[](int64_t i) const { return first[i]; }
+};
+
+// Calls `work(number, first)` for up to HEADS_AT_ONCE query heads at a time; `number` is a compile-time constant.
+template <class Work>
+void for_heads(int64_t group, Work work) {
+    for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) switch (group - g) {
+            case 1: work(std::integral_constant<int, 1>(), g); break;
+            case 2: work(std::integral_constant<int, 2>(), g); break;
+            case 3: work(std::integral_constant<int, 3>(), g); break;
+            default: work(std::integral_constant<int, HEADS_AT_ONCE>(), g);
+        }
+}
+
+// Prefetches the cache line at channel i of 4 tokens.
+template <class T>
+void prefetch(const T* from, const int64_t at[4], int64_t i) {
+    if (i * sizeof(T) % 64 == 0)
+        for (int j = 0; j < 4; ++j) __builtin_prefetch(from + at[j] + i, 0, 2);
 }
 
 }  // namespace

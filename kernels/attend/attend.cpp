@@ -1,26 +1,27 @@
-// attend: the decode attention of attend.py. Pages and tokens are read where they lie, once, at the speed of memory.
+// attend: decode attention (attend.py). Reads each listed page and token once, in place, at memory speed.
 
 #include "vectors.h"
 
 namespace {
 
-constexpr int CHUNK_TOKENS = 512;  // of attend.py
-constexpr int AHEAD = 2;           // blocks of 16 tokens on their way from memory while one is computed
+constexpr int CHUNK_TOKENS = 512;  // as in attend.py
+constexpr int AHEAD = 2;           // blocks of 16 tokens prefetched ahead of the one computed
 
-// What one chunk gives to one query head: the highest logit, the sum of e^(logit - highest), and that of values times it.
+// Partial result of one chunk for one query head: the highest logit and the sum of e^(logit - highest). (The weighted sum of
+// values is stored apart.)
 struct State {
     float highest, total;
 };
 
 struct Chunk {
-    int64_t sequence, head, num_heads;  // heads with one list of pages are read together: they lie side by side
-    int32_t index;                      // in their list
+    int64_t sequence, head, num_heads;  // KV heads that share one list of pages are read together: they are adjacent in memory
+    int32_t index;                      // of the chunk in its list
     int32_t tokens;                     // 1..CHUNK_TOKENS
     bool of_pages;
-    int64_t place;  // of the first head's result among all of them
+    int64_t place;  // index of the first head's partial result
 };
 
-// Where in k and v 16 tokens of a chunk lie, for one head. Only `count` of them are in the list; the others repeat the first.
+// Offsets in k and v of 16 tokens of a chunk, for one KV head. Only `count` are in the list; the others repeat the first.
 struct Block {
     int64_t at[W];
     int count;
@@ -37,7 +38,7 @@ struct Attend {
     int64_t tokens_strides[2];
     int64_t heads, group, dim, page_size;
 
-    // The block from token `start` of a chunk on, for its first head.
+    // Fills in the block that starts at token `start` of a chunk, for its first KV head.
     void find(const Chunk& chunk, int start, Block* block) const {
         const int64_t b = chunk.sequence, h = chunk.head;
         const int64_t place = int64_t(chunk.index) * CHUNK_TOKENS + start;
@@ -54,7 +55,7 @@ struct Attend {
         for (int t = block->count; t < W; ++t) block->at[t] = block->at[0];
     }
 
-    // Logits of 16 tokens for some query heads. The keys of a later block come into the cache meanwhile.
+    // Logits of 16 tokens for HEADS query heads. Prefetches the keys of a later block.
     template <int HEADS>
     void logits(const float* queries, const int64_t at[W], const int64_t* later, Vec out[HEADS]) const {
         for (int t = 0; t < W; t += 4) {
@@ -79,7 +80,7 @@ struct Attend {
         }
     }
 
-    // values += weights . v of 16 tokens; for some query heads, and VECTORS times 16 of the dimensions.
+    // values += weights . v of 16 tokens, for HEADS query heads and VECTORS * 16 channels. Prefetches later values.
     template <int HEADS, int VECTORS>
     void add_values(float* values, const float weights[HEADS][W], const Block& block, const int64_t* later,
                     int64_t from) const {
@@ -99,12 +100,7 @@ struct Attend {
                 for (int j = 0; j < VECTORS; ++j) prefetch(v, later + t, from + j * W);
     }
 
-    static void prefetch(const T* from, const int64_t at[4], int64_t i) {
-        if (i * sizeof(T) % 64 == 0)
-            for (int j = 0; j < 4; ++j) __builtin_prefetch(from + at[j] + i, 0, 2);
-    }
-
-    // A block for the query heads from `head` of the chunk's on.
+    // Attends a block for HEADS query heads of the chunk, from `head` on.
     template <int HEADS>
     void attend_block(const Block& block, const int64_t* later, int64_t head, const float* queries, State* states,
                       float* values) const {
@@ -133,7 +129,8 @@ struct Attend {
         if (i < dim) add_values<HEADS, 1>(values, weights, block, later, i);
     }
 
-    // One chunk: states [num_heads, group], values [num_heads, group, dim]. Its blocks: of all heads, then the next 16 tokens.
+    // Attends a chunk into states [num_heads, group] and values [num_heads, group, dim]. Block order: 16 tokens of every
+    // head, then the next 16 tokens.
     void run(const Chunk& chunk, State* states, float* values) const {
         for (int64_t i = 0; i < chunk.num_heads * group; ++i) states[i] = {-INFINITY, 0.0f};
         memset(values, 0, chunk.num_heads * group * dim * sizeof(float));
@@ -172,7 +169,7 @@ struct Attend {
     }
 };
 
-// One query head's results become one: e^(log-sum-exp - highest) weighs each; in order, an already attended part last.
+// Merges a query head's partial results in order, weighted by e^(log-sum-exp - highest); the already attended part is last.
 void merge(const State* states, const float* values, const int64_t* places, int64_t num_places, int64_t group, int64_t dim,
            const float* log_weights, const float* part, float part_lse, float* out, float* lse) {
     const auto level_of = [&](int64_t i) { return states[places[i] * group].highest + log_weights[i]; };
@@ -188,7 +185,7 @@ void merge(const State* states, const float* values, const int64_t* places, int6
         const bool is_part = i == num_places;
         const float* from = is_part ? part : values + places[i] * group * dim;
         const float level = is_part ? part_lse : level_of(i);
-        if (is_part && level == -INFINITY) continue;  // a chunk has tokens: it is at -INFINITY where all its logits are NaN
+        if (is_part && level == -INFINITY) continue;  // empty part; a chunk at -INFINITY has only NaN logits
         const float weight = std::exp(level - highest);
         total += weight * (is_part ? 1.0f : states[places[i] * group].total);
         for (int64_t j = 0; j < dim; j += W) store(out + j, load(out + j) + weight * load(from + j));
@@ -197,12 +194,12 @@ void merge(const State* states, const float* values, const int64_t* places, int6
     *lse = highest + std::log(total);
 }
 
-// What one call plans and fills.
+// Work list and intermediate results of one call.
 struct Work {
     std::vector<Chunk> chunks;
-    std::vector<int64_t> firsts;     // [rows + 1] where a row's entries begin in the next two
-    std::vector<int64_t> places;     // of its chunks' results, in order: pages, then tokens
-    std::vector<float> log_weights;  // of each
+    std::vector<int64_t> firsts;     // [rows + 1] start of a row's entries in the next two
+    std::vector<int64_t> places;     // indices of its chunks' results, in order: pages, then tokens
+    std::vector<float> log_weights;  // of each entry of places
     std::vector<State> states;       // [places, group]
     std::vector<float> values;       // [places, group, dim]
 
@@ -218,12 +215,12 @@ template <class T>
 void attend(Attend<T> own, const int32_t* num_pages, const int64_t* num_pages_strides, const int32_t* last_page_len,
             const int32_t* num_tokens, const int64_t* num_tokens_strides, const float* log_weight, const float* part,
             const float* part_lse, int64_t batch, float* out, float* lse, int64_t threads) {
-    // Kept from call to call: memory that is mapped anew costs a fault per page. Named here, as a worker's would be its own.
+    // Reused across calls: newly mapped memory costs a fault per page. `work` shares the caller's with all threads.
     static thread_local Work kept;
     Work& work = kept;
     work.clear();
     const int64_t rows = batch * own.heads, group = own.group, dim = own.dim;
-    // One list for all heads is read for all of them at once, where that leaves enough chunks for every thread. No bit changes.
+    // A list shared by all KV heads is read for all of them at once if that leaves enough chunks for every thread. Same bits.
     int64_t num_places = 0, num_shared = 0;
     for (int64_t b = 0; b < batch; ++b)
         num_shared += (num_pages[b * num_pages_strides[0]] * own.page_size + CHUNK_TOKENS - 1) / CHUNK_TOKENS;
@@ -231,7 +228,7 @@ void attend(Attend<T> own, const int32_t* num_pages, const int64_t* num_pages_st
     const auto cut = [&](int64_t row, int64_t length, bool of_pages, bool shared, float weight) {
         const int64_t b = row / own.heads, h = row % own.heads, num_heads = shared ? own.heads : 1;
         for (int64_t i = 0; i * CHUNK_TOKENS < length; ++i) {
-            if (shared && h > 0) {  // the first head has cut for all
+            if (shared && h > 0) {  // the first head's chunks cover all heads
                 work.places.push_back(work.places[work.firsts[row - h] + i] + h);
             } else {
                 const int64_t left = length - i * CHUNK_TOKENS;
@@ -277,7 +274,7 @@ void attend(Attend<T> own, const int32_t* num_pages, const int64_t* num_pages_st
 
 }  // namespace
 
-// One entry per dtype of the cache. Tensors as in attend.py; strides in elements.
+// One function per dtype of the cache. Tensors as in attend.py; strides in elements.
 #define ATTEND(NAME, T)                                                                                                        \
     extern "C" void attend_##NAME(const float* q, const T* k, const T* v, int64_t page_stride, int64_t head_stride,            \
                                   const int32_t* pages, int64_t pages_stride, int64_t pages_head_stride,                       \

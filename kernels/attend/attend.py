@@ -1,4 +1,4 @@
-"""attend: decode attention of one query token per sequence over whatever a `Selection` lists."""
+"""attend: decode attention of one query token per sequence over the pages and tokens that a `Selection` lists."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from distributed_sparse.kernels.dispatch import op
 
 CHUNK_TOKENS = 512
-"""A row's list of pages, and its list of tokens, are each cut into chunks of this many tokens, one partial result per
-chunk, combined in index order: so the cut, and with it every bit of the result, depends on the row alone."""
+"""A row's page list and token list are each cut into chunks of this many tokens. Each chunk gives one partial result; they are
+combined in index order, so the chunks and every bit of the result depend on the row alone."""
 
 
 @op
@@ -31,14 +31,14 @@ def attend(
 ) -> Any:
     """Attend over listed pages, then listed tokens, then merge an already attended partial result.
 
-    Chunks are numbered: pages first, then tokens; the partial comes last. Rows are independent: the result of a row is
-    the same bits in any batch, order, or number of KV heads (with torch's formulation on a CPU: at one thread).
+    Chunks are numbered: pages first, then tokens; the partial comes last. Rows are independent: a row's result has
+    the same bits in any batch, order, or number of KV heads (the torch implementation on a CPU: with one thread).
 
     Args:
         q: [B, H_q, d] post-RoPE queries, float32 | float16 | bfloat16; H_q = G * H_kv, 1 <= G <= 16; d 64, 96, 128 or 256.
         k_pages, v_pages: [num_pages_total, H_kv, page_size, d], dtype of q; page_size 16, 32 or 64.
         pages: int32 [B, H_kv, P] physical page ids in logical order (stride 0 over heads is allowed: dense is the page
-            table itself, expanded). Entries past the count are undefined, and may be any bits.
+            table itself, expanded). Entries past the count are undefined.
         num_pages: int32 [B, H_kv] (may be expanded); 0 is allowed.
         last_page_len: int32 [B] valid tokens in the *last listed* page of each of the sequence's rows, 1..page_size; all
             other listed pages are full.
@@ -52,6 +52,6 @@ def attend(
         return_lse: also return the log-sum-exp, and the output in float32 (what another call takes as ``partial``).
 
     Returns:
-        out [B, H_q, d] in q's dtype; or (out float32 [B, H_q, d], lse float32 [B, H_q]). A row that lists nothing gives
-        out 0 and lse -inf.
+        out [B, H_q, d] in q's dtype; with ``return_lse`` (out float32 [B, H_q, d], lse float32 [B, H_q]). A row that lists
+        nothing gives out 0 and lse -inf.
     """

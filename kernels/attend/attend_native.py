@@ -1,4 +1,4 @@
-"""attend on a CPU with `attend.cpp`: pages and tokens are read where they lie, each once for all heads of its group."""
+"""attend on a CPU with `attend.cpp`: reads pages and tokens in place, each once for all query heads of its group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attend_native(
     partial: tuple[Tensor, Tensor] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attend` for CPU tensors: the same arguments and results; the bits of a row do not depend on the number of threads."""
+    """See `attend`; the bits of a row do not depend on the number of threads."""
     assert k_pages.stride()[1:] == v_pages.stride()[1:] == (k_pages[0, 0].numel(), k_pages.shape[3], 1)
     batch, num_q_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape

@@ -1,4 +1,4 @@
-"""attend and combine on CPU: listed slots are gathered a few chunks at a time into a scratch that stays in the cache."""
+"""attend and combine in torch: gathers listed slots, a few chunks at a time, into scratch that fits in the CPU cache."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distributed_sparse.kernels.attend.attend import CHUNK_TOKENS
 from distributed_sparse.kernels.scratch import scratch
 
 SCRATCH_BYTES = 8 << 20
-"""Float32 keys and values gathered at a time: large enough to hide the cost of a call, small enough to stay in the cache."""
+"""Float32 keys and values gathered at a time: large enough to amortise a call, small enough to stay in the CPU cache."""
 
 CHUNK_WIDTHS = (64, 128, 256, 384, CHUNK_TOKENS)
-"""Tokens that a row's last chunk is padded to: the smallest that holds it. No page is larger than the first."""
+"""A row's last chunk is padded to the smallest of these token counts that holds it. No page is larger than the first."""
 
 
 @dataclass
@@ -28,7 +28,7 @@ class _Chunks:
     index: NDArray[np.int64]  # [I] place in its row's list of chunks
     length: NDArray[np.int64]  # [I] tokens, 1..CHUNK_TOKENS
     blocks: NDArray[np.int64]  # [I, CHUNK_TOKENS // block_tokens], 0 past the list
-    block_tokens: int  # K and V are seen as [num_blocks, block_tokens, d]: a page of one KV head, or one slot of it
+    block_tokens: int  # K and V viewed as [num_blocks, block_tokens, d]: a block is a page of one KV head, or one slot of it
 
 
 def attend_torch(
@@ -46,7 +46,7 @@ def attend_torch(
     partial: tuple[Tensor, Tensor] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attend` for CPU tensors: the same arguments and results."""
+    """See `attend`."""
     batch, num_q_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     num_rows, group = batch * num_kv_heads, num_q_heads // num_kv_heads
@@ -69,7 +69,7 @@ def attend_torch(
         places = chunks.row * capacity + num_partials[chunks.row] + chunks.index
         _attend_chunks(q_rows, k_pages, v_pages, chunks, scale, outs, lses, places)
         num_partials = num_partials + chunks.per_row
-    if log_weight is not None and tokens is not None:  # the same for all tokens of a row: it moves a chunk's sum, not its mean
+    if log_weight is not None and tokens is not None:  # equal for all tokens of a row: changes a chunk's lse, not its output
         lses[torch.from_numpy(places)] += log_weight.reshape(num_rows, 1)[torch.from_numpy(chunks.row)]
 
     if partial is not None:
@@ -83,7 +83,16 @@ def attend_torch(
 def combine_torch(
     outs: Tensor, lses: Tensor, num_partials: Tensor, partial: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`combine` for CPU tensors: the same arguments and results."""
+    """Merge normalised partial results by their log-sum-exps, in index order, ``partial`` last.
+
+    Args:
+        outs: float32 [R, C, G, d]; lses: float32 [R, C, G].
+        num_partials: [R] how many of a row's C partial results are defined.
+        partial: (out [R, G, d], lse [R, G]) one more partial result per row; lse -inf: none.
+
+    Returns:
+        out float32 [R, G, d], lse [R, G]; 0 and -inf for a row without partial results.
+    """
     num_rows, capacity, group, head_dim = outs.shape
     defined = torch.arange(capacity) < num_partials[:, None]
     partial_lse = partial[1] if partial is not None else torch.full((num_rows, group), float("-inf"))
@@ -92,11 +101,11 @@ def combine_torch(
     highest = lses.amax(dim=1)
     highest = highest.masked_fill(highest == float("-inf"), 0.0)
     weights = (lses - highest[:, None]).exp()
-    live = (lses != float("-inf"))[..., None]  # a NaN is no empty partial: its row's result is NaN
+    live = (lses != float("-inf"))[..., None]  # an lse of NaN is not an empty partial: its row's result is NaN
     most = int(num_partials.max())
     weighted = scratch("combine", (num_rows, most, group, head_dim))
     torch.mul(weights[:, :most, :, None], outs[:, :most], out=weighted)
-    parts = [*weighted.masked_fill_(~live[:, :most], 0.0).unbind(1)]  # an empty one may be NaN
+    parts = [*weighted.masked_fill_(~live[:, :most], 0.0).unbind(1)]  # the output of an empty partial may be NaN
     if partial is not None:
         parts.append((weights[:, -1, :, None] * partial[0]).where(live[:, -1], 0.0))
     out, total = torch.zeros(num_rows, group, head_dim), torch.zeros(num_rows, group)
@@ -108,10 +117,10 @@ def combine_torch(
 
 
 def _cut(entries: Tensor, counts: NDArray[np.int64], lengths: NDArray[np.int64], block_tokens: int, page_size: int) -> _Chunks:
-    """Cut lists of pages (block_tokens = page_size) or of tokens (1) into chunks. In numpy: its calls on so little are cheaper.
+    """Cut lists of pages (block_tokens = page_size) or of tokens (1) into chunks. In numpy, whose small calls are cheaper.
 
     Args:
-        entries: int32 [B, H_kv, E] page ids or token slots; past the count any bits.
+        entries: int32 [B, H_kv, E] page ids or token slots; undefined past the count.
         counts: [R] entries listed; R = B * H_kv.
         lengths: [R] tokens in them.
     """
@@ -145,14 +154,14 @@ def _attend_chunks(
 ) -> None:
     """Attend q_rows [R, 1, G, d] over every chunk; item i goes to outs[places[i]] [G, d] and lses[places[i]] [G].
 
-    An item's shape depends on its own length alone, never on its neighbours, and so do its bits. All is computed in
+    An item's shape, and so its bits, depend on its own length alone, never on other items. Everything is computed in
     float32: torch's kernel is several times slower on float16, and on bfloat16 with one query.
     """
     head_dim = q_rows.shape[-1]
     block_elements = chunks.block_tokens * head_dim
     k_blocks, v_blocks = k_pages.view(-1, block_elements), v_pages.view(-1, block_elements)
     is_wide = q_rows.dtype == torch.float32
-    # A whole number of chunks for each thread.
+    # Each thread gets a whole number of chunks.
     threads = torch.get_num_threads()
     chunks_at_once = max(SCRATCH_BYTES // (2 * CHUNK_TOKENS * head_dim * 4) // threads, 1) * threads
     space = (2, chunks_at_once * CHUNK_TOKENS * head_dim)
@@ -183,7 +192,7 @@ def _attend_chunks(
 
 
 def _mask_past(length: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """A float mask [I, 1, 1, width] of the tokens past each item's length, which become 0 in place: 0 * NaN is NaN."""
+    """A float mask [I, 1, 1, width] of the tokens past each item's length; zeroes their keys and values, as 0 * NaN is NaN."""
     width, head_dim = keys.shape[1:]
     past = torch.arange(width) >= length[:, None]
     slots = past.flatten().nonzero().flatten()

@@ -1,4 +1,4 @@
-"""attend and combine on CUDA: rows split over chunks of their lists, then merged in index order."""
+"""attend and combine in Triton: split-K over chunks of a row's lists, then a merge in index order."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from distributed_sparse.kernels.attend.attend import CHUNK_TOKENS
 
 GROUP_PADDED = tl.constexpr(16)
-"""tl.dot needs 16 rows: a group of fewer query heads is padded to them."""
+"""tl.dot needs 16 rows: smaller groups of query heads are padded."""
 
 PROGRAMS_PER_SM = 2
-"""Programs started per multiprocessor; all chunks are shared out among them."""
+"""Programs launched per multiprocessor; the chunks are distributed among them."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -34,13 +34,13 @@ def attend_triton(
     partial: tuple[Tensor, Tensor] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attend` for CUDA tensors: the same arguments and results. Two launches; the grid does not depend on the counts."""
+    """See `attend`. Two launches; the grid does not depend on the counts."""
     batch, num_q_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     num_rows, group = batch * num_kv_heads, num_q_heads // num_kv_heads
-    assert k_pages.is_contiguous() and v_pages.is_contiguous(), "a cache is never copied"
+    assert k_pages.is_contiguous() and v_pages.is_contiguous(), "K and V caches must be contiguous: they are never copied"
     assert group <= GROUP_PADDED.value
-    assert pages.stride(2) == 1 and (tokens is None or tokens.stride(2) == 1), "lists are read as runs"
+    assert pages.stride(2) == 1 and (tokens is None or tokens.stride(2) == 1), "lists must have stride 1 in the last dimension"
 
     capacity = triton.cdiv(pages.shape[2] * page_size, CHUNK_TOKENS)
     if tokens is not None:
@@ -89,12 +89,12 @@ def attend_triton(
 def combine_triton(
     outs: Tensor, lses: Tensor, num_partials: Tensor, partial: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`combine` for CUDA tensors: the same arguments and results."""
+    """See `combine_torch`."""
     return _combine(outs.contiguous(), lses.contiguous(), num_partials, partial, torch.float32)
 
 
 def programs_per_row(num_rows: int, capacity: int, device: torch.device) -> int:
-    """How many programs share a row's chunks. It may follow batch and device: which program does a chunk changes no bit."""
+    """Programs per row. May depend on batch and device: which program computes a chunk does not affect the bits."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     return max(min(PROGRAMS_PER_SM * num_sms // num_rows, capacity), 1)
 
@@ -132,7 +132,7 @@ def _combine(
     return out, lse
 
 
-# What changes with batch and context must not compile anew: widths, and where an index table starts.
+# Arguments that change with batch and context (widths, addresses of index tables) must not trigger recompilation.
 @triton.jit(
     do_not_specialize=[
         "stride_pages_b", "stride_pages_h", "stride_num_pages_b", "stride_num_pages_h",
@@ -171,7 +171,7 @@ def _attend_kernel(
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (row, p) attends chunks p, p + P, p + 2P, ... of its row and writes one normalised partial result of each."""
+    """Program (row, p) attends chunks p, p + P, p + 2P, ... of its row and writes one normalised partial result per chunk."""
     i_row = tl.program_id(0).to(tl.int64)
     i_p, num_programs = tl.program_id(1), tl.num_programs(1)
     i_b, i_h = i_row // num_kv_heads, i_row % num_kv_heads
@@ -200,7 +200,7 @@ def _attend_kernel(
         if log_weight is not None:
             b_log_weight = tl.load(log_weight + i_row)
         p_list = tokens + i_b * stride_tokens_b + i_h * stride_tokens_h
-        # This program's first chunk that lists tokens: the chunks of pages were dealt out first.
+        # This program's first token chunk: chunks are numbered pages first.
         i_first = i_p + tl.cdiv(tl.maximum(page_chunks - i_p, 0), num_programs) * num_programs
         for i_c in range(i_first, num_chunks, num_programs):
             begin = (i_c - page_chunks) * CHUNK
@@ -234,7 +234,7 @@ def _attend_chunk(
     HEAD_DIM_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One chunk's online softmax (arXiv 2205.14135) in base 2; what is masked is loaded as 0, since 0 * NaN is NaN."""
+    """One chunk's online softmax (arXiv 2205.14135) in base 2. Masked entries are loaded as 0, since 0 * NaN is NaN."""
     o_g, o_d = tl.arange(0, GROUP_PADDED), tl.arange(0, HEAD_DIM_PADDED)
     b_max = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
     b_sum = tl.zeros([GROUP_PADDED], tl.float32)
@@ -267,7 +267,7 @@ def _attend_chunk(
     m_g = o_g < GROUP
     m_out = m_g[:, None] & (o_d < HEAD_DIM)[None, :]
     tl.store(p_out + o_g[:, None] * HEAD_DIM + o_d[None, :], b_acc / b_sum[:, None], mask=m_out)
-    # A log weight, the same for all tokens of the chunk, moves its sum and not its mean.
+    # The log weight is equal for all tokens of the chunk: it changes the lse, not the output.
     tl.store(p_lse + o_g, (b_max + tl.log2(b_sum)) * LN_2 + log_weight, mask=m_g)
 
 
@@ -286,7 +286,7 @@ def _combine_kernel(
     HEAD_DIM_PADDED: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Program (row, query head of the group) sums its partial results one by one, in index order, the given one last."""
+    """Program (row, query head of the group) sums partial results one by one in index order, the given partial last."""
     i_row, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_out = i_row * GROUP + i_g
     count = tl.minimum(tl.load(num_partials + i_row), capacity)

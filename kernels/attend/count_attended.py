@@ -1,4 +1,4 @@
-"""count_attended: add what a layer's selection has read to the counters that a report is made of."""
+"""count_attended: add the tokens that a layer's selection read to the counters behind the reports."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def count_attended(
     partial_num_tokens: Tensor | None = None,
     extra_tokens_read: Tensor | None = None,
 ) -> None:
-    """Count the tokens that every (sequence, KV head) row attends, in place. Integers: exact, in any order.
+    """Count the tokens that every (sequence, KV head) row attends, in place. Integer sums: exact in any order.
 
     A row attends the tokens of its listed pages (all full but the last one), its listed tokens, and those of its partial
-    result. It is sparse where these are fewer than its context. A row without context (a padded one) counts nothing.
+    result. It is sparse if these are fewer than its context. A row without context (padding) counts nothing.
 
     Args:
         tokens_attended, sparse_rows, total_extra_tokens: int64 [H_kv] sums per KV head, added to.
@@ -34,6 +34,6 @@ def count_attended(
         context_lens: int32 [B] tokens in the cache, 0 for a padded row.
         page_size: tokens of a full page.
         num_tokens: int32 [B, H_kv] listed tokens; None: no tokens are listed.
-        partial_num_pages, partial_num_tokens: int32 [B, H_kv] what the partial result has attended; None: nothing.
-        extra_tokens_read: int32 [B, H_kv] tokens that were read and not attended; None: none.
+        partial_num_pages, partial_num_tokens: int32 [B, H_kv] pages and tokens of the partial result; None: none.
+        extra_tokens_read: int32 [B, H_kv] tokens read but not attended; None: none.
     """

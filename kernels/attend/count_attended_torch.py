@@ -1,4 +1,4 @@
-"""count_attended on torch: what runs where there is no GPU."""
+"""count_attended in torch, for CPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""count_attended in Triton: one launch, one program per KV head, so that every counter has one writer."""
+"""count_attended in Triton: one launch with one program per KV head, so each counter has one writer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 _BLOCK_ROWS = 128
 
 
-# What changes with the batch, the layer and the method's lists must not compile anew.
+# Arguments that change with the batch, the layer and the method's lists must not trigger recompilation.
 @triton.jit(
     do_not_specialize=[
         "batch", "stride_np_b", "stride_np_h", "stride_nt_b", "stride_nt_h",
@@ -27,7 +27,7 @@ def _count_attended_kernel(
     p_num_pages,  # [B, H_kv]
     p_last_page_len,  # [B]
     p_context_lens,  # [B]
-    p_num_tokens,  # [B, H_kv] | None, as the three that follow
+    p_num_tokens,  # [B, H_kv] | None, like the next three
     p_partial_pages,
     p_partial_tokens,
     p_extra_read,
@@ -52,7 +52,7 @@ def _count_attended_kernel(
     for i_first in range(0, batch, BLOCK_B):
         i_b = i_first + tl.arange(0, BLOCK_B)
         b_context = tl.load(p_context_lens + i_b, mask=i_b < batch, other=0)
-        m_b = b_context > 0  # a padded row's counts may be any bits
+        m_b = b_context > 0  # a padded row's counts are undefined
         b_missing = PAGE_SIZE - tl.load(p_last_page_len + i_b, mask=m_b, other=PAGE_SIZE)
         b_read = _tokens_of_pages(p_num_pages + i_b * stride_np_b + i_h * stride_np_h, b_missing, m_b, PAGE_SIZE)
         if p_num_tokens is not None:
@@ -73,7 +73,7 @@ def _count_attended_kernel(
 
 @triton.jit
 def _tokens_of_pages(p_listed, b_missing, m_b, PAGE_SIZE: tl.constexpr):
-    """int32 tokens of the listed pages, the last of which lacks b_missing."""
+    """int32 tokens of the listed pages; the last page lacks b_missing tokens."""
     b_listed = tl.load(p_listed, mask=m_b, other=0)
     return b_listed * PAGE_SIZE - tl.where(b_listed > 0, b_missing, 0)
 

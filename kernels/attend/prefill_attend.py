@@ -28,10 +28,10 @@ def prefill_attend(
         k_pages, v_pages: [num_pages_total, H_kv, page_size, d], dtype of q.
         page_table: int32 [R, P] physical page ids in logical order; entries past the context are undefined.
         query_start: int32 [R + 1] cumulative query counts (vLLM's cu_seqlens_q); query_start[R] <= N, queries past it
-            are padding and their output is undefined.
+            are padding, and their output is undefined.
         context_lens: int32 [R] tokens of the sequence after this chunk.
         scale: multiplies q.k.
-        max_query_len: the longest chunk, known on the host (sizes the grid).
+        max_query_len: queries of the longest chunk, known on the host (sizes the grid).
 
     Returns:
         [N, H_q, d] in q's dtype.

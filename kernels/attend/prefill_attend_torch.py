@@ -1,4 +1,4 @@
-"""prefill_attend on CPU: each chunk over its history in blocks, then over itself, merged by log-sum-exp."""
+"""prefill_attend in torch: attends each chunk over itself and over blocks of its history, merged by log-sum-exp."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distributed_sparse.kernels.attend.attend_torch import combine_torch
 from distributed_sparse.kernels.scratch import scratch
 
 HISTORY_BLOCK_TOKENS = 4096
-"""Tokens of a chunk's history gathered and attended at a time: bounds the scratch, whatever the context."""
+"""Tokens of a chunk's history gathered and attended at a time; bounds the scratch memory at any context length."""
 
 
 def prefill_attend_torch(
@@ -24,7 +24,7 @@ def prefill_attend_torch(
     scale: float,
     max_query_len: int,
 ) -> Tensor:
-    """`prefill_attend` for CPU tensors: the same arguments and results."""
+    """See `prefill_attend`."""
     out = torch.empty_like(q)
     for (start, end), context_len, pages in zip(pairwise(query_start.tolist()), context_lens.tolist(), page_table.long()):
         if start < end:
@@ -43,7 +43,7 @@ def _attend_chunk(
     history = context_len - length
 
     def attend(queries: Tensor, begin: int, end: int, is_causal: bool) -> tuple[Tensor, Tensor]:
-        """Results [H_q, L, d] and [H_q, L]. The KV heads are the batch; one K serves all rows of a group, with stride 0."""
+        """Results [H_q, L, d] and [H_q, L]. KV heads are the batch; a group's query heads share K and V with stride 0."""
         keys, values = (
             _gather(cache, pages, begin, end, scratch_name)[:, None].expand(-1, queries.shape[1], -1, -1)
             for cache, scratch_name in ((k_pages, "prefill_attend: keys"), (v_pages, "prefill_attend: values"))
@@ -56,7 +56,7 @@ def _attend_chunk(
     merged = attend(queries, history, context_len, True)
     if history:
         one = torch.ones(num_q_heads, dtype=torch.int32)
-        folded = queries.reshape(num_kv_heads, 1, group * length, head_dim)  # unmasked: a group's heads are more queries
+        folded = queries.reshape(num_kv_heads, 1, group * length, head_dim)  # no mask: heads fold into queries
         for begin in range(0, history, HISTORY_BLOCK_TOKENS):
             part, lse = attend(folded, begin, min(begin + HISTORY_BLOCK_TOKENS, history), False)
             merged = combine_torch(part[:, None], lse[:, None], one, partial=merged)

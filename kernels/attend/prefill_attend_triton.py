@@ -1,4 +1,4 @@
-"""prefill_attend on CUDA: tiles of (query token, query head of the group) over blocks of paged keys."""
+"""prefill_attend in Triton: tiles of (query token, query head of the group) over blocks of paged keys."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def prefill_attend_triton(
     scale: float,
     max_query_len: int,
 ) -> Tensor:
-    """`prefill_attend` for CUDA tensors: the same arguments and results."""
+    """See `prefill_attend`."""
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape
     group = num_q_heads // num_kv_heads
-    assert k_pages.is_contiguous() and v_pages.is_contiguous(), "a cache is never copied"
-    assert page_table.stride(1) == 1, "a page table is read as runs"
+    assert k_pages.is_contiguous() and v_pages.is_contiguous(), "K and V caches must be contiguous: they are never copied"
+    assert page_table.stride(1) == 1, "the page table must have stride 1 in the last dimension"
 
     q = q.contiguous()
     out = torch.empty_like(q)
@@ -63,7 +63,7 @@ def launch_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]
     return (16, 16, 4, 2) if dtype == torch.float32 else (64, 32, 8, 2)
 
 
-# What changes with chunks and context must not compile anew.
+# Arguments that change with chunks and context must not trigger recompilation.
 @triton.jit(
     do_not_specialize=["stride_table", "num_kv_heads"],
     do_not_specialize_on_alignment=["page_table", "query_start", "context_lens"],
@@ -87,7 +87,7 @@ def _prefill_attend_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Program (tile, kv head, chunk). Row m of a chunk is its token m // GROUP and the group's query head m % GROUP."""
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles see most keys: they start first
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles see the most keys, so they start first
     i_h, i_r = tl.program_id(1), tl.program_id(2)
     first_query = tl.load(query_start + i_r)
     num_queries = tl.load(query_start + i_r + 1) - first_query
@@ -103,7 +103,7 @@ def _prefill_attend_kernel(
     b_q = tl.load(q + o_q, mask=m_q, other=0.0)  # [BM, D]
     o_position = context_len - num_queries + o_token  # [BM]
 
-    # Keys that the tile's first token sees are seen by all of it: only the blocks after them need a mask.
+    # Every token of the tile sees the keys that its first token sees: only later blocks need a mask.
     first_position = context_len - num_queries + i_m * BLOCK_M // GROUP
     last_position = tl.minimum(context_len - num_queries + (i_m * BLOCK_M + BLOCK_M - 1) // GROUP, context_len - 1)
     unmasked = (first_position + 1) // BLOCK_N * BLOCK_N
@@ -146,7 +146,7 @@ def _attend_block(
     HEAD_DIM_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One step of the online softmax (arXiv 2205.14135) in base 2; slots past the context are loaded as 0: 0 * NaN is NaN."""
+    """One step of the online softmax (arXiv 2205.14135) in base 2. Slots past the context load as 0: 0 * NaN is NaN."""
     o_n, o_d = start + tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM_PADDED)
     m_n = o_n < context_len if IS_MASKED else o_n >= 0
     page = tl.load(p_table + o_n // PAGE_SIZE, mask=m_n, other=0)

@@ -1,5 +1,5 @@
-// append: rotary embedding of a step's queries and keys, where keys and values go in the cache, and the keys' low-bit copy
-// (append.py).
+// append: rotary embedding of a step's queries and keys, writes of K and V into their pages, min and max per page, and the
+// keys' low-bit copy (append.py).
 
 #include "vectors.h"
 
@@ -13,8 +13,8 @@ namespace {
 #define ROUND_EACH_PRODUCT
 #endif
 
-// x [dim] with each channel pair (i, i + dim / 2) turned by its token's angle; no angles: as it is. -0 becomes +0. With no
-// fused multiply-add: the bits are those that torch gives.
+// Rotates each channel pair (i, i + dim / 2) of x [dim] by its token's angle; copies if cos is null. -0 becomes +0. Without
+// fused multiply-add, for the same bits as torch.
 EACH_PRODUCT_ROUNDED void turn(const float* x, const float* cos, const float* sin, int64_t dim, float* out) {
     ROUND_EACH_PRODUCT
     const int64_t half = dim / 2;
@@ -25,8 +25,8 @@ EACH_PRODUCT_ROUNDED void turn(const float* x, const float* cos, const float* si
     }
 }
 
-// The low-bit copy of a key [dim], `offset` (null: nothing) taken from it: codes [dim * bits / 8], scales [2]. Differences and
-// quotients alone, which no machine fuses: the bits are those that torch gives.
+// The low-bit copy of a key [dim] minus `offset` (or null): codes [dim * bits / 8], scales [2]. Uses only differences and
+// quotients, which are never fused, for the same bits as torch.
 void quantise(const float* key, const float* offset, int64_t dim, int64_t bits, uint8_t* codes, Float16* scales) {
     static thread_local std::vector<uint8_t> parts;
     parts.resize(dim);
@@ -42,13 +42,13 @@ void quantise(const float* key, const float* offset, int64_t dim, int64_t bits, 
     const float levels = (1 << bits) - 1;
     scales[0] = half_of_float((high - low) / levels);
     scales[1] = half_of_float(low);
-    const float scale = float_of_half(scales[0]), minimum = float_of_half(scales[1]);  // what a reader will decode with
+    const float scale = float_of_half(scales[0]), minimum = float_of_half(scales[1]);  // readers decode with the rounded values
     for (int64_t i = 0; i < dim; i += W) {
         Vec code = (shifted(i) - minimum) / scale + 0.5f;
-        code = code > 0.0f ? code : Vec{};  // a NaN too
+        code = code > 0.0f ? code : Vec{};  // NaN becomes 0 too
         code = code < levels ? code : Vec{} + levels;
         const IntVec whole = __builtin_convertvector(scale == 0.0f ? Vec{} : code, IntVec);
-        const ShortVec shorts = __builtin_convertvector(whole, ShortVec);  // GCC 12 narrows by 2 in one go, not by 4
+        const ShortVec shorts = __builtin_convertvector(whole, ShortVec);  // in two steps: GCC 12 narrows well by 2, not by 4
         const ByteVec bytes = __builtin_convertvector(shorts, ByteVec);
         memcpy(&parts[i], &bytes, sizeof bytes);
     }
@@ -60,9 +60,8 @@ void quantise(const float* key, const float* offset, int64_t dim, int64_t bits, 
 
 }  // namespace
 
-// Rotates and appends, as append.py tells. Rows of q, k and v lie `stride` elements apart, their heads side by side.
-// Null: q (nothing to rotate), cos and sin (keys are rotated already), page_min_max, key_codes and key_scales, key_offset,
-// turned_keys (nobody reads them).
+// See append.py. Tokens of q, k and v are `stride` elements apart, a token's heads contiguous. May be null: q (no queries), cos
+// and sin (keys are already rotated), page_min_max, key_codes and key_scales, key_offset, turned_keys (not requested).
 extern "C" void rotary_append_float32(const float* q, int64_t q_stride, const float* k, int64_t k_stride, const float* v,
                                       int64_t v_stride, const float* cos, const float* sin, const int32_t* pages,
                                       const int32_t* starts, const int32_t* offsets, const int32_t* counts, int64_t runs,
@@ -70,7 +69,7 @@ extern "C" void rotary_append_float32(const float* q, int64_t q_stride, const fl
                                       float* k_pages, float* v_pages, float* page_min_max, int64_t bits, uint8_t* key_codes,
                                       Float16* key_scales, const float* key_offset, float* turned, float* turned_keys,
                                       int64_t threads) {
-    constexpr int64_t FEW = 64;  // tokens that are not worth waking threads up for
+    constexpr int64_t FEW = 64;  // up to this many tokens, waking threads costs more than it saves
 #pragma omp parallel num_threads(threads) if (threads > 1 && num_tokens > FEW)
     {
 #pragma omp for nowait
@@ -93,10 +92,10 @@ extern "C" void rotary_append_float32(const float* q, int64_t q_stride, const fl
                         quantise(key, key_offset ? key_offset + h * dim : nullptr, dim, bits, key_codes + slot * dim * bits / 8,
                                  key_scales + slot * 2);
                     if (!page_min_max) continue;
-                    const bool anew = offsets[r] + j == 0;
+                    const bool is_first = offsets[r] + j == 0;
                     for (int64_t i = 0; i < dim; ++i) {
-                        extrema[0][i] = anew || key[i] < extrema[0][i] ? key[i] : extrema[0][i];
-                        extrema[1][i] = anew || key[i] > extrema[1][i] ? key[i] : extrema[1][i];
+                        extrema[0][i] = is_first || key[i] < extrema[0][i] ? key[i] : extrema[0][i];
+                        extrema[1][i] = is_first || key[i] > extrema[1][i] ? key[i] : extrema[1][i];
                     }
                 }
             }

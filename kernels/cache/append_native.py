@@ -1,4 +1,4 @@
-"""append on a CPU with `append.cpp`: float32, all that is kept of a key in one pass; half precision goes to torch."""
+"""append on a CPU with `append.cpp`: one pass per key, float32 only; half precision goes to torch."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _run(
     *,
     return_keys: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The rotated q, or an empty tensor where there is none, and with ``return_keys`` the rotated k."""
+    """Returns the rotated q (empty without q) and, with ``return_keys``, the rotated k."""
     for written in (k_pages, v_pages, page_min_max, key_codes, key_scales):
         assert written is None or written.is_contiguous()
     assert (key_codes is None) == (key_scales is None)
@@ -117,5 +117,5 @@ def _run(
 
 
 def _of_heads(x: Tensor) -> Tensor:
-    """[N, H, d] with a token's heads side by side; tokens may lie apart."""
+    """[N, H, d] with a token's heads contiguous; tokens may have any stride."""
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

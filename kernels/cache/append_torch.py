@@ -1,4 +1,4 @@
-"""append on torch: one scatter for all tokens, one reduction per page, and every key quantised at once."""
+"""append in torch: one scatter for all tokens, one reduction over all pages, one quantisation of all keys."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def append_torch(
     if page_min_max is None:
         return
 
-    # A short run repeats its last token up to the longest, which changes neither min nor max.
+    # Shorter runs are padded with their last token, which changes neither min nor max.
     token = starts[:, None] + torch.minimum(step, counts[:, None] - 1)  # [T, longest]
     by_run = k.index_select(0, token.flatten()).view(*token.shape, *k.shape[1:])
     low, high = by_run.amin(dim=1), by_run.amax(dim=1)  # [T, H_kv, d]
     old_low, old_high = page_min_max.index_select(0, pages).unbind(dim=2)
-    anew = (offsets == 0)[:, None, None]
-    low = torch.where(anew, low, torch.minimum(old_low, low))
-    high = torch.where(anew, high, torch.maximum(old_high, high))
+    is_new = (offsets == 0)[:, None, None]
+    low = torch.where(is_new, low, torch.minimum(old_low, low))
+    high = torch.where(is_new, high, torch.maximum(old_high, high))
     page_min_max[pages] = torch.stack([low, high], dim=2)
 
 
@@ -81,7 +81,7 @@ def rotary_append_torch(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [N, H, d] with each channel pair (i, i + d/2) turned by its token's angle: contiguous, in x's dtype."""
+    """Rotate each channel pair (i, i + d/2) of x [N, H, d] by its token's angle. Contiguous, in x's dtype."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [N, 1, d/2]
     first, second = x.float().chunk(2, dim=-1)
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
@@ -92,17 +92,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Of float32 [..., n]: codes uint8 [..., n * bits / 8], packed by `pack`; scale and minimum, float16 [..., 2]."""
+    """Quantise float32 [..., n]: codes uint8 [..., n * bits / 8], packed by `pack`; scale and minimum, float16 [..., 2]."""
     levels = 2**bits - 1
     low, high = x.aminmax(dim=-1, keepdim=True)
     scales = torch.cat([(high - low) / levels, low], dim=-1).half()
-    scale, minimum = scales.float().split(1, dim=-1)  # what a reader will decode with
+    scale, minimum = scales.float().split(1, dim=-1)  # readers decode with the rounded values
     codes = (x - minimum).div_(scale).add_(0.5).floor_().clamp_(0, levels).masked_fill_(scale == 0, 0)
     return pack(codes.to(torch.uint8), bits), scales
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [..., n] -> [..., n * bits / 8] of w bytes: byte i has the codes i, i + w, ..., the first in its lowest bits."""
+    """Pack uint8 [..., n] into w = n * bits / 8 bytes: byte i holds codes i, i + w, ..., the first in its lowest bits."""
     parts = codes.chunk(8 // bits, dim=-1)
     packed = parts[0].clone()
     for i, part in enumerate(parts[1:], start=1):

@@ -1,6 +1,6 @@
 """append in Triton: one program per (run, KV head) writes the run's tokens, their low-bit copy, and its page's min and max.
 
-With a rotary embedding there is a second program per (run, KV head), which turns the queries of the head's group.
+For `rotary_append`, a second program per (run, KV head) rotates the queries of the head's group.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import Tensor
 
 _APPEND_SHAPE = (16, 4)
 _ROTARY_SHAPE = (8, 8)
-"""Rows of a tile (tokens of a run, or (token, query head of the group)) and warps: what spills no register."""
+"""(rows of a tile, warps) without register spills. A row is a token of a run, or a (token, query head of the group) pair."""
 
 
-# The runs are rows of one transferred table: where they start changes with the batch, and must not compile anew.
+# The runs are rows of one transferred table. Their alignment changes with the batch and must not trigger recompilation.
 @triton.jit(do_not_specialize_on_alignment=["p_pages", "p_starts", "p_offsets", "p_counts"])
 def _append_kernel(
     p_q,  # [N, H_q, d]; with p_cos, else None
@@ -134,14 +134,14 @@ def _append_kernel(
             m_t = i_t < count
             tl.store(p_scales + i_t * stride_sc_s, b_scale, mask=m_t)
             tl.store(p_scales + i_t * stride_sc_s + 1, b_minimum, mask=m_t)
-            # A reader decodes with the rounded values, so these quantise.
+            # Readers decode with the rounded values, so quantise with them too.
             b_scale = b_scale.to(tl.float32)[:, None]
             b_minimum = b_minimum.to(tl.float32)[:, None]
             o_w = tl.arange(0, BLOCK_W)
             m_w = m_t[:, None] & (o_w < width)[None, :]
             b_packed = tl.zeros([BLOCK_T, BLOCK_W], tl.int32)
             for i_part in tl.static_range(8 // BITS):
-                o_c = i_part * width + o_w  # the keys once more, from the cache: the codes of one byte lie d / n channels apart
+                o_c = i_part * width + o_w  # reload the keys (cache hits): codes of a byte are d / n channels apart
                 b_x = _keys(p_k, p_cos, p_sin, i_t, o_c, m_w, stride_k_n, stride_cos_n, stride_sin_n, dtype, D) + 0.0
                 if HAS_OFFSET:
                     b_x -= tl.load(p_offset + o_c, mask=o_w < width, other=0.0)[None, :]
@@ -154,7 +154,7 @@ def _append_kernel(
     if HAS_MIN_MAX:
         p_low = p_min_max + page * stride_mm_page + i_h * stride_mm_h + o_d
         p_high = p_low + stride_mm_m
-        if offset > 0:  # a run from offset 0 starts the page anew
+        if offset > 0:  # a run from offset 0 resets the page's metadata
             b_low = tl.minimum(b_low, tl.load(p_low, mask=m_d, other=0.0).to(tl.float32))
             b_high = tl.maximum(b_high, tl.load(p_high, mask=m_d, other=0.0).to(tl.float32))
         tl.store(p_low, b_low.to(dtype), mask=m_d)
@@ -165,7 +165,7 @@ def _append_kernel(
 def _keys(
     p_k, p_cos, p_sin, i_t, o_c, mask, stride_k_n, stride_cos_n, stride_sin_n, dtype: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """float32 [tokens, channels] of the keys as the cache takes them: rotated where angles are given, then rounded."""
+    """float32 [tokens, channels] of the keys as stored in the cache: rotated if angles are given, then rounded."""
     if p_cos is not None:
         p_row = p_k + i_t * stride_k_n
         b_k = _turned(p_row, p_cos + i_t * stride_cos_n, p_sin + i_t * stride_sin_n, o_c, mask, D).to(dtype).to(tl.float32)
@@ -176,7 +176,7 @@ def _keys(
 
 @triton.jit
 def _turned(p_rows, p_cos, p_sin, o_c, mask, D: tl.constexpr):
-    """float32 [rows, channels]: channels o_c of the rows, each turned with its partner, d/2 channels away."""
+    """float32 [rows, channels]: channels o_c of the rows, each rotated with its partner d/2 channels away."""
     HALF: tl.constexpr = D // 2
     is_first = o_c < HALF
     o_partner = tl.where(is_first, o_c + HALF, o_c - HALF)

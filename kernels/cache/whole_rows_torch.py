@@ -1,4 +1,4 @@
-"""whole_rows on torch."""
+"""whole_rows in torch."""
 
 from __future__ import annotations
 

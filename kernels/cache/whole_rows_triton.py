@@ -10,7 +10,7 @@ from torch import Tensor
 _BLOCK_ROWS = 128
 
 
-# What changes with the batch must not compile anew.
+# Arguments that change with the batch must not trigger recompilation.
 @triton.jit(
     do_not_specialize=["rows", "heads", "stride_tokens_b", "stride_tokens_h", "min_context"],
     do_not_specialize_on_alignment=["p_num_tokens", "p_num_pages", "p_context_lens", "p_tokens_out"],

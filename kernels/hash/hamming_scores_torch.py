@@ -1,4 +1,4 @@
-"""hamming_scores on torch: signatures are gathered tile by tile, and their ones counted there in eight-byte lanes."""
+"""hamming_scores in torch: gathers signatures tile by tile and counts their differing bits in eight-byte lanes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from distributed_sparse.kernels.scratch import scratch
 
 _TILE_WORDS = 1 << 18
-"""Words gathered at a time: few calls, and they and one temporary stay in the processor's cache."""
+"""Words gathered at a time: few calls, and the words and one temporary stay in the CPU cache."""
 
 
 def hamming_scores_torch(q_signatures: Tensor, signatures: Tensor, page_table: Tensor, context_lens: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def hamming_scores_torch(q_signatures: Tensor, signatures: Tensor, page_table: T
     num_pages, heads, page_size, group, words = signatures.shape
     batch, width = page_table.shape
     scores = torch.full((batch, heads, width * page_size), -1, dtype=torch.int32)
-    # Two words at once where they come in pairs.
+    # Process two words per lane if their number is even.
     lane = torch.int64 if group * words % 2 == 0 else torch.int32
     blocks = signatures.view(num_pages, -1).view(lane)  # [num_pages, H_kv * S * lanes]
     queries = q_signatures.reshape(batch, heads, 1, group * words).view(lane)  # [B, H_kv, 1, lanes]
@@ -42,7 +42,7 @@ def hamming_scores_torch(q_signatures: Tensor, signatures: Tensor, page_table: T
 
 
 def _popcount_(x: Tensor, spare: Tensor) -> Tensor:
-    """Ones in each int32 or int64, in place; ``spare`` is overwritten. Shifts drag the sign along: each is masked."""
+    """Ones in each int32 or int64, in place; ``spare`` is overwritten. Shifts are arithmetic, so each is masked."""
     bits = 8 * x.element_size()
     ones = (1 << bits) - 1
 

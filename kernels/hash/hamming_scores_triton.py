@@ -20,7 +20,7 @@ def _popcount(b_x):
     return ((b_x * 0x01010101) >> 24).to(tl.int32)
 
 
-# What changes with batch and context must not compile anew.
+# Arguments that change with batch and context must not trigger recompilation.
 @triton.jit(
     do_not_specialize=["width", "stride_table_b"],
     do_not_specialize_on_alignment=["p_table", "p_context_lens", "p_scores"],
@@ -60,7 +60,7 @@ def hamming_scores_triton(q_signatures: Tensor, signatures: Tensor, page_table: 
     """See `hamming_scores`."""
     page_table = page_table if page_table.stride(-1) == 1 else page_table.contiguous()
     _, heads, page_size, group, words = signatures.shape
-    assert signatures[0, 0].is_contiguous(), "the signatures of a page and head are one block"
+    assert signatures[0, 0].is_contiguous(), "the signatures of a page and KV head must be contiguous"
     batch, width = len(page_table), page_table.shape[1] * page_size
     scores = torch.empty(batch, heads, width, dtype=torch.int32, device=signatures.device)
     if scores.numel() == 0:

@@ -1,4 +1,4 @@
-"""signatures: signs of a learned hash, 32 to a word, of queries and of the keys in their pages."""
+"""signatures: signs of a learned hash of queries and cached keys, packed 32 to a word."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def append_signatures(x: Tensor, pages: Tensor, starts: Tensor, offsets: Tensor,
 
     Args:
         x: [N, H_q, bits] hash outputs of the batch's keys, one per query head; H_q = G * H_kv.
-        pages, starts, offsets, counts: int32 [T] runs, as of `append`.
+        pages, starts, offsets, counts: int32 [T] runs, as in `append`.
         signatures: int32 [num_pages, H_kv, page_size, G, bits / 32].
     """

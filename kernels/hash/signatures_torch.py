@@ -1,4 +1,4 @@
-"""signatures on torch: signs become powers of two that are summed, then one scatter."""
+"""signatures in torch: signs are summed as powers of two, then written with one scatter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""signatures in Triton: a word is the sum of its 32 signs, each at its place."""
+"""signatures in Triton: a word is the sum of its 32 signs, each shifted to its bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _packed(b_x):
     return tl.sum(b_bits.to(tl.int32, bitcast=True), axis=1)
 
 
-# The number of words changes with the batch, and must not compile anew.
+# The number of words changes with the batch and must not trigger recompilation.
 @triton.jit(do_not_specialize=["num_words"])
 def _pack_signs_kernel(p_x, p_words, num_words, BLOCK: tl.constexpr):
     i_w = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -27,7 +27,7 @@ def _pack_signs_kernel(p_x, p_words, num_words, BLOCK: tl.constexpr):
     tl.store(p_words + i_w, _packed(b_x), mask=m_w)
 
 
-# The runs are rows of one transferred table: where they start changes with the batch, and must not compile anew.
+# The runs are rows of one transferred table. Their alignment changes with the batch and must not trigger recompilation.
 @triton.jit(do_not_specialize_on_alignment=["p_pages", "p_starts", "p_offsets", "p_counts"])
 def _append_signatures_kernel(
     p_x,

@@ -1,20 +1,20 @@
-// linear: products of few rows with a layer's weights (linear.py), which are read once.
+// linear: products of few rows with a layer's weights (linear.py). Reads the weights once.
 
 #include "vectors.h"
 
 namespace {
 
 constexpr int64_t ROWS_PER_TURN = 32;
-constexpr int64_t FETCHED = 32 * W;  // floats of a row that are on their way from memory
+constexpr int64_t FETCHED = 32 * W;  // floats of a weight row prefetched ahead
 
-// ROWS of x with WEIGHT_ROWS of weights (fewer: `weight_rows`).
+// Products of ROWS rows of x with WEIGHT_ROWS rows of weights, of which `weight_rows` are stored.
 template <int ROWS, int WEIGHT_ROWS>
 void products(const float* x, const float* weight, int64_t inner, int64_t weight_rows, float* out, int64_t out_stride) {
     const float* from[WEIGHT_ROWS];
     for (int j = 0; j < WEIGHT_ROWS; ++j) from[j] = weight + (j < weight_rows ? j : 0) * inner;
     Vec sums[ROWS][WEIGHT_ROWS] = {};
     for (int64_t i = 0; i < inner; i += W) {
-        const int64_t later = i + FETCHED + (i + FETCHED < inner ? 0 : (WEIGHT_ROWS - 1) * inner);  // of the rows after these
+        const int64_t later = i + FETCHED + (i + FETCHED < inner ? 0 : (WEIGHT_ROWS - 1) * inner);  // then the next rows
         Vec weights[WEIGHT_ROWS];
         for (int j = 0; j < WEIGHT_ROWS; ++j) {
             weights[j] = load(from[j] + i);
@@ -37,7 +37,7 @@ extern "C" void linear_float32(const float* x, const float* weight, int64_t rows
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t turn = 0; turn < (size + ROWS_PER_TURN - 1) / ROWS_PER_TURN; ++turn) {
         const int64_t end = (turn + 1) * ROWS_PER_TURN < size ? (turn + 1) * ROWS_PER_TURN : size;
-        for (int64_t o = turn * ROWS_PER_TURN; rows == 1 && o < end; ++o)  // one after the other, as they lie
+        for (int64_t o = turn * ROWS_PER_TURN; rows == 1 && o < end; ++o)  // in memory order
             products<1, 1>(x, weight + o * inner, inner, 1, out + o, size);
         for (int64_t o = turn * ROWS_PER_TURN; rows > 1 && o < end; o += 4) {
             const int64_t some = std::min<int64_t>(end - o, 4);

@@ -1,4 +1,4 @@
-"""linear: a matrix product with a layer's weights; for few rows on a CPU, at the speed of memory."""
+"""linear: matrix product with a layer's weights; memory-bound C++ for few rows on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from distributed_sparse.kernels import native
 
 FEW_ROWS = 16
-"""Up to so many rows of float32, `linear.cpp` beats torch on a CPU: it reads the weights once, with all threads."""
+"""Up to this many float32 rows, `linear.cpp` is faster than torch: it reads the weights once, with all threads."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

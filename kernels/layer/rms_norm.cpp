@@ -1,8 +1,8 @@
-// rms_norm: the norm of rms_norm.py, with or without the residual before it.
+// rms_norm: RMS norm, with or without a preceding residual addition (rms_norm.py).
 
 #include "vectors.h"
 
-// residual + x into `sum` (where there is a residual), and its norm times `weight` into `out`; all [rows, dim].
+// Writes residual + x to `total` (unless residual is null) and its norm times `weight` to `out`; all [rows, dim].
 extern "C" void add_rms_norm_float32(const float* x, const float* residual, const float* weight, float eps, int64_t rows,
                                      int64_t dim, float* total, float* out, int64_t) {
     for (int64_t r = 0; r < rows; ++r) {

@@ -1,4 +1,4 @@
-"""rms_norm: root-mean-square layer norm, with the residual addition before it where there is one."""
+"""rms_norm: root-mean-square layer norm, with an optional residual addition before it."""
 
 from __future__ import annotations
 

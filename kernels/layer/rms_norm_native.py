@@ -1,4 +1,4 @@
-"""rms_norm on a CPU with `rms_norm.cpp`: one call for few rows of float32; the rest goes to torch."""
+"""rms_norm on a CPU with `rms_norm.cpp`: one call for few float32 rows; other inputs go to torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distributed_sparse.kernels import native
 from distributed_sparse.kernels.layer.rms_norm_torch import add_rms_norm_torch, rms_norm_torch
 
 FEW_ELEMENTS = 1 << 17
-"""Up to so many elements, one thread in one call is faster than all threads in several."""
+"""Up to this many elements, one thread in one call is faster than all threads in several."""
 
 
 def rms_norm_native(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""rms_norm on torch: what runs where there is no GPU."""
+"""rms_norm in torch, for CPUs."""
 
 from __future__ import annotations
 

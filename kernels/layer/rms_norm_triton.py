@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 _TILE_ELEMENTS = 1024
-"""Elements of one tile where rows are short (q/k norms); the tile's shape depends on D alone, so a row's bits do too."""
+"""Elements of one tile where rows are short (q/k norms); the tile's shape, and so a row's bits, depend on D alone."""
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # the batch must not compile anew
+@triton.jit(do_not_specialize=["num_rows"])  # a new batch must not trigger recompilation
 def _rms_norm_kernel(
     p_x,
     p_residual,
@@ -99,7 +99,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A view [n, heads, D] with unit stride in D; a copy only where strides leave no other way."""
+    """A view [n, heads, D] with unit stride in D; a copy only if the strides require it."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     return x if x.dim() == 3 else x.reshape(-1, 1, x.shape[-1])

@@ -1,11 +1,11 @@
-// page_scores: Quest's bound of every page (page_scores.py), from metadata that is read where it lies.
+// page_scores: Quest's upper bound of every page (page_scores.py). Reads the pages' metadata in place.
 
 #include "vectors.h"
 
 namespace {
 
 constexpr int PAGES_PER_TURN = 64;
-constexpr int PAGES_AT_ONCE = 4;  // whose products with a query are summed at a time
+constexpr int PAGES_AT_ONCE = 4;  // whose products with a query are summed together
 
 template <class T, int HEADS>
 void scores_of_heads(const float* split, const T* const pages[PAGES_AT_ONCE], int64_t width, float out[HEADS][PAGES_AT_ONCE]) {
@@ -26,7 +26,7 @@ void scores_of_heads(const float* split, const T* const pages[PAGES_AT_ONCE], in
     }
 }
 
-// The scores of some pages for the query heads of one KV head, reduced over them.
+// Scores of PAGES_AT_ONCE pages for one KV head, reduced over its query heads.
 template <class T>
 void scores_of_group(const float* split, const T* const pages[PAGES_AT_ONCE], int64_t width, int64_t group, bool is_sum,
                      float best[PAGES_AT_ONCE]) {
@@ -46,7 +46,7 @@ void scores_of_group(const float* split, const T* const pages[PAGES_AT_ONCE], in
     }
 }
 
-// split [batch, heads, group, width]: width is 2 dim. The heads of a page lie side by side, and are read so.
+// split: [batch, heads, group, width], width = 2 dim. All KV heads of a page are read in turn, as they are contiguous.
 template <class T>
 void page_scores(const float* split, const T* metadata, int64_t page_stride, int64_t head_stride, const int32_t* table,
                  int64_t table_stride, const int32_t* num_pages, bool is_sum, int64_t batch, int64_t heads, int64_t group,
@@ -83,7 +83,7 @@ void page_scores(const float* split, const T* metadata, int64_t page_stride, int
 
 }  // namespace
 
-// One entry per dtype of the cache. Tensors as in page_scores.py; strides in elements.
+// One function per dtype of the cache. Tensors as in page_scores.py; strides in elements.
 #define PAGE_SCORES(NAME, T)                                                                                                   \
     extern "C" void page_scores_##NAME(const float* split, const T* metadata, int64_t page_stride, int64_t head_stride,        \
                                        const int32_t* table, int64_t table_stride, const int32_t* num_pages, int64_t is_sum,   \

@@ -30,7 +30,7 @@ def page_scores(q: Tensor, page_min_max: Tensor, page_table: Tensor, num_pages: 
 
 
 def sums_over_group(group_reduction: str) -> bool:
-    """Whether a group's scores are summed; False: their maximum is taken. For the implementations."""
+    """Whether a group's scores are summed (True) or their maximum is taken (False). Used by the implementations."""
     if group_reduction not in ("max", "sum"):
         raise ValueError(f"group_reduction={group_reduction!r} is unknown; use 'max' or 'sum'")
     return group_reduction == "sum"

@@ -1,4 +1,4 @@
-"""page_scores on a CPU with `page_scores.cpp`: a page's metadata is read where it lies, once for all heads of its group."""
+"""page_scores on a CPU with `page_scores.cpp`: reads a page's metadata in place, once for all query heads of a group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""page_scores on torch: the metadata of whole pages is gathered tile by tile, where they do not lie side by side."""
+"""page_scores in torch: gathers page metadata tile by tile, unless the pages are consecutive."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from distributed_sparse.kernels.quest.page_scores import sums_over_group
 from distributed_sparse.kernels.scratch import scratch
 
 _TILE_PAGES = 512
-"""Pages per matrix product: every call has to wake the other threads up, and what it reads is to stay in the cache."""
+"""Pages per matrix product: large enough to amortise waking the threads, small enough to stay in the CPU cache."""
 
 _LAST_TILE_PAGES = (64, 128, 256, _TILE_PAGES)
-"""Pages that a row's last tile is filled up to with the null page: the smallest that holds it. So the shapes of the products,
-and the bits of the scores, follow the row's length alone."""
+"""A row's last tile is padded with the null page to the smallest of these sizes that holds it, so that the shapes of the
+products, and the bits of the scores, depend on the row's length alone."""
 
 
 def page_scores_torch(
@@ -44,9 +44,9 @@ def page_scores_torch(
 
 
 def _kept(metadata: Tensor, pages: Tensor, width: int) -> Tensor:
-    """float32 [width, elements] rows of some pages, null pages behind them, in a buffer that stays in the cache.
+    """float32 [width, elements] metadata of the pages, padded with null pages, in scratch that stays in the CPU cache.
 
-    Pages that lie side by side are read where they are: with the same strides, so for the same bits.
+    Consecutive pages are read in place; the strides, and so the bits, are the same.
     """
     shape = (width, metadata.shape[1])
     if len(pages) == width and (np.diff(pages.numpy()) == 1).all():

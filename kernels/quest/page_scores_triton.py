@@ -10,14 +10,14 @@ from torch import Tensor
 from distributed_sparse.kernels.quest.page_scores import sums_over_group
 
 _GROUP_ROWS = 16
-"""Query heads of a group are padded to the fewest rows of a tensor-core product."""
+"""Query heads of a group are padded to the minimum rows of a tensor-core product."""
 
 _BLOCK_PAGES = 64
 _BLOCK_CHANNELS = 32
 """Channels per step: divides every head_dim, and keeps the operands of float32 products in registers without spilling."""
 
 
-# What changes with batch and context must not compile anew; strides of q and the metadata are an engine's own, and stay.
+# Arguments that change with batch and context must not trigger recompilation; other strides are fixed per engine.
 @triton.jit(
     do_not_specialize=["width", "stride_table_b"],
     do_not_specialize_on_alignment=["p_table", "p_num_pages"],
@@ -60,7 +60,7 @@ def _page_scores_kernel(
         b_min = tl.load(p_min + i_d, mask=m_p[None, :], other=0.0)
         b_max = tl.load(p_max + i_d, mask=m_p[None, :], other=0.0)
         zero = tl.zeros([BLOCK_G, BLOCK_D], b_q.dtype)
-        # TF32, the default for float32, would make this no bound.
+        # With TF32, the default for float32, this would not be an upper bound.
         b_score = tl.dot(tl.where(b_q < zero, b_q, zero), b_min, acc=b_score, input_precision="ieee")
         b_score = tl.dot(tl.where(b_q > zero, b_q, zero), b_max, acc=b_score, input_precision="ieee")
 

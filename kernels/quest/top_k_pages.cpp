@@ -1,11 +1,10 @@
-// top_k_pages: the pages of the highest scores (top_k_pages.py), in logical order.
+// top_k_pages: physical ids of every row's best pages (top_k_pages.py), in logical order. Scores are float or int32_t.
 
 #include "vectors.h"
 
-// The logical pages of every row that top_k_pages.py chooses, as physical ids. T is float or int32_t.
 namespace {
 
-// Integers in the order of the scores; -0 and +0 are one, and NaN is the largest.
+// Order-preserving int32 image of a score; -0 and +0 have one image, and NaN is the largest.
 int32_t key_of(int32_t score) { return score; }
 int32_t key_of(float score) {
     int32_t bits;
@@ -14,10 +13,10 @@ int32_t key_of(float score) {
     return score == score ? bits ^ (bits >> 31 & 0x7fffffff) : std::numeric_limits<int32_t>::max();
 }
 
-// By halving the range that holds it: counting is a few instructions per vector, where sorting jumps about.
+// The k-th largest key, by bisection of its value: counting vectorises, sorting does not.
 int32_t kth_largest(const int32_t* keys, int64_t count, int64_t k) {
     int64_t low = std::numeric_limits<int32_t>::min(), high = int64_t(std::numeric_limits<int32_t>::max()) + 1;
-    while (high - low > 1) {  // at least k keys reach `low`, fewer `high`
+    while (high - low > 1) {  // at least k keys are >= low, fewer are >= high
         const int32_t middle = int32_t(low + (high - low) / 2);
         int32_t reached = 0;
         for (int64_t i = 0; i < count; ++i) reached += keys[i] >= middle;
@@ -34,7 +33,7 @@ void top_k_pages(const T* scores, const int32_t* table, int64_t table_stride, co
     for (int64_t row = 0; row < batch * heads; ++row) {
         static thread_local std::vector<int32_t> keys;
         const int64_t b = row / heads, n = num_pages[b], kept = k[b] < n ? k[b] : n;
-        // Forced pages: all of a row that keeps everything; else the newest first, then the sinks, as far as k goes.
+        // Forced pages: all pages if the row keeps everything; else the newest first, then the sinks, up to k.
         const int64_t recent = kept == n ? n : (kept < recent_pages ? kept : recent_pages);
         const int64_t sinks = kept - recent < sink_pages ? kept - recent : sink_pages;
         const int64_t chosen = kept - recent - sinks;

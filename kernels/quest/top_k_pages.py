@@ -23,10 +23,10 @@ def top_k_pages(
 
     The first ``sink_pages`` and the last ``recent_pages`` pages of a row are forced and count towards k; the rest are the
     best by score. Ties: the lower logical page first. The list ascends in logical order, so its last entry is the newest
-    page. A row with k >= num_pages is emitted as the identity list: all its pages. If the forced pages alone exceed k,
+    page. A row with k >= num_pages lists all its pages. If the forced pages alone exceed k,
     the newest are kept first, then the sinks in order.
 
-    A policy that ranks single tokens passes an identity table: then a "page" is a token, and its id the position.
+    To rank single tokens, pass an identity table: a "page" is then a token, and its id the position.
 
     Args:
         scores: float32 [B, H_kv, P], or int32 with values 0 .. 65535 (few distinct values: a counting histogram finds the

@@ -1,4 +1,4 @@
-"""top_k_pages on a CPU with `top_k_pages.cpp`: a row's k-th score by bisection, then one pass in order."""
+"""top_k_pages on a CPU with `top_k_pages.cpp`: finds a row's k-th score by bisection, then lists pages in one pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""top_k_pages in Triton: one program per row; the k-th score by radix select, the list by running counts."""
+"""top_k_pages in Triton: one program per row; radix select finds the k-th score, running counts build the list."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK_PAGES = 1024
-"""Pages per step: one number for every context length, since each would be compiled apart."""
+"""Pages per step. The same for every context length: each value would need its own compilation."""
 
 
 @triton.jit
 def _ordered(b_score):
-    """uint32 image that keeps the order: of float32 (-0.0 and +0.0 are one value), or a count, which is its own."""
+    """Order-preserving uint32 image of float32 (-0.0 and +0.0 are one value), or of a count, which is its own image."""
     if b_score.dtype == tl.int32:
         return b_score.to(tl.uint32, bitcast=True)
     b_bits = (b_score + 0.0).to(tl.int32, bitcast=True)
@@ -21,7 +21,7 @@ def _ordered(b_score):
     return (b_bits ^ ((b_bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
 
-# What changes with batch and context must not compile anew.
+# Arguments that change with batch and context must not trigger recompilation.
 @triton.jit(
     do_not_specialize=["stride_scores_b", "stride_scores_h", "stride_table_b", "capacity", "sink_pages", "recent_pages"],
     do_not_specialize_on_alignment=["p_table", "p_num_pages", "p_k"],
@@ -41,7 +41,7 @@ def _top_k_pages_kernel(
     sink_pages,
     recent_pages,
     BLOCK: tl.constexpr,
-    DIGITS: tl.constexpr,  # of eight bits each, in an image
+    DIGITS: tl.constexpr,  # digits of eight bits in an image
 ):
     i_row = tl.program_id(0)
     i_b = (i_row // heads).to(tl.int64)
@@ -51,15 +51,15 @@ def _top_k_pages_kernel(
     p_pages += i_row.to(tl.int64) * capacity
     n = tl.load(p_num_pages + i_b)
     count = tl.minimum(tl.load(p_k + i_b), n)
-    # Forced pages: all of a row that keeps everything; else the newest first, then the sinks, as far as k goes.
+    # Forced pages: all pages if the row keeps everything; else the newest first, then the sinks, up to k.
     recent = tl.where(count == n, n, tl.minimum(count, recent_pages))
     sinks = tl.minimum(count - recent, sink_pages)
     newest = n - recent
     wanted = count - recent - sinks
     oldest = tl.where(wanted > 0, sinks, newest)  # candidates are the pages oldest..newest-1; none where none is wanted
 
-    # The wanted-th best of the others, eight bits at a time from the top: `prefix` holds the bits found so far,
-    # `room` how many pages that share them are still to be taken.
+    # The wanted-th best candidate, eight bits at a time from the top: `prefix` holds the bits found so far, `room` how many
+    # pages with this prefix are still to be taken.
     prefix = tl.zeros([], tl.uint32)
     room = wanted
     o_bin = tl.arange(0, 256)
@@ -75,9 +75,9 @@ def _top_k_pages_kernel(
                     m_p = m_p & ((b_key >> (shift + 8)) == (prefix >> (shift + 8)))
                 b_digit = tl.where(m_p, (b_key >> shift) & 0xFF, 0).to(tl.int32)
                 b_hist += tl.histogram(b_digit, 256)
-                b_hist -= tl.where(o_bin == 0, tl.sum(1 - m_p.to(tl.int32), axis=0), 0)  # those counted for nothing
-            b_above = tl.sum(b_hist, axis=0) - tl.cumsum(b_hist, axis=0)  # [256] pages of a larger digit
-            m_bin = (b_above < room) & (b_above + b_hist >= room)  # one bin
+                b_hist -= tl.where(o_bin == 0, tl.sum(1 - m_p.to(tl.int32), axis=0), 0)  # masked lanes were counted in bin 0
+            b_above = tl.sum(b_hist, axis=0) - tl.cumsum(b_hist, axis=0)  # [256] pages with a larger digit
+            m_bin = (b_above < room) & (b_above + b_hist >= room)  # exactly one bin
             digit = tl.sum(tl.where(m_bin, o_bin, 0), axis=0)
             room -= tl.sum(tl.where(m_bin, b_above, 0), axis=0)
             prefix = prefix | (digit.to(tl.uint32) << shift)

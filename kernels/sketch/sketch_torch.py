@@ -1,7 +1,6 @@
-"""sketch on torch: the pages' signs are unpacked tile by tile and multiplied there; the rest row by row.
+"""sketch in torch: unpacks the pages' signs and multiplies them tile by tile; everything else runs row by row.
 
-All sums that decide bits are of fixed shape or halve their operands, so that a page's sketch and a row's logits depend on
-nothing else in the batch.
+Sums have a fixed shape or are pairwise, so that a page's sketch and a row's logits do not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def append_sketches_torch(
 def sketch_logits_torch(
     q: Tensor, sketches: PageSketches, page_table: Tensor, num_pages: Tensor, last_page_len: Tensor, scale: float
 ) -> Tensor:
-    """See `distributed_sparse.kernels.sketch.sketch_logits`."""
+    """See `sketch_logits`."""
     batch, num_q_heads, dim = q.shape
     _, heads, size, width = sketches.signs.shape
     group, tile_pages = num_q_heads // heads, max(_TILE_TOKENS // size, 1)
@@ -58,7 +57,7 @@ def sketch_logits_torch(
         for start in range(0, full, at_once * tile_pages):
             count = min(full - start, at_once * tile_pages)
             tiles = -(-count // tile_pages)
-            ids = torch.zeros(tiles * tile_pages, dtype=torch.long)  # a last tile that is not filled: the null page
+            ids = torch.zeros(tiles * tile_pages, dtype=torch.long)  # the null page pads the last tile
             ids[:count] = page_table[b, start : start + count]
             signs = sketches.signs[ids].view(tiles, tile_pages, heads, size, width)
             signs = signs.permute(0, 2, 1, 3, 4).reshape(tiles, heads, tile_pages * size, width)
@@ -119,7 +118,7 @@ def select_by_sketch_torch(
 
 
 def sketch_probabilities_torch(logits: Tensor, heads: int, num_tokens: Tensor) -> Tensor:
-    """See `distributed_sparse.kernels.sketch.sketch_probabilities`."""
+    """See `sketch_probabilities`."""
     batch, _, width = logits.shape
     found = torch.zeros(batch, heads, width)
     for b, scored in enumerate(num_tokens.tolist()):
@@ -128,34 +127,32 @@ def sketch_probabilities_torch(logits: Tensor, heads: int, num_tokens: Tensor) -
     return found
 
 
-# ---- parts
-
-
 def _products(q: Tensor, rows: Tensor) -> Tensor:
-    """q [H_kv, G, d] by rows [tiles, H_kv, n, d]: [tiles, H_kv, G, n]. By products of one shape, however many there are."""
+    """q [H_kv, G, d] by rows [tiles, H_kv, n, d]: [tiles, H_kv, G, n]. Every product has the same shape."""
     queries = q.expand(len(rows), -1, -1, -1).flatten(0, 1)
     return torch.bmm(queries, rows.flatten(0, 1).mT).unflatten(0, rows.shape[:2])
 
 
 def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits [H_kv, G, n]: the group's mean softmax [H_kv, n], each head's softmax, and its log-sum-exp [H_kv, G, 1]."""
+    """From logits [H_kv, G, n]: the group's mean softmax [H_kv, n], each head's softmax, and its log-sum-exp [H_kv, G, 1]."""
     lse = logits.logsumexp(2, keepdim=True)
     weights = (logits - lse).exp()
     probability = weights[:, 0].clone()
-    for g in range(1, weights.shape[1]):  # one by one: the order of a sum may change with the heads beside it
+    for g in range(1, weights.shape[1]):  # sequential: torch.sum's order may change with H_kv
         probability += weights[:, g]
     return probability / weights.shape[1], weights, lse
 
 
 def full_pages(num_pages: Tensor, last_page_len: Tensor, page_size: int) -> list[int]:
-    """Full pages of each row."""
+    """Number of full pages of each row."""
     return (num_pages - (last_page_len < page_size).int()).clamp_min(0).tolist()
 
 
 def rotate(x: Tensor) -> Tensor:
-    """H x over the last dimension d; H has a normalised Hadamard matrix of the largest power of two that divides d per block.
+    """H x over the last dimension d. H is block-diagonal; its blocks are normalised Hadamard matrices of the
+    largest power of two that divides d.
 
-    By butterflies of single additions, so that the bits do not depend on the shape of x.
+    Computed by butterflies, so that the bits do not depend on the shape of x.
     """
     dim = x.shape[-1]
     block = dim & -dim
@@ -168,7 +165,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor, dim: int) -> Tensor:
-    """The sum over a dimension, which goes, by halves."""
+    """The pairwise sum over a dimension, which is removed."""
     x = x.movedim(dim, 0)
     while len(x) > 1:
         half = len(x) // 2
@@ -178,7 +175,7 @@ def _sum(x: Tensor, dim: int) -> Tensor:
 
 
 def _decoded(packed: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """float32 [..., n] of what `quantise` gave."""
+    """Decode the result of `quantise` to float32 [..., n]."""
     codes = torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
     return codes.float() * scales[..., :1].float() + scales[..., 1:].float()
 

@@ -1,15 +1,15 @@
-// int4_logits: logits estimated from the low-bit copy of the keys (int4_logits.py), which is read where it lies, once for all
-// heads of its group.
+// int4_logits: logits estimated from the low-bit copy of the keys (int4_logits.py). Codes are read in place, once for all query
+// heads of a group.
 
 #include "vectors.h"
 
 namespace {
 
 constexpr int64_t TOKENS_PER_TURN = 512;
-constexpr int TOKENS_AT_ONCE = 4;  // whose products with a query are summed at a time
-constexpr int64_t AHEAD = 2;       // blocks of 16 tokens on their way from memory while one is computed
+constexpr int TOKENS_AT_ONCE = 4;  // whose products with a query are summed together
+constexpr int64_t AHEAD = 2;       // blocks of 16 tokens prefetched ahead of the one computed
 
-// 16 words of a token's codes: of its last bytes, those that it still has, then 0. Words of 4 bytes need no widening.
+// 16 words of a token's codes, 0 past its last byte (`left` bytes remain). Words of 4 bytes need no widening.
 template <int WORD>
 inline BitVec load_words(const uint8_t* from, int64_t left) {
     static_assert(WORD == 1 || WORD == 2 || WORD == 4);
@@ -25,7 +25,7 @@ inline BitVec load_words(const uint8_t* from, int64_t left) {
             memcpy(&bytes, from, W);
         else
             memcpy(&bytes, from, left);
-        return __builtin_convertvector(__builtin_convertvector(bytes, ShortVec), BitVec);  // GCC 12 widens by 2, not by 4
+        return __builtin_convertvector(__builtin_convertvector(bytes, ShortVec), BitVec);  // by 2 twice: GCC 12
     }
 }
 
@@ -37,7 +37,7 @@ struct Tensors {
     int64_t heads, group, dim, page_size, most_pages;
 };
 
-// A token's codes are read as words of 1, 2 or 4 bytes, whichever fills whole vectors (1 always serves).
+// A token's codes are read as words of WORD = 1, 2 or 4 bytes: the largest that fills whole vectors, or 1.
 template <int BITS, int WORD>
 struct Estimate : Tensors {
     static constexpr int64_t BYTES = W * WORD;  // of codes in a vector
@@ -46,8 +46,8 @@ struct Estimate : Tensors {
 
     explicit Estimate(const Tensors& tensors) : Tensors(tensors) {}
 
-    // A row's queries, scaled, as `estimate_block` meets their channels: [vectors of codes, codes in a word, heads at once,
-    // 16]; 0 where a token's bytes have ended. And the sum of each query.
+    // Writes a row's scaled queries in the channel order of `estimate_block`: [vectors of codes, codes in a word, heads at
+    // once, 16], 0 past a token's last byte; and the sum of each query.
     void order(const float* q, float scale, float* queries, float* sums) const {
         for (int64_t g = 0; g < group; ++g) {
             const int64_t first = g - g % HEADS_AT_ONCE, at_once = std::min<int64_t>(group - first, HEADS_AT_ONCE);
@@ -65,8 +65,8 @@ struct Estimate : Tensors {
         }
     }
 
-    // Logits of the first `count` of 16 tokens from `slot` on, then -inf; for some query heads. A later block comes into the
-    // cache meanwhile.
+    // Logits of the first `count` of 16 tokens from `slot` on, then -inf, for HEADS query heads. Prefetches the block at
+    // `later` unless it is negative.
     template <int HEADS>
     void estimate_block(int64_t slot, int64_t count, const float* queries, const float* sums, int64_t later, float* out) const {
         const uint8_t* own = codes + slot * width;
@@ -104,7 +104,7 @@ struct Estimate : Tensors {
         }
     }
 
-    // A row's tokens start..end - 1 into its query heads' logits.
+    // Logits of a row's tokens start..end - 1 for all query heads of the group.
     void run(int64_t b, int64_t h, int64_t start, int64_t end, const float* queries, const float* sums, float* out) const {
         const int32_t* own = pages + b * pages_strides[0] + h * pages_strides[1];
         const auto slot = [&](int64_t i) { return (own[i / page_size] * heads + h) * page_size + i % page_size; };
@@ -127,7 +127,7 @@ struct Estimate : Tensors {
 template <int BITS, int WORD>
 void int4_logits(const Estimate<BITS, WORD>& own, const float* q, const int32_t* num_pages, const int64_t* num_pages_strides,
                  const int32_t* last_page_len, float scale, int64_t batch, float* out, int64_t threads) {
-    static thread_local std::vector<float> kept[2];  // named here, as a worker's would be its own
+    static thread_local std::vector<float> kept[2];  // named outside the parallel region: all threads share the caller's
     std::vector<float>&queries = kept[0], &sums = kept[1];
     const int64_t heads = own.heads, group = own.group, tokens = own.most_pages * own.page_size;
     queries.resize(batch * heads * group * own.padded);
@@ -147,7 +147,7 @@ void int4_logits(const Estimate<BITS, WORD>& own, const float* q, const int32_t*
                     const int64_t start = turn * TOKENS_PER_TURN, end = std::min(start + TOKENS_PER_TURN, tokens);
                     float* to = out + row * group * tokens;
                     own.run(b, h, start, std::min(end, length), &queries[row * group * own.padded], &sums[row * group], to);
-                    const int64_t past = std::max(start, (length + W - 1) / W * W);  // a block is written whole
+                    const int64_t past = std::max(start, (length + W - 1) / W * W);  // blocks are written whole
                     for (int64_t g = 0; past < end && g < group; ++g)
                         std::fill(to + g * tokens + past, to + g * tokens + end, -INFINITY);
                 }

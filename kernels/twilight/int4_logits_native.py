@@ -1,4 +1,4 @@
-"""int4_logits on a CPU with `int4_logits.cpp`: codes are read where they lie, once for all heads of their group."""
+"""int4_logits on a CPU with `int4_logits.cpp`: reads codes in place, once for all query heads of a group."""
 
 from __future__ import annotations
 

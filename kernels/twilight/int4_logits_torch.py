@@ -1,4 +1,4 @@
-"""int4_logits on torch: codes are unpacked tile by tile into a scratch that stays in the cache, and multiplied there."""
+"""int4_logits in torch: unpacks codes tile by tile into scratch that fits in the CPU cache, and multiplies them there."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from distributed_sparse.kernels.scratch import scratch
 
 _TILE_TOKENS = 128
-"""Tokens per matrix product. The shape of every product is the same, whatever the row's length or the batch, and a short last
-tile is filled up with left-overs: so are the bits of a token's logit."""
+"""Tokens per matrix product. All products have one shape (a short last tile is padded), so the bits of a token's logit do not
+depend on the row's length or the batch."""
 
 _SCRATCH_BYTES = 4 << 20
-"""Unpacked float32 codes at a time: large enough to hide the cost of a call, small enough to stay in the cache."""
+"""Unpacked float32 codes at a time: large enough to amortise a call, small enough to stay in the CPU cache."""
 
 
 def int4_logits_torch(
@@ -29,9 +29,9 @@ def int4_logits_torch(
     heads, page_size, width = key_codes.shape[1:]
     group, num_rows = num_q_heads // heads, batch * heads
     q_rows = q.float().view(num_rows, group, dim) * scale
-    q_sums = q_rows.cumsum(dim=-1)[..., -1:]  # one by one: the order of torch.sum may change with the batch
+    q_sums = q_rows.cumsum(dim=-1)[..., -1:]  # sequential: the order of torch.sum may change with the batch
 
-    # A tile is a fixed number of listed pages of one row; past the row's list it holds the null page.
+    # A tile is a fixed number of listed pages of one row; past the row's list it is padded with the null page.
     tile_pages = max(_TILE_TOKENS // page_size, 1)
     listed = num_pages.reshape(num_rows).long()
     per_row = (listed + tile_pages - 1) // tile_pages
@@ -64,7 +64,7 @@ def int4_logits_torch(
     key_scale, minimum = scales.view(-1, 1, tile_tokens, 2).unbind(-1)
     results.mul_(key_scale).addcmul_(q_sums[row], minimum)
 
-    last = (index == per_row[row] - 1).nonzero()[:, 0]  # only a row's last tile may reach past its end
+    last = (index == per_row[row] - 1).nonzero()[:, 0]  # only a row's last tile may extend past its end
     length = (listed - 1) * page_size + last_page_len.long().repeat_interleave(heads)
     in_last = (length[row] - index * tile_tokens)[last]
     past = torch.arange(tile_tokens) >= in_last[:, None]

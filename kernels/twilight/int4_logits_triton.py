@@ -1,4 +1,4 @@
-"""int4_logits in Triton: one program per (tile of tokens, KV head, sequence) turns codes into the operand of a product."""
+"""int4_logits in Triton: one program per (tile of tokens, KV head, sequence) unpacks codes into an operand of tl.dot."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 _MAX_GROUP = 16
 _BLOCK_TOKENS = 64
 _BLOCK_WORDS = 16
-"""Words of four bytes of codes per token and step: what four threads load at once, a row of a product's operand."""
+"""Four-byte words of codes per token and step: one load of four threads, which hold a row of a tensor-core operand."""
 
 _BLOCK_BYTES = {2: 32, 4: 16}
-"""Bytes of codes per token and step, by the bytes of q's dtype: float32 operands of 32 take half of all registers."""
+"""Bytes of codes per token and step, by q's itemsize: with float32, 32 bytes would take half of all registers."""
 
 
 @triton.jit
 def _pairs(b_words, power, START: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
-    """2 ** BITS + code for the codes at bit START of each word's two halves: the last bits of the mantissa of ``power``."""
+    """2 ** BITS + code, for the codes at bit START of each word's halves, by OR-ing codes into the mantissa of ``power``."""
     MANTISSA: tl.constexpr = 7 if dtype == tl.bfloat16 else 10
     PLACE: tl.constexpr = MANTISSA - BITS
     FIELD: tl.constexpr = ((1 << BITS) - 1 << PLACE) * 0x10001
@@ -41,20 +41,20 @@ def _dot_words(
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """q . codes [BLOCK_T, BLOCK_G] and sum(q) [BLOCK_G] for q of 16 bits, without conversions from integers, which are slow.
+    """q . codes [BLOCK_T, BLOCK_G] and sum(q) [BLOCK_G] for 16-bit q, without the slow conversions from integers.
 
-    The channels of a step stand in the order in which the threads that load the words hold them, so that what a thread loads
-    is its share of the product's operand: in any other order all numbers would move through shared memory.
+    The channels of a step are ordered so that the words a thread loads are exactly its fragment of the operand. Any other order
+    would move all numbers through shared memory.
     """
     dtype: tl.constexpr = p_q.dtype.element_ty
     bytes_per_token: tl.constexpr = D * BITS // 8
     runs: tl.constexpr = BLOCK_W // 4
     p_words = p_codes.to(tl.pointer_type(tl.uint32))
     o_w = tl.arange(0, BLOCK_W)
-    i_k = tl.arange(0, 4 * BLOCK_W)  # byte 4 (4 run + word) + 2 half + odd of the step stands at [word, odd, run, half]
+    i_k = tl.arange(0, 4 * BLOCK_W)  # byte 4 (4 run + word) + 2 half + odd of the step is at [word, odd, run, half]
     o_k = i_k // 2 % runs * 16 + i_k // (4 * runs) * 4 + i_k % 2 * 2 + i_k // (2 * runs) % 2
     b_dot = tl.zeros([BLOCK_T, BLOCK_G], tl.float32)
-    b_ones = tl.full([16, 4 * BLOCK_W], 1.0, dtype)  # sum(q) as one more product, its rows alike: fewer instructions
+    b_ones = tl.full([16, 4 * BLOCK_W], 1.0, dtype)  # sum(q) as one more product with equal rows: fewer instructions
     b_sums = tl.zeros([16, BLOCK_G], tl.float32)
     for i_w in tl.static_range(0, bytes_per_token, 4 * BLOCK_W):
         m_w = i_w // 4 + o_w < bytes_per_token // 4
@@ -83,12 +83,12 @@ def _dot_bytes(
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """q . codes [BLOCK_T, BLOCK_G] and sum(q) [BLOCK_G] for every dtype, number of bits and alignment."""
+    """q . codes [BLOCK_T, BLOCK_G] and sum(q) [BLOCK_G] for any dtype, number of bits and alignment."""
     dtype: tl.constexpr = p_q.dtype.element_ty
     bytes_per_token: tl.constexpr = D * BITS // 8
     o_w = tl.arange(0, BLOCK_W)
     b_dot = tl.zeros([BLOCK_T, BLOCK_G], tl.float32)
-    b_sums = tl.zeros([BLOCK_W, BLOCK_G], tl.float32)  # reduced after the loop: the compiler fails on a sum carried through it
+    b_sums = tl.zeros([BLOCK_W, BLOCK_G], tl.float32)  # reduced after the loop: the compiler fails on a loop-carried sum
     for i_w in range(0, bytes_per_token, BLOCK_W):
         m_w = i_w + o_w < bytes_per_token
         b_codes = tl.load(p_codes + i_w + o_w[None, :], mask=m_t[:, None] & m_w[None, :], other=0)
@@ -102,7 +102,8 @@ def _dot_bytes(
     return b_dot, tl.sum(b_sums, axis=0)
 
 
-# What changes with batch and context must not compile anew; strides of q and the codes are an engine's own, and stay.
+# Arguments that change with batch and context must not trigger recompilation; strides of q and
+# the codes are fixed per engine.
 @triton.jit(
     do_not_specialize=["power", "width", "stride_pages_b", "stride_pages_h", "stride_num_b", "stride_num_h"],
     do_not_specialize_on_alignment=["p_pages", "p_num_pages", "p_last"],
@@ -189,10 +190,10 @@ def int4_logits_triton(
     assert group <= _MAX_GROUP
     places = (bytes_per_token, key_codes.data_ptr(), *key_codes.stride()[:3])
     in_words = q.element_size() == 2 and bits < 8 and all(n % 4 == 0 for n in places)
-    # 2 ** bits twice, in q's dtype. A run-time argument: with a constant here, AND and OR do not become one instruction.
+    # 2 ** bits in q's dtype, in both halves. A run-time argument: with a constant, AND and OR are not fused.
     power = (127 + bits << 7 if q.dtype == torch.bfloat16 else 15 + bits << 10) * 0x10001
     if in_words:
-        words = bytes_per_token // 4  # fewer than eight take less than the padding
+        words = bytes_per_token // 4  # fewer than eight words: less padding
         block = _BLOCK_WORDS if words >= 8 else max(4, triton.next_power_of_2(words))
     else:
         block = min(triton.next_power_of_2(bytes_per_token), _BLOCK_BYTES[q.element_size()])
@@ -223,7 +224,7 @@ def int4_logits_triton(
         BLOCK_G=8 if group <= 8 else 16,  # columns of a tensor-core product
         BLOCK_T=_BLOCK_TOKENS,
         BLOCK_W=block,
-        num_warps=1 if in_words else 4,  # one warp's tokens are its rows of the product
+        num_warps=1 if in_words else 4,  # one warp computes all rows of the product
         num_stages=3,
         enable_fp_fusion=False,
     )

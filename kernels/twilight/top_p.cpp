@@ -1,5 +1,5 @@
 // top_p: the smallest set of tokens that holds a share of the softmax mass (top_p.py). A histogram of the mass finds the bin of
-// a head's threshold, a search in that bin the threshold. Sums are of doubles, in an order that depends on the row alone.
+// a head's threshold, a search in that bin the threshold. Sums are doubles, in an order that depends on the row alone.
 
 #include "vectors.h"
 
@@ -11,15 +11,15 @@ typedef uint64_t Longs __attribute__((vector_size(D * 8)));
 typedef int32_t Ints __attribute__((vector_size(D * 4)));
 
 constexpr int BINS = 1024;
-// Bins span this far below a row's maximum, or down to its minimum if that is nearer. All that lies lower goes to the last bin:
-// its mass, n e^-64, is lost in the rounding of a sum of doubles over any n that fits into memory.
+// Bins cover this range below a row's maximum, or down to its minimum if that is nearer. Lower logits go to the last bin:
+// their mass, n e^-64, is lost in the rounding of a sum of doubles over any n that fits into memory.
 constexpr double RANGE = 64.0;
 constexpr float LARGEST = std::numeric_limits<float>::max();
 
-// e^x for x <= 0, and e^-700 below -700: Cody and Waite's reduction, then the series to x^11: within 1e-14.
+// e^x for x <= 0, and e^-700 below -700. Cody-Waite reduction, then the series to x^11: within 1e-14.
 inline Doubles exp_of_negative(Doubles x) {
     x = x < -700.0 ? Doubles{} - 700.0 : x;
-    const Doubles shifted = x * 1.4426950408889634 + 0x1.8p52;  // rounds to a whole number, which its lowest bits hold
+    const Doubles shifted = x * 1.4426950408889634 + 0x1.8p52;  // rounds to an integer, held in the lowest bits
     const Doubles whole = shifted - 0x1.8p52;
     const Doubles r = (x - whole * 0x1.62e42fefa3800p-1) - whole * 0x1.ef35793c76730p-45;
     Doubles y = Doubles{} + 1.0 / 39916800;
@@ -36,8 +36,8 @@ inline Doubles exp_of_negative(Doubles x) {
     return (Doubles)((Longs)y + ((Longs)shifted << 52));
 }
 
-// 16 logits from `i` on, of a row whose memory is whole vectors. Those past its end repeat the first. A NaN is the least of all
-// and harms its own row alone; differences of what is finite are no NaN.
+// 16 logits from `i` on, of a row padded to whole vectors; logits past its end repeat the first. NaN becomes the lowest logit
+// and affects only its own row; infinities become finite, so that differences are never NaN.
 inline Vec load_finite(const float* logits, int64_t i, int64_t n) {
     Vec x = load(logits + i);
     for (int64_t t = n - i; t < W; ++t) x[t] = x[0];
@@ -45,7 +45,7 @@ inline Vec load_finite(const float* logits, int64_t i, int64_t n) {
     return x < LARGEST ? x : Vec{} + LARGEST;
 }
 
-// Whether any comparison holds; of a vector of 32 or 64 bytes.
+// Whether any lane of a comparison is true; x is a vector of 32 or 64 bytes.
 template <class Comparisons>
 bool any(Comparisons x) {
     uint64_t parts[sizeof x / 8], found = 0;
@@ -73,7 +73,7 @@ float threshold_of(const float* logits, int64_t n, double p) {
     static thread_local std::vector<uint16_t> kept_bins;
     static thread_local std::vector<Candidate> kept_candidates;
     kept_bins.resize((n + W - 1) / W * W);
-    uint16_t* bins = kept_bins.data();  // looked up once: what belongs to a thread is far away
+    uint16_t* bins = kept_bins.data();  // looked up once: thread-local access is slow
     const double per_unit = BINS / std::max(std::min(top - least, RANGE), 1e-50);
     const auto weight_of = [top](Vec8 x) { return exp_of_negative(__builtin_convertvector(x, Doubles) - top); };
     double mass[BINS] = {};
@@ -84,7 +84,7 @@ float threshold_of(const float* logits, int64_t n, double p) {
         for (int64_t e = 0; e < W / D; ++e) {
             const int64_t first = i + e * D, count = std::min<int64_t>(n - first, D);
             const Doubles weights = weight_of(eights[e]);
-            // No less where the logit is lower, rounding included.
+            // Monotonic: a lower logit never gets a lower bin, rounding included.
             Doubles places = (top - __builtin_convertvector(eights[e], Doubles)) * per_unit;
             places = places < BINS - 1.0 ? places : Doubles{} + (BINS - 1.0);
             const Ints own = __builtin_convertvector(places, Ints);
@@ -97,7 +97,7 @@ float threshold_of(const float* logits, int64_t n, double p) {
     double total = 0.0;
     for (int i = 0; i < BINS; ++i) total += mass[i];
     const double target = total * p;
-    int crossing = 0;  // the first bin that brings the mass to p
+    int crossing = 0;  // the first bin at which the mass reaches p
     double above = 0.0;
     while (crossing < BINS - 1 && above + mass[crossing] < target) above += mass[crossing++];
 
@@ -112,7 +112,7 @@ float threshold_of(const float* logits, int64_t n, double p) {
             if (own[t] == crossing) candidates.push_back({x[t], weight_of(Vec8{} + x[t])[0]});
     }
     auto first = candidates.begin(), last = candidates.end();
-    while (last - first > 1) {  // the threshold is among them: summed in another order, they may miss it by a rounding
+    while (last - first > 1) {  // down to one: summed in another order, the mass may miss the target by a rounding error
         const auto middle = first + (last - first) / 2;
         std::nth_element(first, middle, last, [](const Candidate& a, const Candidate& b) { return a.logit > b.logit; });
         double of_half = 0.0;
@@ -127,7 +127,7 @@ float threshold_of(const float* logits, int64_t n, double p) {
     return first->logit;
 }
 
-// The slots of the tokens that one of the heads keeps, and of the first `sinks` tokens and those from `newest` on, in order.
+// Lists, in order, the slots of tokens that any query head keeps, of the first `sinks` tokens and of those from `newest` on.
 int32_t list_kept(const float* logits, int64_t width, const float* thresholds, int64_t group, const int32_t* pages,
                   int64_t page_size, int64_t n, int64_t sinks, int64_t newest, int32_t* tokens) {
     int32_t count = 0;
@@ -150,7 +150,7 @@ int32_t list_kept(const float* logits, int64_t width, const float* thresholds, i
 
 }  // namespace
 
-// Tensors as in top_p.py; p is one double. Strides in elements.
+// Tensors as in top_p.py; p points to one double. Strides in elements.
 extern "C" void top_p_float32(const float* logits, const int32_t* pages, int64_t pages_stride, int64_t pages_head_stride,
                               const int32_t* num_pages, int64_t num_pages_stride, int64_t num_pages_head_stride,
                               const int32_t* last_page_len, const double* p, int64_t sink_pages, int64_t recent_pages,

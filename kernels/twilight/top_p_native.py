@@ -1,4 +1,4 @@
-"""top_p on a CPU with `top_p.cpp`: a histogram of a head's mass finds its threshold, one pass over the heads the union."""
+"""top_p on a CPU with `top_p.cpp`: a histogram of a head's mass finds its threshold; one pass lists the union."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def top_p_native(
         num_pages.stride(0),
         num_pages.stride(1),
         last_page_len,
-        torch.tensor(p, dtype=torch.float64),  # float32 would tell other sets
+        torch.tensor(p, dtype=torch.float64),  # float32 would select other sets
         sink_pages,
         recent_pages,
         batch,

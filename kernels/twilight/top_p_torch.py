@@ -1,4 +1,4 @@
-"""top_p on torch: a histogram of the softmax mass finds the bin of the threshold, a sort of that bin the threshold."""
+"""top_p in torch: a histogram of the softmax mass finds the threshold's bin, and a sort of that bin finds the threshold."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from distributed_sparse.kernels.scratch import scratch
 _BINS = 4096
 
 _RANGE = 64.0
-"""Bins span this far below a row's maximum, or down to its minimum if that is nearer. All that lies lower goes to the last
-bin: its mass, n e^-64, is lost in the rounding of a float64 sum over any n that fits into memory."""
+"""Bins cover this range below a row's maximum, or down to its minimum if that is nearer. Lower logits go to the last bin:
+their mass, n e^-64, is lost in the rounding of a float64 sum over any n that fits into memory."""
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -44,7 +44,7 @@ def top_p_torch(
             threshold[b] = float("-inf")
             kept = valid.clone()
         else:
-            # A NaN is the least of all and harms its own row alone; differences of what is finite are no NaN.
+            # NaN becomes the lowest logit and affects only its own row; infinities become finite: no difference is NaN.
             row = logits[b, :, :longest].nan_to_num(nan=-_LARGEST, posinf=_LARGEST, neginf=-_LARGEST)
             of_head = row.view(heads, -1, longest)
             least = of_head.amin(dim=-1)
@@ -76,15 +76,15 @@ def _threshold(row: Tensor, least: Tensor, p: float) -> Tensor:
     bins = scratch("top_p: bins", row.shape, torch.int64)
     weights.copy_(row).sub_(top).exp_()
     per_unit = _BINS / (top - least[:, None]).clamp(1e-30, _RANGE)
-    bins.copy_((top - row).mul_(per_unit).clamp_(max=_BINS - 1))  # ascends where the logit falls, rounding included
+    bins.copy_((top - row).mul_(per_unit).clamp_(max=_BINS - 1))  # monotonic in the logit, rounding included
     mass = weights.new_zeros(len(row), _BINS).scatter_add_(1, bins, weights).cumsum_(dim=-1)
     target = mass[:, -1:] * p
-    crossing = torch.searchsorted(mass, target)  # the first bin that brings the mass to p
+    crossing = torch.searchsorted(mass, target)  # the first bin at which the mass reaches p
     above = torch.where(crossing > 0, mass.gather(1, (crossing - 1).clamp(min=0)), 0.0)
 
     in_bin = bins == crossing
     count = in_bin.sum(dim=-1, keepdim=True)
     best_first = row.masked_fill(~in_bin, -_LARGEST).topk(int(count.max()), dim=-1).values
     reached = above + (best_first.double() - top).exp_().cumsum_(dim=-1)
-    index = torch.searchsorted(reached, target).minimum(count - 1)  # summed in another order, it may miss by a rounding
+    index = torch.searchsorted(reached, target).minimum(count - 1)  # another order of sums may miss it by a rounding error
     return best_first.gather(1, index)[:, 0]

@@ -1,4 +1,4 @@
-"""top_p in Triton: one program per query head searches its threshold, one per KV head lists what its query heads keep."""
+"""top_p in Triton: one program per query head finds its threshold, one per KV head lists the kept tokens."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import triton.language as tl
 from torch import Tensor
 
 _ROW_TOKENS = (2048, 8192)
-"""Rows up to these lengths are searched in registers, logits and weights: at most 32 + 32 of a thread's 255."""
+"""Rows up to these lengths are searched with logits and weights in registers: at most 32 + 32 of a thread's 255."""
 
 _HALVINGS = 14
-"""Of the range of a row's logits: of 12 they leave .0007, where 8192 logits have one or two. A pass over memory makes two."""
+"""Bisection steps over the range of a row's logits. A range of 12 shrinks to .0007, which holds one or two of 8192 logits. A
+pass over memory makes two steps."""
 
 _LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
 
 _LIST_TOKENS, _LIST_LOGITS = 4096, 32768
-"""Tokens per step of the listing, eight to a thread, and logits, over all query heads of a group."""
+"""Tokens per step of the listing (eight per thread), and logits per step over all query heads of a group."""
 
 
 @triton.jit
 def _ordered(logit):
-    """int32 image of float32 that keeps the order (of -0.0 and +0.0 too: they are one value)."""
+    """Order-preserving int32 image of float32; -0.0 and +0.0 have one image."""
     bits = (logit + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative: flip all bits but the sign
 
@@ -34,20 +35,20 @@ def _logit_of(image):
 
 @triton.jit
 def _mean(low, high):
-    """Rounded down; the sum itself may overflow."""
+    """The mean rounded down, without the sum, which may overflow."""
     return (low & high) + ((low ^ high) >> 1)
 
 
 @triton.jit
 def _load_logits(p_logits, i_t, n, VECTOR: tl.constexpr):
-    """[n:] are -inf. Loads are as wide as their mask is even: up to VECTOR - 1 further logits of the last page are read."""
+    """Logits, -inf from n on. The mask is rounded up for wide loads: up to VECTOR - 1 more logits of the last page are read."""
     b_logit = tl.load(p_logits + i_t, mask=i_t < (n + VECTOR - 1) // VECTOR * VECTOR, other=float("-inf"))
     return tl.where(i_t < n, b_logit, float("-inf"))
 
 
 @triton.jit
 def _weights(b_logit, top):
-    """e^(logit - top), as a power of 2, whose instruction needs no care of subnormals; 0 where that is no number."""
+    """e^(logit - top) by exp2, whose instruction needs no handling of subnormals; 0 instead of NaN."""
     return tl.maximum(tl.exp2((b_logit - top) * 1.4426950408889634), 0.0)
 
 
@@ -55,24 +56,24 @@ def _weights(b_logit, top):
 def _mass(b_logit, b_weight, least):
     """Weight of the logits >= least, over axis 0. Products are exact: fused into the sum or not, it has the same bits.
 
-    A search's sums, the target's included, run over the same places in the same order. One with fewer terms is never larger
-    then, rounding included: the search has one answer, whatever it tries.
+    All sums of a search, the target included, add the same positions in the same order, so a sum with fewer terms is never
+    larger, rounding included: the search has one answer whatever thresholds it tries.
     """
     return tl.sum((b_logit >= least).to(tl.float32) * b_weight, axis=0)
 
 
 @triton.jit
 def _search_registers(p_logits, n, p, WIDTH: tl.constexpr, HALVINGS: tl.constexpr, VECTOR: tl.constexpr):
-    """The image of the threshold of a row of n <= WIDTH logits, which are read, and their weights computed, once."""
+    """The image of the threshold of a row of n <= WIDTH logits. Reads logits and computes weights once."""
     i_t = tl.arange(0, WIDTH)
     b_logit = _load_logits(p_logits, i_t, n, VECTOR)
-    top = tl.minimum(tl.max(b_logit, axis=0), _LARGEST)  # so that nothing is taken from an infinity, but -inf
+    top = tl.minimum(tl.max(b_logit, axis=0), _LARGEST)  # never +inf: avoids inf - inf
     b_weight = _weights(b_logit, top)
     low = float("-inf")
     high = _logit_of(_ordered(top) + 1)
     target = _mass(b_logit, b_weight, low) * p
-    # Logits are halved, not images, most of which are of numbers near 0. What is this far below the maximum weighs less than
-    # 1 - p in all, but for rounding: so this bound is tried like any other.
+    # Bisect logits, not images, most of which are of numbers near 0. All logits below `bound` together weigh less than 1 - p
+    # up to rounding, so this bound is tested like any other threshold.
     bound = top - tl.log(n / (1.0 - p)) - 1.0
     middle = tl.maximum(tl.min(tl.where(i_t < n, b_logit, top), axis=0), bound)
     for _ in range(HALVINGS + 1):
@@ -82,7 +83,7 @@ def _search_registers(p_logits, n, p, WIDTH: tl.constexpr, HALVINGS: tl.constexp
         middle = 0.5 * low + 0.5 * high
     low_image = _ordered(low)
     high_image = _ordered(high)
-    while low_image + 1 < high_image:  # few logits lie between: if the best of them is enough, it is the threshold
+    while low_image + 1 < high_image:  # few logits lie between: if the largest suffices, it is the threshold
         best = tl.max(tl.where(b_logit < _logit_of(high_image), b_logit, float("-inf")), axis=0)
         is_enough = _mass(b_logit, b_weight, best) >= target
         low_image = tl.where(is_enough, _ordered(best), low_image)
@@ -98,8 +99,8 @@ def _search_registers(p_logits, n, p, WIDTH: tl.constexpr, HALVINGS: tl.constexp
 @triton.jit
 def _masses(p_logits, n, top, first, second, third, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr):
     """`_mass` of a row of any length for three thresholds."""
-    i_tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]  # a column lies in one thread
-    whole = n // (ROWS * COLUMNS) * (ROWS * COLUMNS)  # without a mask, a tile takes two thirds of the instructions
+    i_tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]  # a column belongs to one thread
+    whole = n // (ROWS * COLUMNS) * (ROWS * COLUMNS)  # unmasked tiles take two thirds of the instructions
     b_logit = _load_logits(p_logits + whole, i_tile, n - whole, VECTOR)
     b_weight = _weights(b_logit, top)
     b_first = _mass(b_logit, b_weight, first)
@@ -129,7 +130,7 @@ def _best(p_logits, n, most, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: 
 
 @triton.jit
 def _narrow(low, high, target, first, second, third, masses):
-    """What three ascending thresholds with their masses leave between low and high."""
+    """Narrow [low, high) with the masses of three ascending thresholds."""
     of_first, of_second, of_third = masses
     low = tl.where(of_first >= target, first, low)
     low = tl.where(of_second >= target, second, low)
@@ -142,7 +143,7 @@ def _narrow(low, high, target, first, second, third, masses):
 
 @triton.jit
 def _search_memory(p_logits, n, p, PASSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr):
-    """As `_search_registers` for a row of any length. A pass over its logits tries three thresholds: two bits of the answer."""
+    """Like `_search_registers` for a row of any length. A pass over the logits tests three thresholds: two bits."""
     top = tl.minimum(_best(p_logits, n, float("inf"), ROWS, COLUMNS, VECTOR), _LARGEST)
     low = float("-inf")
     high = _logit_of(_ordered(top) + 1)
@@ -170,7 +171,7 @@ def _search_memory(p_logits, n, p, PASSES: tl.constexpr, ROWS: tl.constexpr, COL
     return low_image
 
 
-# What changes with batch and context must not compile anew.
+# Arguments that change with batch and context must not trigger recompilation.
 @triton.jit(
     do_not_specialize=["p", "stride_logits_b", "stride_logits_h", "stride_num_b", "stride_num_h"],
     do_not_specialize_on_alignment=["p_num_pages", "p_last"],
@@ -198,7 +199,7 @@ def _top_p_threshold_kernel(
     n = tl.where(num_pages > 0, (num_pages - 1) * PAGE_SIZE + tl.load(p_last + i_b), 0)
     p_logits += tl.multiple_of(i_b * stride_logits_b + i_q.to(tl.int64) * stride_logits_h, VECTOR)
     image = tl.full([], -2139095041, tl.int32)  # of -inf
-    if (p < 1.0) & (n > 0):  # the order of the sums follows the row's own length
+    if (p < 1.0) & (n > 0):  # the order of sums depends on the row's own length alone
         if n <= SHORT:
             image = _search_registers(p_logits, n, p, SHORT, HALVINGS, VECTOR)
         elif n <= LONG:
@@ -261,7 +262,7 @@ def _top_p_list_kernel(
     for i_first in range(0, n, BLOCK):
         i_t = i_first + tl.arange(0, BLOCK)
         m_row = i_t < n
-        b_page = tl.load(p_pages + i_t // PAGE_SIZE, mask=m_row, other=0)  # of all: not to wait for what is kept
+        b_page = tl.load(p_pages + i_t // PAGE_SIZE, mask=m_row, other=0)  # load all pages: do not wait for the mask
         m_kept = (i_t < sinks) | (i_t >= newest) | (p >= 1.0)
         for i_g in tl.static_range(G):
             p_head = p_logits + tl.multiple_of(i_g * stride_logits_h, VECTOR)

@@ -1,68 +1,20 @@
-// residual_statistics: what a pilot says of a row's residual (residual_statistics.py). Keys and values are read where they lie.
+// residual_statistics: statistics of a row's residual from its pilot (residual_statistics.py). Reads K and V in their pages.
 //
 // With w_i = e^(s_i - highest), y = mean(w v), a_i = w_i - mean(w) and z = y - mean(w) c:
 //     r_i - mean(r) = w_i v_i - a_i c - y = w_i (v_i - c) - z.
-// "Mean" is the mean over all of the pilot, for the Gram rows too. Exponentials are relative to the pilot's largest logit until
-// the end: relative to M, fourth powers would underflow where the chosen part dominates.
+// "Mean" is over the whole pilot, for the Gram rows too. Exponentials are relative to the pilot's largest logit until the end:
+// relative to M, fourth powers would underflow where the chosen part dominates.
 
 #include "vectors.h"
 
-#include <type_traits>
-
 namespace {
 
-constexpr int CHUNK = 128;  // tokens of a row's pilot; the first chunk holds the rows of the Gram matrix (GRAM_ROWS)
-constexpr int AHEAD = 32;   // tokens on their way from memory
-constexpr int ROWS = 8;     // of the Gram matrix at a time, and 16 columns
+constexpr int CHUNK = 128;  // tokens of a pilot per chunk; the first chunk holds the rows of the Gram matrix (GRAM_ROWS)
+constexpr int AHEAD = 32;   // tokens prefetched ahead
+constexpr int ROWS = 8;     // of the Gram matrix computed at a time, with 16 columns
 constexpr int MOMENTS = 4, FIELDS = 7;
 
-// Room for floats, from the start of a cache line on: a vector across two lines costs twice. It never shrinks.
-class Floats {
-    std::vector<float> room;
-    float* first = nullptr;
-
-public:
-    float* resize(int64_t size) {
-        if (int64_t(room.size()) < size + W) {
-            room.resize(size + W);
-            first = room.data() + (-reinterpret_cast<uintptr_t>(room.data()) / sizeof(float)) % W;
-        }
-        return first;
-    }
-    float& operator[](int64_t i) const { return first[i]; }
-};
-
-// Calls `work(number, first)` for up to HEADS_AT_ONCE query heads at a time; the number is a constant to the compiler.
-template <class Work>
-void for_heads(int64_t group, Work work) {
-    for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) switch (group - g) {
-            case 1: work(std::integral_constant<int, 1>(), g); break;
-            case 2: work(std::integral_constant<int, 2>(), g); break;
-            case 3: work(std::integral_constant<int, 3>(), g); break;
-            default: work(std::integral_constant<int, HEADS_AT_ONCE>(), g);
-        }
-}
-
-// The lines of 4 tokens' channel i on.
-template <class T>
-void prefetch(const T* from, const int64_t at[4], int64_t i) {
-    if (i * sizeof(T) % 64 == 0)
-        for (int j = 0; j < 4; ++j) __builtin_prefetch(from + at[j] + i, 0, 2);
-}
-
-// The sums of HEADS times 4 vectors into rows of `out`, CHUNK apart.
-template <int HEADS>
-void store_sums(const Vec sums[HEADS][4], float* out) {
-    if constexpr (HEADS * 4 == W) {
-        const Vec found = sums_of(sums[0]);
-        for (int g = 0; g < HEADS; ++g) memcpy(out + g * CHUNK, (const float*)&found + g * 4, 4 * sizeof(float));
-    } else {
-        for (int g = 0; g < HEADS; ++g)
-            for (int j = 0; j < 4; ++j) out[g * CHUNK + j] = sum(sums[g][j]);
-    }
-}
-
-// Logits of 4 tokens for some query heads. Their values, and keys of later tokens, come into the cache meanwhile.
+// Logits of 4 tokens for HEADS query heads. Prefetches the tokens' values (v, or null) and the keys of later tokens (or null).
 template <class T, int HEADS>
 void logits_of(const float* queries, const T* k, const T* v, const int64_t at[4], const int64_t* later, int64_t dim,
                float* out) {
@@ -77,10 +29,10 @@ void logits_of(const float* queries, const T* k, const T* v, const int64_t at[4]
         if (v) prefetch(v, at, i);
         if (later) prefetch(k, later, i);
     }
-    store_sums<HEADS>(sums, out);
+    store_sums<HEADS, CHUNK>(sums, out);
 }
 
-// |w (v - c) - z|^2 of 4 tokens for some query heads; of two at a time, as the registers hold no more.
+// |w (v - c) - z|^2 of 4 tokens for HEADS query heads; two tokens at a time, which is what the registers hold.
 template <int HEADS>
 void norms_of(const float* weights, const float* c, const float* z, const float* values, int64_t dim, float* out) {
     Vec sums[HEADS][4];
@@ -99,10 +51,10 @@ void norms_of(const float* weights, const float* c, const float* z, const float*
         for (int g = 0; g < HEADS; ++g)
             for (int j = 0; j < 2; ++j) sums[g][t + j] = of_two[g][j];
     }
-    store_sums<HEADS>(sums, out);
+    store_sums<HEADS, CHUNK>(sums, out);
 }
 
-// sums += weights . v of up to 16 tokens; for some query heads, and VECTORS times 16 of the dimensions. Copies v, if asked to.
+// sums += weights . v of up to 16 tokens, for HEADS query heads and VECTORS * 16 channels. Copies v to `copy` unless null.
 template <class T, int HEADS, int VECTORS>
 void add_values(const float* weights, const T* v, const int64_t* at, int count, int64_t dim, float* to, float* copy) {
     Vec sums[HEADS][VECTORS];
@@ -120,59 +72,17 @@ void add_values(const float* weights, const T* v, const int64_t* at, int count, 
         for (int j = 0; j < VECTORS; ++j) store(to + g * dim + j * W, sums[g][j]);
 }
 
-// Rows become columns, in place: halves, quarters, ... of two rows change places.
-void transpose(Vec x[W]) {
-#define EXCHANGE(DISTANCE, FIRST, SECOND)                                                                                      \
-    for (int i = 0; i < W; ++i)                                                                                                \
-        if (!(i & DISTANCE)) {                                                                                                 \
-            const Vec a = x[i], b = x[i + DISTANCE];                                                                           \
-            x[i] = SHUFFLE(a, b, FIRST);                                                                                       \
-            x[i + DISTANCE] = SHUFFLE(a, b, SECOND);                                                                           \
-        }
-#define LIST(...) __VA_ARGS__
-    EXCHANGE(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-             LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
-    EXCHANGE(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-             LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
-    EXCHANGE(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-             LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
-    EXCHANGE(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-             LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
-#undef LIST
-#undef EXCHANGE
-}
-
-// Products of ROWS columns of one panel (from `rows` on) with all 16 of another. A panel is [dim, W].
-void products_of(const float* rows, const float* panel, int64_t dim, Vec out[ROWS]) {
-    Vec sums[ROWS] = {};
-    for (int64_t i = 0; i < dim; ++i)
-        for (int r = 0; r < ROWS; ++r) sums[r] += rows[i * W + r] * load(panel + i * W);
-    for (int r = 0; r < ROWS; ++r) out[r] = sums[r];
-}
-
-// e^(logits - highest) of `count` tokens, 0 for the rest of their chunk. Returns the sum.
-float weights_of(const float* logits, float highest, int count, float weights[CHUNK]) {
-    Vec total = {};
-    for (int t = 0; t < CHUNK; t += W) {
-        Vec weight = t < count ? exp_of_negative(load(logits + t) - highest) : Vec{};
-        for (int j = std::max(count - t, 0); j < W; ++j) weight[j] = 0.0f;
-        store(weights + t, weight);
-        total += weight;
-    }
-    return sum(total);
-}
-
 struct Chunk {
     int64_t row;
-    int32_t first, count;  // its tokens of the row's pilot
+    int32_t first, count;  // range of the row's pilot tokens
 };
 
-// What one call plans and fills. Per chunk and query head: what it finds; per query head: what follows from all of its chunks.
+// Work list and intermediate results of one call: per (chunk, query head), and per query head over all of its chunks.
 struct Work {
     std::vector<Chunk> chunks;
     std::vector<int64_t> firsts;            // [rows + 1] where a row's chunks begin
     Floats logits;                          // [chunks, group, CHUNK]
-    Floats values;                          // [chunks, CHUNK, dim], unless a row is all one thread's
+    Floats values;                          // [chunks, CHUNK, dim]; unused when each row is computed by one thread
     Floats highest, totals, sums;           // [chunks, group], [.., dim]: with e^(s - highest), the sums of w and of w v
     Floats moments;                         // [chunks, group, MOMENTS] sums of a^2, a^4, |r - mean|^2, |r - mean|^4
     Floats row_highest, mean_weight, gram;  // [rows, group]
@@ -209,8 +119,8 @@ struct Statistics {
         for (auto* each : {&work.c, &work.y, &work.z}) each->resize(rows * group * dim);
     }
 
-    // A chunk's logits, and the sums of w and of w v relative to its own highest one. Its values are copied into `values`
-    // [CHUNK, dim]: of one head they lie so far apart that they share few sets of a cache, and soon push each other out.
+    // Computes a chunk's logits, and the sums of w and of w v relative to the chunk's highest logit. Copies its values into
+    // `values` [CHUNK, dim]: at their strides in the KV cache they map to few cache sets and evict each other.
     void attend(int64_t i, float* values, Work& work) const {
         const Chunk& chunk = work.chunks[i];
         const int64_t b = chunk.row / heads, h = chunk.row % heads;
@@ -237,7 +147,7 @@ struct Statistics {
             const float* found = logits + g * CHUNK;
             const float highest = *std::max_element(found, found + count);
             work.highest[i * group + g] = highest;
-            work.totals[i * group + g] = weights_of(found, highest, count, &weights[g * CHUNK]);
+            work.totals[i * group + g] = weights_of<CHUNK>(found, highest, count, &weights[g * CHUNK]);
         }
         float* sums = &work.sums[i * group * dim];
         std::fill(sums, sums + group * dim, 0.0f);
@@ -255,7 +165,7 @@ struct Statistics {
         }
     }
 
-    // What follows from all chunks for a query head, in order: c, y, z; the first two statistics.
+    // Merges a query head's chunks, in order, into c, y, z and the first two statistics.
     void gather(int64_t head, Work& work, float* denominator, float* numerator_norm_sq) const {
         const int64_t row = head / group, first = work.firsts[row], last = work.firsts[row + 1];
         if (first == last) return;
@@ -277,7 +187,7 @@ struct Statistics {
         Vec squares = {};
         for (int64_t j = 0; j < dim; j += W) {
             Vec numerator = ratio * factor * load(y + j);
-            if (lse[head] > -INFINITY) numerator += chosen * load(out + head * dim + j);  // an empty part's may be NaN
+            if (lse[head] > -INFINITY) numerator += chosen * load(out + head * dim + j);  // out of an empty part may be NaN
             squares += numerator * numerator;
             const Vec centre = is_centred ? numerator / *denominator : Vec{};
             store(c + j, centre);
@@ -289,7 +199,7 @@ struct Statistics {
         work.mean_weight[head] = mean;
     }
 
-    // A chunk's sums of powers of a and of |r - mean(r)|.
+    // Sums a^2, a^4, |r - mean(r)|^2 and |r - mean(r)|^4 over a chunk.
     void take_moments(int64_t i, const float* values, Work& work) const {
         const Chunk& chunk = work.chunks[i];
         const int count = chunk.count, padded = (count + 3) / 4 * 4;
@@ -298,7 +208,7 @@ struct Statistics {
         norms.resize(group * CHUNK);
         for (int64_t g = 0; g < group; ++g) {
             const float* logits = &work.logits[(i * group + g) * CHUNK];
-            weights_of(logits, work.row_highest[chunk.row * group + g], count, &weights[g * CHUNK]);
+            weights_of<CHUNK>(logits, work.row_highest[chunk.row * group + g], count, &weights[g * CHUNK]);
         }
         const float *c = &work.c[chunk.row * group * dim], *z = &work.z[chunk.row * group * dim];
         for (int t = 0; t < padded; t += 4)
@@ -322,7 +232,7 @@ struct Statistics {
     }
 
     // The sum over i, j of ((r_i - mean) . (r_j - mean))^2 in a row's first chunk, for each query head.
-    // Values, and with them c and y, are first moved to their mean, so that squares do not cancel.
+    // Values, c and y are first shifted by the mean value, so that squares do not cancel.
     void square_gram(int64_t row, const float* values, Work& work) const {
         const int64_t i = work.firsts[row];
         if (i == work.firsts[row + 1]) return;
@@ -333,7 +243,7 @@ struct Statistics {
             for (int64_t j = 0; j < dim; j += W) store(&origin[j], load(&origin[j]) + load(values + t * dim + j));
         for (int64_t j = 0; j < dim; ++j) origin[j] /= count;
 
-        moved.resize(columns * dim);  // in panels of 16 tokens; 0 past the count
+        moved.resize(columns * dim);  // in panels [dim, 16] of 16 tokens; 0 past the count
         for (int t = 0; t < columns; t += W)
             for (int64_t j = 0; j < dim; j += W) {
                 Vec block[W] = {};
@@ -358,7 +268,7 @@ struct Statistics {
                 to[j * W] = c, to[j * W + 1] = y;
             }
             float* factors = &own[g * FACTORS * CHUNK];
-            weights_of(&work.logits[(i * group + g) * CHUNK], work.row_highest[head], count, factors + WEIGHT * CHUNK);
+            weights_of<CHUNK>(&work.logits[(i * group + g) * CHUNK], work.row_highest[head], count, factors + WEIGHT * CHUNK);
             for (int t = 0; t < columns; t += W) {
                 const Vec a = load(factors + WEIGHT * CHUNK + t) - mean;
                 store(factors + A * CHUNK + t, a);
@@ -369,7 +279,7 @@ struct Statistics {
         for (int t = 0; t < columns; t += W)
             for (int64_t g = 0; g < group; g += ROWS / 2) {
                 Vec products[ROWS];
-                products_of(&vectors[2 * g / W * W * dim + 2 * g % W], &moved[t * dim], dim, products);
+                products_of<ROWS>(&vectors[2 * g / W * W * dim + 2 * g % W], &moved[t * dim], dim, products);
                 for (int64_t k = g; k < std::min(group, g + ROWS / 2); ++k) {
                     float* factors = &own[k * FACTORS * CHUNK + t];
                     const Vec weight = load(factors + WEIGHT * CHUNK);
@@ -380,11 +290,11 @@ struct Statistics {
 
         std::fill_n(totals.resize(group * W), group * W, 0.0f);
         for (int t = 0; t < columns; t += W) {
-            Vec counted = {};  // blocks below the diagonal stand for those above it, too; past the count nothing is
+            Vec counted = {};  // 0 past the count; blocks below the diagonal count twice, for those above it
             for (int j = 0; j < std::min(count - t, W); ++j) counted[j] = 1.0f;
             for (int u = t; u < count; u += ROWS) {
                 Vec products[ROWS];
-                products_of(&moved[u / W * W * dim + u % W], &moved[t * dim], dim, products);
+                products_of<ROWS>(&moved[u / W * W * dim + u % W], &moved[t * dim], dim, products);
                 const Vec times = u < t + W ? counted : 2 * counted;
                 for (int64_t g = 0; g < group; ++g) {
                     const float *factors = &own[g * FACTORS * CHUNK], *of_row = factors + u;
@@ -407,7 +317,7 @@ struct Statistics {
         for (int64_t g = 0; g < group; ++g) work.gram[row * group + g] = sum(load(&totals[g * W]));
     }
 
-    // The statistics of a query head into `to`, `stride` apart.
+    // Writes a query head's statistics to `to`, `stride` apart.
     void conclude(int64_t head, const Work& work, float* to, int64_t stride) const {
         const int64_t row = head / group;
         if (num_tokens[row] < 2) {
@@ -429,13 +339,13 @@ struct Statistics {
 
     // result [7, rows, group], in the order of `ResidualStatistics`.
     void run(int64_t rows, float* result, int64_t threads) const {
-        static thread_local Work kept;  // from call to call. Named here, as a worker's would be its own
+        static thread_local Work kept;  // reused across calls; `work` shares the caller's with all threads
         Work& work = kept;
         plan(rows, work);
         const int64_t num_chunks = work.chunks.size(), num_heads = rows * group;
         const auto gather_head = [&](int64_t head) { gather(head, work, result + head, result + num_heads + head); };
         const auto conclude_head = [&](int64_t head) { conclude(head, work, result + head, num_heads); };
-        // A row at a time, its values stay in the cache. Where that would leave threads idle they share chunks. No bit changes.
+        // One row per thread keeps its values in the cache. If that leaves threads idle, split by chunks, to the same bits.
         const bool is_by_row = rows % threads == 0 || rows >= 4 * threads;
         if (!is_by_row) work.values.resize(num_chunks * CHUNK * dim);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -459,7 +369,7 @@ struct Statistics {
 #pragma omp for schedule(static)
             for (int64_t head = 0; head < num_heads; ++head) gather_head(head);
 #pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < rows + num_chunks; ++i)  // the longest first
+            for (int64_t i = 0; i < rows + num_chunks; ++i)  // longest tasks first
                 i < rows ? square_gram(i, of_chunk(work.firsts[i]), work) : take_moments(i - rows, of_chunk(i - rows), work);
 #pragma omp for schedule(static)
             for (int64_t head = 0; head < num_heads; ++head) conclude_head(head);
@@ -469,7 +379,7 @@ struct Statistics {
 
 }  // namespace
 
-// One entry per dtype of the cache. Tensors as in residual_statistics.py; strides in elements.
+// One function per dtype of the cache. Tensors as in residual_statistics.py; strides in elements.
 #define RESIDUAL_STATISTICS(NAME, T)                                                                                           \
     extern "C" void residual_statistics_##NAME(                                                                                \
         const float* q, const T* k, const T* v, int64_t page_stride, int64_t head_stride, const int32_t* tokens,               \

@@ -1,4 +1,4 @@
-"""residual_statistics: what a pilot sample says of the tokens that a row has not chosen."""
+"""residual_statistics: statistics of a row's residual (the tokens it has not chosen), estimated from a pilot sample."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from distributed_sparse.kernels.dispatch import op
 
 GRAM_ROWS = 128
-"""Pilot tokens that the trace of the squared covariance is taken from, at most."""
+"""Maximum number of pilot tokens used for the trace of the squared covariance."""
 
 
 class ResidualStatistics(NamedTuple):
@@ -51,14 +51,14 @@ def residual_statistics(
 ) -> ResidualStatistics:
     """Statistics for sizing vAttention's sample (arXiv 2510.05688, section 4; `selection/vattention.py` has the formulas).
 
-    A row's bits depend on the row alone, not on its neighbours or the width of ``tokens``.
+    A row's bits depend on the row alone, not on other rows or on the width of ``tokens``.
 
     Args:
         q: [B, H_q, d] post-RoPE queries; H_q = G * H_kv.
         k_pages, v_pages: [num_pages_total, H_kv, page_size, d], dtype of q.
-        tokens: int32 [B, H_kv, T] the pilot's physical token slots (page * page_size + offset); past the count any bits.
-        num_tokens: int32 [B, H_kv] pilot tokens m; a row with fewer than 2 gives undefined numbers (finite or not).
-        num_residual: int32 [B, H_kv] tokens of the residual, n_s.
+        tokens: int32 [B, H_kv, T] the pilot's physical token slots (page * page_size + offset); undefined past the count.
+        num_tokens: int32 [B, H_kv] pilot tokens m; results of a row with fewer than 2 are undefined (finite or not).
+        num_residual: int32 [B, H_kv] tokens in the residual, n_s.
         partial: (out float32 [B, H_q, d], lse float32 [B, H_q]) attention over the chosen part; lse -inf where it is empty.
         scale: multiplies q.k.
         centred: c is the estimated output o = N / D; else 0, so that r = w v.

@@ -1,5 +1,4 @@
-"""residual_statistics on a CPU with `residual_statistics.cpp`: keys and values are read where they lie, for all heads of a
-group at once."""
+"""residual_statistics on a CPU with `residual_statistics.cpp`: reads K and V in their pages, once for all heads of a group."""
 
 from __future__ import annotations
 

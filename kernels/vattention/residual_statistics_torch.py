@@ -1,10 +1,10 @@
-"""residual_statistics on torch: keys and values gathered once per KV head, and no vector r_i written out.
+"""residual_statistics in torch: gathers keys and values once per KV head and never materialises the vectors r_i.
 
 With w_i = e^(s_i - M), y = mean(w v), a_i = w_i - mean(w): r_i - mean(r) = w_i v_i - a_i c - y, so every moment follows from
 |v_i|^2, v_i . c and v_i . y, and the Gram matrix of a query head from that of the values, which the group shares. "Mean" is
-the mean over all of the pilot, for the Gram rows too.
+over the whole pilot, for the Gram rows too.
 
-Internally the exponentials are relative to the pilot's largest logit: relative to M, fourth powers would underflow where the
+Internally, exponentials are relative to the pilot's largest logit: relative to M, fourth powers would underflow where the
 chosen part dominates.
 """
 
@@ -40,7 +40,7 @@ def residual_statistics_torch(
     k_slots, v_slots = k_pages.view(-1, dim), v_pages.view(-1, dim)
     result = torch.full((len(ResidualStatistics._fields), batch, heads, group), float("nan"))
     for b, pilots in enumerate(num_tokens.tolist()):
-        by_count = defaultdict(list)  # heads of one m share their calls; the shapes, and so the bits, follow m alone
+        by_count = defaultdict(list)  # KV heads with equal m share calls: the shapes, and so the bits, depend on m alone
         for h, m in enumerate(pilots):
             if m > 1:
                 by_count[m].append(h)
@@ -60,9 +60,10 @@ def residual_statistics_torch(
 
 
 def _of_rows(q: Tensor, keys: Tensor, values: Tensor, ratio: Tensor, out: Tensor, lse: Tensor, centred: bool) -> Tensor:
-    """float32 [7, R, G] of rows with as many pilot tokens each.
+    """The statistics, float32 [7, R, G], of rows with equal numbers of pilot tokens.
 
-    q: [R, G, d], scaled. keys, values: float32 [R, m, d]. ratio: [R, 1] n_s / m. out [R, G, d], lse [R, G]: the chosen part.
+    q: [R, G, d], scaled. keys, values: float32 [R, m, d]. ratio: [R, 1] n_s / m. out [R, G, d] and lse [R, G]:
+    attention over the chosen part.
     """
     m, dim = values.shape[1:]
     logits = torch.bmm(q, keys.transpose(1, 2))  # [R, G, m]
@@ -83,7 +84,7 @@ def _of_rows(q: Tensor, keys: Tensor, values: Tensor, ratio: Tensor, out: Tensor
     weight_sum, weight_fourth = a_squared.sum(dim=-1), a_squared.square().sum(dim=-1)
     dots = torch.bmm(torch.cat([c, y], dim=1), values.transpose(1, 2))  # [R, 2 G, m]
     v_c, v_y = dots.chunk(2, dim=1)
-    v_v = torch.linalg.vector_norm(values, dim=-1).square_()[:, None]  # [R, 1, m], without a square of all values
+    v_v = torch.linalg.vector_norm(values, dim=-1).square_()[:, None]  # [R, 1, m], without a temporary of the size of values
     c_c, c_y, y_y = _dot(c, c)[..., None], _dot(c, y)[..., None], _dot(y, y)[..., None]
     # |w v - a c - y|^2 = w (w v.v - 2 (a v.c + v.y)) + a (a c.c + 2 c.y) + y.y, in few calls
     of_w = torch.add(w * v_v, torch.addcmul(v_y, a, v_c), alpha=-2)
@@ -112,7 +113,7 @@ def _squared_gram(values: Tensor, w: Tensor, a: Tensor, c: Tensor, y: Tensor, me
     """Sum over i, j of ((r_i - mean) . (r_j - mean))^2 for values [R, n, d]; w and a [R, G, n], c and y [R, G, d]. [R, G].
 
     The Gram matrix is W A W + 1 e^T + e 1^T + a h^T + h a^T with A = V V^T and W = diag(w): its squared norm needs no matrix
-    per query head. Values are first moved to their mean, so that squares do not cancel; c and y follow.
+    per query head. Values, c and y are first shifted by the mean value, so that squares do not cancel.
     """
     origin = values.mean(dim=1, keepdim=True)  # [R, 1, d]
     values, c, y = values - origin, c - origin, y - mean_w[..., None] * origin

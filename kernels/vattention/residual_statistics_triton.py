@@ -1,7 +1,7 @@
 """residual_statistics in Triton: one program per query head, in three passes over the pilot.
 
-A program per query head, not per KV head: nothing is padded to sixteen rows, a lone sequence fills more multiprocessors, and
-the group's common keys and values come from the L2 cache. "Mean" is the mean over all of the pilot, for the Gram rows too.
+One program per query head rather than per KV head: no padding to 16 rows, a single sequence fills more multiprocessors, and
+the keys and values shared by a group come from the L2 cache. "Mean" is over the whole pilot, for the Gram rows too.
 Exponentials are relative to the pilot's largest logit until the end: relative to M, fourth powers would underflow where the
 chosen part dominates.
 """
@@ -21,7 +21,7 @@ NUM_FIELDS = len(ResidualStatistics._fields)
 def launch_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int | None]:
     """(tokens per step, Gram rows per tile, num_warps, registers allowed) that spill no register on sm_80 and sm_90.
 
-    Left alone, ptxas aims at 80 registers in float32, for more programs at a time, and spills one or two.
+    By default ptxas targets 80 registers in float32 for higher occupancy, and spills one or two.
     """
     if dtype == torch.float32:
         return (16, 16, 4, None) if head_dim <= 64 else (16, 16, 8, 128)
@@ -44,7 +44,7 @@ def _dots(b_x, b_y):
     return tl.sum(b_x.to(tl.float32) * b_y[None, :], axis=1)
 
 
-# What changes with batch and context must not compile anew.
+# Arguments that change with batch and context must not trigger recompilation.
 @triton.jit(
     do_not_specialize=[
         "stride_tokens_b", "stride_tokens_h", "stride_num_tokens_b", "stride_num_tokens_h",
@@ -117,7 +117,7 @@ def _residual_statistics_kernel(
     ratio = num_residual.to(tl.float32) / m
     denominator = chosen_factor + ratio * factor * total
     b_out = tl.load(p_out + i_row * D + o_d, mask=m_d, other=0.0)
-    b_out = tl.where(lse > float("-inf"), b_out, 0.0)  # an empty part's may be NaN
+    b_out = tl.where(lse > float("-inf"), b_out, 0.0)  # out of an empty part may be NaN
     b_numerator = chosen_factor * b_out + ratio * factor * b_sum
     b_c = b_numerator / denominator if CENTRED else tl.zeros([BLOCK_D], tl.float32)
     mean = total / m
@@ -195,8 +195,8 @@ def residual_statistics_triton(
     """See `residual_statistics`."""
     batch, num_q_heads, dim = q.shape
     _, heads, page_size, _ = k_pages.shape
-    assert k_pages.is_contiguous() and v_pages.is_contiguous(), "a cache is never copied"
-    assert tokens.stride(2) == 1, "lists are read as runs"
+    assert k_pages.is_contiguous() and v_pages.is_contiguous(), "K and V caches must be contiguous: they are never copied"
+    assert tokens.stride(2) == 1, "token lists must have stride 1 in the last dimension"
     rows = batch * num_q_heads
     result = torch.empty(NUM_FIELDS, rows, dtype=torch.float32, device=q.device)
     block_n, block_r, num_warps, registers = launch_shape(dim, q.dtype)

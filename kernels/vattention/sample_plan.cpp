@@ -1,4 +1,4 @@
-// sample_plan: how much vAttention draws (sample_plan.py), for a row's few numbers at a time.
+// sample_plan: sizes of vAttention's samples (sample_plan.py), one row after the other.
 
 #include <algorithm>
 #include <cmath>
@@ -11,20 +11,20 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 enum Guarantee { OUTPUT, DENOMINATOR, NUMERATOR_DENOMINATOR };  // GUARANTEES
 
-// A NaN stays one, as in torch.
+// max(x, low); NaN propagates, as in torch.
 float at_least(float x, float low) { return x < low ? low : x; }
 
-// About the 99% bound of a variance that was estimated from m draws.
+// About the 99% upper bound of a variance estimated from m draws.
 float raised(float variance, float kurtosis, float m, float z99) {
     return variance * (1.0f + z99 * std::sqrt(at_least(kurtosis - 1.0f, 0.0f) / m));
 }
 
 struct Bound {
     Guarantee guarantee;
-    float epsilon, z, z_out, z99;  // z: of the denominator's bound, z_out: of the output's, or the numerator's
+    float epsilon, z, z_out, z99;  // z: quantile for the denominator, z_out: for the output or the numerator
 };
 
-// One query head's sample before rounding; infinite where no size will do. `of` are its statistics, in their order.
+// One query head's sample size before rounding; infinite if no size suffices. `of`: the fields of ResidualStatistics in order.
 float sample_size(const Bound& bound, const float of[7], float n, float m) {
     const float denominator = of[0], norm_sq = of[1], trace = of[4], trace_of_square = of[5];
     float size = 0.0f;
@@ -35,7 +35,7 @@ float sample_size(const Bound& bound, const float of[7], float n, float m) {
     }
     if (bound.guarantee != DENOMINATOR) {
         const float factor = bound.guarantee == OUTPUT ? 1.0f / denominator : 1.0f, scaled = (factor * n) * (factor * n);
-        // ||factor N||^2 without the pilot's own noise, at about its 99% lower bound; not positive: unknown
+        // ||factor N||^2 without the pilot's own noise, at about its 99% lower bound; not positive: treated as unknown
         const float noise = scaled / m * (1.0f - m / n);
         const float norm = factor * factor * norm_sq - noise * trace - bound.z99 * noise * std::sqrt(2.0f * trace_of_square);
         const float spread = raised(trace, of[6], m, bound.z99) * scaled;
@@ -48,15 +48,15 @@ float sample_size(const Bound& bound, const float of[7], float n, float m) {
             needed = bound.z_out * bound.z_out * spread / ((bound.epsilon / 4) * (bound.epsilon / 4) * norm);
         }
         if (!(norm > 0)) needed = INFINITE;
-        if (trace == 0) needed = 0.0f;  // all r alike: any sample is exact
+        if (trace == 0) needed = 0.0f;  // all r are equal: any sample is exact
         size = needed == needed ? (size < needed ? needed : size) : needed;
     }
-    return size < INFINITE ? size / (1.0f + size / n) : INFINITE;  // a NaN, too
+    return size < INFINITE ? size / (1.0f + size / n) : INFINITE;  // NaN gives infinity too
 }
 
 }  // namespace
 
-// Tensors as in sample_plan.py; [batch, heads] and [batch, heads, group] without gaps. counts [5, batch, heads].
+// Tensors as in sample_plan.py; contiguous [batch, heads] and [batch, heads, group]. counts [5, batch, heads].
 extern "C" void plan_samples_float32(const float* statistics, const float* lse, const int32_t* chosen, const int32_t* residual,
                                      const int32_t* pilot, const int32_t* num_pages, const int32_t* context, int64_t batch,
                                      int64_t heads, int64_t group, int64_t guarantee, float epsilon, float z, float z_out,

@@ -1,4 +1,4 @@
-"""sample_plan: how much vAttention draws of what a row has not chosen: the pilot's size, then the sample's and what follows."""
+"""sample_plan: sizes of vAttention's pilot and sample of a row's residual, and which rows are attended densely instead."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from distributed_sparse.kernels.dispatch import op
 from distributed_sparse.kernels.vattention.residual_statistics import ResidualStatistics
 
 MIN_PILOT = 256
-"""Tokens of a pilot at least; a residual of fewer than twice as many is not sampled: the row is dense."""
+"""Minimum tokens of a pilot. A residual of fewer than twice as many is not sampled: the row is dense."""
 
 ROUND_TO = 64
-"""Samples are rounded up to this multiple, so that one unit in the last place of a statistic changes no sample."""
+"""Samples are rounded up to this multiple, so that a difference of one ulp in a statistic rarely changes a sample's size."""
 
 GUARANTEES = ("output", "denominator", "numerator_denominator")
 
 
 class SamplePlan(NamedTuple):
-    """How each row goes on. A row whose sample would not pay goes dense; it reads its page table and nothing else.
+    """What each (sequence, KV head) row reads. A row for which sampling does not pay is dense: it reads only its page table.
 
-    budget:      int32 [B, H_kv] tokens that the guarantee asks for; all of the residual where no smaller sample will do.
-    num_samples: int32 [B, H_kv] tokens to draw: the budget, or 0 of a dense row.
-    log_weight:  float32 [B, H_kv] ln(n_s / budget): what each drawn token counts for.
-    num_pages:   int32 [B, H_kv] pages of a dense row, or 0.
-    lse:         float32 [B, H_q] of the chosen part; -inf of a dense row, which takes it up again.
-    num_chosen:  int32 [B, H_kv] chosen blocks, or 0 of a dense row.
-    extra_tokens_read:  int32 [B, H_kv] tokens that are read without being attended: the pilot, and what a dense row had chosen.
+    budget:      int32 [B, H_kv] tokens that the guarantee requires; the whole residual if no smaller sample suffices.
+    num_samples: int32 [B, H_kv] tokens to draw: the budget, or 0 for a dense row.
+    log_weight:  float32 [B, H_kv] ln(n_s / budget), the log weight of each drawn token.
+    num_pages:   int32 [B, H_kv] all pages for a dense row, else 0.
+    lse:         float32 [B, H_q] of the chosen part; -inf for a dense row, which attends that part again.
+    num_chosen:  int32 [B, H_kv] chosen blocks, or 0 for a dense row.
+    extra_tokens_read:  int32 [B, H_kv] tokens read in addition to those attended: the pilot, and a dense row's chosen part.
     """
 
     budget: Tensor
@@ -42,7 +42,7 @@ class SamplePlan(NamedTuple):
 
 @op
 def plan_pilot(num_chosen: Tensor, context_lens: Tensor, *, block_tokens: int, base_fraction: float) -> tuple[Tensor, Tensor]:
-    """Sizes of the residual and of its pilot.
+    """Sizes of each row's residual and pilot.
 
     Args:
         num_chosen: int32 [B, H_kv] blocks of ``block_tokens`` tokens that the row has chosen, the newest among them.
@@ -51,7 +51,7 @@ def plan_pilot(num_chosen: Tensor, context_lens: Tensor, *, block_tokens: int, b
         base_fraction: the pilot's share of the residual; at least `MIN_PILOT` tokens.
 
     Returns:
-        num_residual n_s, num_pilot m, int32 [B, H_kv]; m is 0 where n_s < 2 `MIN_PILOT`: the row is not sampled.
+        num_residual n_s and num_pilot m, int32 [B, H_kv]; m is 0 where n_s < 2 `MIN_PILOT` (the row is not sampled).
     """
 
 
@@ -71,31 +71,31 @@ def plan_samples(
     min_context: int,
     max_sample: int | None,
 ) -> SamplePlan:
-    """How many tokens of the residual must be drawn so that an error bound holds, and which rows that does not pay for.
+    """Compute how many residual tokens must be drawn for an error bound to hold, and which rows do not profit from sampling.
 
-    r is what the sum that is estimated adds up over the residual's n_s tokens, Sigma its covariance there, D the softmax
+    r is the summand of the estimated sum over the residual's n_s tokens, Sigma its covariance there, D the softmax
     denominator, o = N / D the output; D, N and r are relative to one common maximum. Per query head:
 
-    - `output` (first order, this project's own): r = e^s (v - o); ||error of o|| <= epsilon ||o|| but for a share delta.
+    - `output` (first order, this project's own): r = e^s (v - o); ||error of o|| <= epsilon ||o|| with probability 1 - delta.
       b0 = c^2 (n_s / (epsilon D))^2 Tr Sigma / ||o||^2. The squared error is a weighted sum of chi-squares: by two moments it
       is chi-square of nu = (Tr Sigma)^2 / Tr(Sigma^2) degrees, c^2 = its 1 - delta quantile over nu (Wilson-Hilferty). ||o||^2
-      is taken without the pilot's own noise.
+      is corrected for the pilot's own noise.
     - `denominator` (what the experiments of arXiv 2510.05688 ran): |error of D| <= epsilon D;
       b0 = (z n_s sigma / (epsilon D))^2.
     - `numerator_denominator` (its Lemma 4.2): r = e^s v within eps1 ||N|| and e^s within eps2 D, each at delta / 2 and
       epsilon / 4: the output is then within 2 (eps1 + eps2) = epsilon.
 
-    A pilot's spread is uncertain: variances are raised to about their 99% bound, by their kurtosis. Finite population:
+    A pilot's variances are uncertain, so they are raised to about their 99% bound by their kurtosis. Finite population:
     b = b0 / (1 + b0 / n_s). A row takes the largest b of its query heads, at least its pilot's size, rounded up to `ROUND_TO`.
 
-    It pays where chosen and drawn tokens are at most half of the context. (A sample is never truncated.)
+    Sampling pays if chosen and drawn tokens are at most half of the context. A sample is never truncated.
 
     Args:
-        statistics: of the pilot, float32 [B, H_q] each; `centred` for `output`.
+        statistics: from the pilot, float32 [B, H_q] each; `centred` for `output`.
         lse: float32 [B, H_q] of the chosen part.
-        num_chosen, num_residual, num_pilot: int32 [B, H_kv], as of `plan_pilot`.
+        num_chosen, num_residual, num_pilot: int32 [B, H_kv], as in `plan_pilot`.
         num_pages, context_lens: int32 [B].
         guarantee, epsilon, delta: see above.
-        min_context: shorter rows go dense.
-        max_sample: rows that need more go dense; None: there is no such limit.
+        min_context: rows with a shorter context are dense.
+        max_sample: rows that need a larger sample are dense; None: no limit.
     """

@@ -1,4 +1,4 @@
-"""sample_plan on a CPU with `sample_plan.cpp`: one call in place of eighty; the pilot's few are torch's."""
+"""sample_plan on a CPU: `plan_samples` with `sample_plan.cpp` (one call instead of eighty), `plan_pilot` with torch."""
 
 from __future__ import annotations
 

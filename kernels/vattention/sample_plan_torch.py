@@ -1,4 +1,4 @@
-"""sample_plan on torch: the formulas as they are written."""
+"""sample_plan in torch: a direct transcription of the formulas."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def plan_samples_torch(
 def sample_size(
     guarantee: str, epsilon: float, delta: float, statistics: ResidualStatistics, num_residual: Tensor, num_pilot: Tensor
 ) -> Tensor:
-    """Samples that each query head needs, before rounding: float32 [B, H_q]; infinite or NaN where no size will do.
+    """Sample size that each query head needs, before rounding: float32 [B, H_q]; infinite or NaN if no size suffices.
 
-    num_residual, num_pilot: int32 [B, H_q], or broadcast to it: n_s and m.
+    num_residual, num_pilot: n_s and m, int32 [B, H_q] or broadcastable to it.
     """
     n_s, m = num_residual.float(), num_pilot.float()
     if guarantee == "denominator":
@@ -78,16 +78,16 @@ def sample_size(
         else:
             b0 = quantile(1 - delta / 4) ** 2 * spread / ((epsilon / 4) ** 2 * norm_sq)
         b0 = torch.where(norm_sq > 0, b0, torch.inf)
-        b0 = torch.where(statistics.trace == 0, 0.0, b0)  # all r alike: any sample is exact
+        b0 = torch.where(statistics.trace == 0, 0.0, b0)  # all r are equal: any sample is exact
         if guarantee == "numerator_denominator":
             b0 = torch.maximum(b0, _denominator_size(statistics, n_s, m, epsilon / 4, delta / 2))
     return torch.where(b0.isinf(), torch.inf, b0 / (1 + b0 / n_s))
 
 
 def round_up(size: Tensor, num_pilot: Tensor, num_residual: Tensor) -> Tensor:
-    """A row's sample from its query heads' sizes [B, H_kv, G]: their largest, at least the pilot's, rounded: int32 [B, H_kv].
+    """A row's sample size: the largest of its query heads [B, H_kv, G], at least the pilot, rounded up. int32 [B, H_kv].
 
-    Not finite becomes all of the residual.
+    A size that is not finite becomes the whole residual.
     """
     most = num_residual.float()
     largest = size.amax(-1).nan_to_num(nan=torch.inf, posinf=torch.inf).maximum(num_pilot.float()).minimum(most)
@@ -97,22 +97,22 @@ def round_up(size: Tensor, num_pilot: Tensor, num_residual: Tensor) -> Tensor:
 
 @functools.cache
 def quantile(probability: float) -> float:
-    """Of the standard normal distribution."""
+    """Quantile of the standard normal distribution."""
     return NormalDist().inv_cdf(probability)
 
 
 def bound_quantiles(guarantee: str, delta: float) -> tuple[float, float, float]:
-    """What a kernel takes: of the denominator's bound, of the output's or the numerator's, and of what raises a variance."""
+    """Quantiles passed to the kernels: for the denominator, for the output or numerator, and for raising a variance."""
     of_denominator = 1 - delta / 2 if guarantee == "denominator" else 1 - delta / 4
     of_output = 1 - delta if guarantee == "output" else 1 - delta / 4
     return quantile(of_denominator), quantile(of_output), quantile(0.99)
 
 
 def _norm_sq(statistics: ResidualStatistics, n_s: Tensor, m: Tensor, factor: Tensor) -> Tensor:
-    """||factor * N||^2 without what the pilot's own noise e adds to it, at about its 99% lower bound; not positive: unknown.
+    """||factor * N||^2 minus the contribution of the pilot's noise e, at about its 99% lower bound; not positive: unknown.
 
     ||N_pilot||^2 is ||N||^2 + ||e||^2 on average. E||e||^2 is n_s^2 Tr Sigma / m (1 - m / n_s), and ||e||^2 scatters about it
-    by sqrt(2 Tr(Sigma_e^2)). Were only the mean taken off, values of almost zero mean would pass as known half of the time.
+    by sqrt(2 Tr(Sigma_e^2)). Subtracting only the mean would accept values of almost zero mean as known half of the time.
     """
     noise = (factor * n_s) ** 2 / m * (1 - m / n_s)
     scatter = quantile(0.99) * noise * (2 * statistics.trace_of_square).sqrt()
@@ -125,7 +125,7 @@ def _denominator_size(statistics: ResidualStatistics, n_s: Tensor, m: Tensor, ep
 
 
 def _raised(variance: Tensor, kurtosis: Tensor, m: Tensor) -> Tensor:
-    """About the 99% bound of a variance that was estimated from m draws."""
+    """About the 99% upper bound of a variance estimated from m draws."""
     return variance * (1 + quantile(0.99) * ((kurtosis - 1).clamp_min(0) / m).sqrt())
 
 

@@ -1,4 +1,4 @@
-"""sample_plan in Triton: one program per (sequence, KV head), one launch for what would be eighty small ones."""
+"""sample_plan in Triton: one program per (sequence, KV head), one launch instead of eighty small ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distributed_sparse.kernels.vattention.sample_plan_torch import bound_quanti
 _BLOCK_ROWS = 128
 
 
-# What changes with the batch must not compile anew.
+# Arguments that change with the batch must not trigger recompilation.
 @triton.jit(
     do_not_specialize=["rows", "heads", "stride_chosen_b", "stride_chosen_h"],
     do_not_specialize_on_alignment=["p_chosen", "p_context", "p_pilot"],
@@ -40,7 +40,7 @@ def _plan_pilot_kernel(
     b_chosen = tl.load(p_chosen + i_b * stride_chosen_b + i_h * stride_chosen_h, mask=m_row, other=0)
     b_missing = (BLOCK_TOKENS - b_n % BLOCK_TOKENS) % BLOCK_TOKENS  # of the newest block
     b_residual = b_n - b_chosen * BLOCK_TOKENS + tl.where(b_chosen > 0, b_missing, 0)
-    # in float64, as the host does it: a float argument of a kernel would be rounded to float32
+    # in float64, as on the host: a float argument of a kernel would be rounded to float32
     b_share = tl.ceil(b_residual.to(tl.float64) * tl.full([BLOCK], BASE_FRACTION, tl.float64)).to(tl.int32)
     b_pilot = tl.minimum(tl.maximum(b_share, MIN_PILOT), b_residual)
     tl.store(p_residual + i_row, b_residual, mask=m_row)
@@ -74,13 +74,13 @@ def plan_pilot_triton(
 
 @triton.jit
 def _at_least(b_x, low):
-    """A NaN stays one, as in torch."""
+    """max(b_x, low); NaN propagates, as in torch."""
     return tl.where(b_x < low, low, b_x)
 
 
 @triton.jit
 def _raised(b_variance, b_kurtosis, b_m, Z99: tl.constexpr):
-    """About the 99% bound of a variance that was estimated from m draws."""
+    """About the 99% upper bound of a variance estimated from m draws."""
     return b_variance * (1.0 + Z99 * tl.sqrt_rn(tl.div_rn(_at_least(b_kurtosis - 1.0, 0.0), b_m)))
 
 
@@ -125,8 +125,8 @@ def _plan_samples_kernel(
     max_sample,
     GUARANTEE: tl.constexpr,
     EPSILON: tl.constexpr,
-    Z: tl.constexpr,  # of the denominator's bound
-    Z_OUT: tl.constexpr,  # of the output's, or the numerator's
+    Z: tl.constexpr,  # quantile for the denominator
+    Z_OUT: tl.constexpr,  # quantile for the output or the numerator
     Z99: tl.constexpr,
     ROUND_TO: tl.constexpr,
     G: tl.constexpr,
@@ -155,7 +155,7 @@ def _plan_samples_kernel(
         b_factor = tl.full([BLOCK_G], 1.0, tl.float32)
         if GUARANTEE == 0:
             b_factor = tl.div_rn(b_factor, b_denominator)
-        # ||factor N||^2 without the pilot's own noise, at about its 99% lower bound; not positive: unknown
+        # ||factor N||^2 without the pilot's own noise, at about its 99% lower bound; not positive: treated as unknown
         b_scaled = (b_factor * b_n) * (b_factor * b_n)
         b_noise = tl.div_rn(b_scaled, b_m) * (1.0 - tl.div_rn(b_m, b_n))
         b_scatter = Z99 * b_noise * tl.sqrt_rn(2.0 * b_of_square)
@@ -170,10 +170,10 @@ def _plan_samples_kernel(
         else:
             b_needed = tl.div_rn(Z_OUT * Z_OUT * b_spread, (EPSILON / 4) * (EPSILON / 4) * b_norm_sq)
         b_needed = tl.where(b_norm_sq > 0, b_needed, float("inf"))
-        b_needed = tl.where(b_trace == 0, 0.0, b_needed)  # all r alike: any sample is exact
+        b_needed = tl.where(b_trace == 0, 0.0, b_needed)  # all r are equal: any sample is exact
         b_larger = tl.where(b_size < b_needed, b_needed, b_size)
         b_size = tl.where(b_needed == b_needed, b_larger, b_needed)
-    b_size = tl.where(b_size < float("inf"), tl.div_rn(b_size, 1.0 + tl.div_rn(b_size, b_n)), float("inf"))  # a NaN, too
+    b_size = tl.where(b_size < float("inf"), tl.div_rn(b_size, 1.0 + tl.div_rn(b_size, b_n)), float("inf"))  # NaN: infinity too
 
     needed = tl.max(tl.where(m_g, b_size, 0.0), axis=0)
     needed = tl.minimum(tl.maximum(needed, pilot.to(tl.float32)), residual.to(tl.float32))

@@ -1,15 +1,15 @@
 // sample_residual: a row's sample of the tokens that it has not chosen (sample_residual.py), 16 samples at a time.
 //
-// The bijection is that of `sample_residual_torch.py`, bit for bit.
+// The same bijection as in `sample_residual_torch.py`, bit for bit.
 
 #include "vectors.h"
 
 namespace {
 
-constexpr int ROUNDS = 8, MIN_WIDTH = 6;  // of sample_residual.py
-constexpr uint32_t USE = 1;               // SAMPLE_RESIDUAL of philox.py
-constexpr int PIECE_SAMPLES = 1024;       // of a row, drawn together
-constexpr int PREFIX_ENTRIES = 1024;      // of the table of prefix counts
+constexpr int ROUNDS = 8, MIN_WIDTH = 6;  // as in sample_residual.py
+constexpr uint32_t USE = 1;               // SAMPLE_RESIDUAL in philox.py
+constexpr int PIECE_SAMPLES = 1024;       // samples of a row drawn by one task
+constexpr int PREFIX_ENTRIES = 1024;      // entries of the table of prefix counts
 
 // Philox4x32-10 (Salmon et al., SC 2011).
 void philox(uint32_t k0, uint32_t k1, const uint32_t counter[4], uint32_t out[4]) {
@@ -66,7 +66,7 @@ struct Bijection {
     }
 };
 
-// The values of the bijection at first, first + 1, ...: all walk once, then those outside [0, num_residual) until they are in.
+// The bijection's values at first, first + 1, ...: one step for all, then more for those outside [0, num_residual).
 void draw(const Bijection& bijection, uint32_t first, int count, uint32_t num_residual, uint32_t ranks[PIECE_SAMPLES]) {
     uint32_t walking[PIECE_SAMPLES];
     int16_t places[PIECE_SAMPLES];
@@ -100,8 +100,8 @@ void draw(const Bijection& bijection, uint32_t first, int count, uint32_t num_re
     }
 }
 
-// How many chosen blocks lie before a block that is not chosen. Chosen block j has chosen[j] - j others before it: as many lie
-// before the rank-th other as have at most `rank` of them. A table of the counts at every 2^shift-th rank starts the search.
+// Counts the chosen blocks before the rank-th block that is not chosen. chosen[j] - j unchosen blocks precede chosen block j,
+// so the count is the number of j with chosen[j] - j <= rank. A table of counts at every 2^shift-th rank starts the search.
 struct Prefix {
     const int32_t* chosen;
     int32_t num_chosen;
@@ -128,7 +128,7 @@ struct Prefix {
 
 }  // namespace
 
-// Tensors as in sample_residual.py; strides in elements. A row's chosen blocks, and pages, lie side by side.
+// Tensors as in sample_residual.py; strides in elements. A row's chosen blocks and page table have stride 1.
 extern "C" void sample_residual(const int32_t* chosen, int64_t chosen_stride, int64_t chosen_head_stride,
                                 const int32_t* num_chosen, const int32_t* table, int64_t table_stride,
                                 const int32_t* context_lens, const int32_t* num_samples, const int64_t* random_key,

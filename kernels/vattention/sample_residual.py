@@ -1,4 +1,4 @@
-"""sample_residual: a uniform sample, without replacement, of the tokens that a row has not chosen."""
+"""sample_residual: a uniform sample without replacement of a row's residual, the tokens that it has not chosen."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from distributed_sparse.kernels import native
 from distributed_sparse.kernels.dispatch import op
 
 SAMPLE, PILOT = 0, 1
-"""Which draw of a row: the two are independent."""
+"""Which of a row's two independent draws."""
 
 ROUNDS = 8
 """Feistel rounds of the bijection."""
 
 MIN_WIDTH = 6
-"""The bijection's least width in bits: eight rounds over halves of one or two bits do not mix well."""
+"""Minimum width of the bijection in bits: eight rounds over halves of one or two bits do not mix well."""
 
 
 @op(native=native.available)
@@ -36,27 +36,27 @@ def sample_residual(
     """Draw ``num_samples`` distinct tokens per row, each subset of that size equally likely (vAttention, arXiv 2510.05688).
 
     The residual of a row is its context without the *chosen* blocks: n_s tokens, ranked 0 .. n_s - 1 by position. A keyed
-    bijection of [0, n_s) (a Feistel network over the least power of two, from 2^6 on, that holds n_s, halves of unequal
-    width where its exponent is odd, cycle walking back into range; round keys from Philox) maps 0, 1, 2, ... to ranks: its
-    first ``num_samples`` values are the sample, so exactly as many, with no rejection. A rank becomes a position through the
+    bijection of [0, n_s) (a Feistel network over the smallest power of two >= n_s, at least 2^6, with halves of unequal
+    width if the exponent is odd, cycle walking back into range, round keys from Philox) maps 0, 1, 2, ... to ranks. Its first
+    ``num_samples`` values are the sample: exactly that many, without rejection. A rank becomes a position through the
     prefix counts of the chosen blocks (binary search), and a slot through the page table. Equal arguments give equal bits in
-    torch, in C++ and in Triton, whatever the batch, its order, or which rank holds the head.
+    torch, C++ and Triton, for any batch, any order, and any rank that holds the head.
 
     Key of Philox4x32-10 (`philox.py`): (seed low, seed high). Counter: (i, sample index, position, 1 | draw << 4 | layer << 8 |
-    global KV head << 20) for the i-th four round keys; the lowest 4 bits tell this use from token sampling (0).
+    global KV head << 20) for the i-th group of four round keys; the lowest 4 bits distinguish this use from token sampling (0).
 
     Args:
-        chosen: int32 [B, H_kv, F] chosen blocks of ``block_tokens`` consecutive tokens: ascending logical indices, none twice;
-            past the count any bits.
+        chosen: int32 [B, H_kv, F] chosen blocks of ``block_tokens`` consecutive tokens: ascending logical indices without
+            duplicates; undefined past the count.
         num_chosen: int32 [B, H_kv]. With block_tokens > 1 the newest, possibly partial block is always among them.
-        page_table: int32 [B, P] physical page ids in logical order; past the count any bits.
+        page_table: int32 [B, P] physical page ids in logical order; undefined past the count.
         context_lens: int32 [B].
         num_samples: int32 [B, H_kv], 0 <= num_samples <= min(n_s, capacity).
         random_key: int64 [4, B]: low and high 32 bits of the seed, sample index, position; each in [0, 2^32).
         block_tokens: page_size, or 1.
         page_size: of the cache.
-        layer: the layer's index, below 4096.
-        first_kv_head: global index of head 0 here, below 4096 in all.
+        layer: layer index, below 4096.
+        first_kv_head: global index of the shard's first KV head; global indices are below 4096.
         draw: `SAMPLE` or `PILOT`.
         capacity: width of the result.
 

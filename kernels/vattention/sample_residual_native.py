@@ -1,4 +1,4 @@
-"""sample_residual on a CPU with `sample_residual.cpp`: 16 samples at a time walk their cycles."""
+"""sample_residual on a CPU with `sample_residual.cpp`: computes 16 samples at a time."""
 
 from __future__ import annotations
 

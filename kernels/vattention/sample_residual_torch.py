@@ -1,14 +1,14 @@
-"""sample_residual on CPU: the bijection's round functions become tables, its rounds gathers from them.
+"""sample_residual in torch: tabulates the bijection's round functions, so that its rounds are gathers.
 
-The draw itself is numpy: it has unsigned words, and calls cheap enough for the last few values that still walk.
+The draw uses numpy, for its unsigned integers and its cheap calls on the last few values that still walk.
 
-The bijection of [0, n_s) under eight 32-bit round keys, the same bits here, in Triton and in the reference:
+The bijection of [0, n_s) under eight 32-bit round keys, with the same bits here, in C++, in Triton and in the reference:
 w is the bit length of n_s - 1, but at least 6, so that 2^w holds n_s; a = w // 2, b = w - a. A value x of w bits is the pair
 L = x >> b (a bits), R = x & (2^b - 1) (b bits). Round i of eight: (L, R) -> (R, L ^ (mix(R ^ key_i) & (2^c - 1))), where c is
 the width of L in that round: a where i is even, b where it is odd. mix is the 32-bit finaliser "lowbias32" (Chris Wellons):
 y ^= y >> 16, y *= 0x7FEB352D, y ^= y >> 15, y *= 0x846CA68B, y ^= y >> 16, modulo 2^32, with logical shifts. After the rounds
-x = L << b | R again; and all eight are repeated until x < n_s (cycle walking). Each round can be undone, so this is a
-bijection of [0, 2^w), and walking along its cycles makes it one of [0, n_s).
+x = L << b | R again, and all eight are repeated until x < n_s (cycle walking). Each round is invertible, so this is a
+bijection of [0, 2^w), and cycle walking makes it one of [0, n_s).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def sample_residual_torch(
     batch, heads, _ = chosen.shape
     block_bits, page_bits = block_tokens.bit_length() - 1, page_size.bit_length() - 1
     num_blocks = (context_lens + (block_tokens - 1)) >> block_bits
-    residual = ((num_blocks[:, None] - num_chosen) << block_bits).view(-1).numpy()  # the chosen part holds the partial block
+    residual = ((num_blocks[:, None] - num_chosen) << block_bits).view(-1).numpy()  # the partial block is always chosen
     counts = num_samples.reshape(-1).numpy()
-    by_width = defaultdict(list)  # rows of one w have halves of the same widths: they are drawn together
+    by_width = defaultdict(list)  # rows of equal w have halves of equal widths and are drawn together
     for row, (size, count) in enumerate(zip(residual.tolist(), counts.tolist())):
         if count:
             by_width[max((size - 1).bit_length(), MIN_WIDTH)].append(row)
@@ -86,7 +86,7 @@ def _draw(keys: NDArray[np.uint32], residual: NDArray[np.int32], counts: NDArray
     functions[1::2] &= low_mask
     tables = functions.reshape(ROUNDS, -1).astype(np.intp)
 
-    # Above its own bits each half carries its row, so that it is its own index into the tables.
+    # Each half carries its row number above its own bits, so it is an index into the tables.
     row = (np.arange(num_rows) << low_bits)[:, None]
     x = np.arange(most)
     high, low = _permute(tables, ((x >> low_bits) | row).ravel(), ((x & low_mask) | row).ravel())
@@ -108,7 +108,7 @@ def _draw(keys: NDArray[np.uint32], residual: NDArray[np.int32], counts: NDArray
 def _permute(
     tables: NDArray[np.intp], high: NDArray[np.intp], low: NDArray[np.intp]
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """All rounds, once."""
+    """Apply all rounds once."""
     for table in tables:
         high, low = low, high ^ table.take(low)
     return high, low
@@ -130,13 +130,13 @@ def _unchosen(ranks: Tensor, chosen: Tensor, num_chosen: Tensor) -> Tensor:
     if most == 0:
         return ranks.clone()
     index = torch.arange(most, dtype=torch.int32)
-    before = chosen[:, :most] - index  # blocks that are not chosen, and lie before chosen block j
+    before = chosen[:, :most] - index  # unchosen blocks before chosen block j
     before.masked_fill_(index >= num_chosen[:, None], _PAST)
     return torch.searchsorted(before, ranks, right=True, out_int32=True).add_(ranks)
 
 
 def _round_keys(random_key: NDArray[np.int64], heads: int, layer: int, first_kv_head: int, draw: int) -> NDArray[np.uint32]:
-    """Words of Philox4x32-10, [ROUNDS, B * H_kv]; in numpy, for so few numbers."""
+    """Round keys from Philox4x32-10, [ROUNDS, B * H_kv]. In numpy, which is cheaper for so few numbers."""
     batch, calls = random_key.shape[1], ROUNDS // 4
     k0, k1, sample_index, position = random_key[:, :, None]  # [B, 1] each
     use = np.arange(first_kv_head, first_kv_head + heads) << 20 | layer << 8 | draw << 4 | SAMPLE_RESIDUAL

@@ -1,4 +1,4 @@
-"""sample_residual in Triton: one program per (block of samples, row); every sample walks its own cycle."""
+"""sample_residual in Triton: one program per (block of samples, row)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BLOCK_SAMPLES = 256
 
 @triton.jit
 def _feistel_round(b_high, b_low, key, high_mask):
-    """(L, R) -> (R, L ^ f(R)); f is lowbias32 of R ^ key, cut to the width of L."""
+    """(L, R) -> (R, L ^ f(R)); f is lowbias32 of R ^ key, masked to the width of L."""
     b_mixed = b_low ^ key
     b_mixed ^= b_mixed >> 16
     b_mixed *= 0x7FEB352D
@@ -27,7 +27,7 @@ def _feistel_round(b_high, b_low, key, high_mask):
 
 @triton.jit
 def _permute(b_x, low_bits, high_mask, low_mask, k0, k1, k2, k3, k4, k5, k6, k7):
-    """All rounds, once, on [0, 2^w)."""
+    """Apply all rounds once, on [0, 2^w)."""
     b_high, b_low = b_x >> low_bits, b_x & low_mask
     b_high, b_low = _feistel_round(b_high, b_low, k0, high_mask)
     b_high, b_low = _feistel_round(b_high, b_low, k1, low_mask)
@@ -40,7 +40,7 @@ def _permute(b_x, low_bits, high_mask, low_mask, k0, k1, k2, k3, k4, k5, k6, k7)
     return (b_high << low_bits) | b_low
 
 
-# What changes with batch, context and layer must not compile anew.
+# Arguments that change with batch, context and layer must not trigger recompilation.
 @triton.jit(
     do_not_specialize=[
         "heads", "stride_chosen_b", "stride_chosen_h", "stride_num_chosen_b", "stride_num_chosen_h", "stride_table_b",
@@ -68,7 +68,7 @@ def _sample_residual_kernel(
     stride_num_samples_h,
     stride_key,
     stride_key_b,
-    use,  # which use of random numbers this is | draw << 4 | layer << 8
+    use,  # SAMPLE_RESIDUAL | draw << 4 | layer << 8
     first_kv_head,
     capacity,
     BLOCK_TOKENS: tl.constexpr,
@@ -94,7 +94,7 @@ def _sample_residual_kernel(
     k0, k1, k2, k3 = tl.philox(seed, c0, sample_index, position, c3)
     k4, k5, k6, k7 = tl.philox(seed, c0 + 1, sample_index, position, c3)
 
-    width = tl.sum(((num_residual - 1) >> tl.arange(0, 32) > 0).to(tl.int32), axis=0)  # of n_s - 1 in bits
+    width = tl.sum(((num_residual - 1) >> tl.arange(0, 32) > 0).to(tl.int32), axis=0)  # bit length of n_s - 1
     width = tl.maximum(width, MIN_BITS)
     high_bits = (width // 2).to(tl.uint32)
     low_bits = (width - width // 2).to(tl.uint32)
@@ -111,7 +111,8 @@ def _sample_residual_kernel(
         b_x = tl.where(m_walking, b_next, b_x)
         m_walking = m_s & (b_x >= limit)
 
-    # Chosen block j has chosen[j] - j others before it: as many as say at most `rank` lie before the rank-th other.
+    # chosen[j] - j unchosen blocks precede chosen block j. The number of j with chosen[j] - j <= rank is the number of chosen
+    # blocks before the rank-th unchosen block; find it by binary search.
     b_rank = b_x.to(tl.int32)
     b_block_rank = b_rank // BLOCK_TOKENS
     p_chosen += i_b * stride_chosen_b + i_h * stride_chosen_h

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache of libraries, a process that has loaded none, and few sources to build one of."""
     (sources := tmp_path / "cpp").mkdir()
-    for name in ("vectors.h", "rms_norm.cpp", "meet.cpp"):
+    for name in ("vectors.h", "layer/rms_norm.cpp", "barrier.cpp"):
         shutil.copy(native.SOURCES / name, sources)
     monkeypatch.setattr(native, "SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

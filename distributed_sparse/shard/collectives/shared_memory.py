@@ -63,7 +63,7 @@ class SharedMemory:
         library = native.library()
         assert library is not None
         numbers = ctypes.c_void_p(self._bytes.data_ptr() + _LINE)
-        self._native_meet = functools.partial(library.meet, numbers, ctypes.c_int(rank), ctypes.c_int(world_size))
+        self._native_barrier = functools.partial(library.barrier, numbers, ctypes.c_int(rank), ctypes.c_int(world_size))
 
     def all_reduce(self, x: Tensor) -> None:
         """See `transports.Transport`. Adds in rank order, so all ranks get the same bits."""
@@ -96,8 +96,8 @@ class SharedMemory:
         views = [self._view(rank, x) for rank in range(self.world_size)]
         views[self.rank].copy_(x)
         deadline = time.monotonic() + self.timeout.total_seconds()
-        while (missing := self._meet(_POLL_S)) >= 0:
-            if self._has_left(missing) and self._meet(0.0) >= 0:
+        while (missing := self._barrier_wait(_POLL_S)) >= 0:
+            if self._has_left(missing) and self._barrier_wait(0.0) >= 0:
                 raise RuntimeError(f"rank {missing} has left")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"rank {missing} did not arrive within {self.timeout.total_seconds():g} s")
@@ -115,9 +115,9 @@ class SharedMemory:
         start = _HEADER + (2 * rank + self._number % 2) * CAPACITY
         return self._bytes[start : start + x.numel() * x.element_size()].view(x.dtype).view(x.shape)
 
-    def _meet(self, seconds: float) -> int:
+    def _barrier_wait(self, seconds: float) -> int:
         """Announce this rank's arrival and wait for the others. Returns -1, or the first rank that has not arrived."""
-        return self._native_meet(ctypes.c_int64(self._number), ctypes.c_int64(int(seconds * 1e9)))
+        return self._native_barrier(ctypes.c_int64(self._number), ctypes.c_int64(int(seconds * 1e9)))
 
     def _has_left(self, rank: int) -> bool:
         found = fcntl.fcntl(self._file, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, rank))
