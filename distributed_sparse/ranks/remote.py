@@ -156,7 +156,7 @@ class RemoteShardGroup(MessagingGroup):
         try:
             self._listener = Listener(self.host, self.secret)
             try:
-                loaded, ready = self._meet(missing, deadline)
+                loaded, ready = self._rendezvous(missing, deadline)
             finally:
                 self._listener.close()
         except ShardFailure as failure:
@@ -172,7 +172,7 @@ class RemoteShardGroup(MessagingGroup):
         self.ranks = [RankInfo.of(self._hellos[rank], loaded[rank], ready[rank]) for rank in range(self.world_size)]
         return self.ranks
 
-    def _meet(self, missing: list[int], deadline: float) -> tuple[list[Loaded], list[Ready]]:
+    def _rendezvous(self, missing: list[int], deadline: float) -> tuple[list[Loaded], list[Ready]]:
         self._regrouping = set(self._channels)
         self._send_all(Regroup(self.generation))
         if self._store_address is None:

@@ -231,7 +231,7 @@ class Worker:
     def _join(self) -> Loaded:
         if self._collectives is None:
             self._collectives = make_collectives(self._arguments)
-        self._collectives.meet(self._generation)
+        self._collectives.rendezvous(self._generation)
         if self._shard is None:
             given = self._arguments
             self._shard = make_shard(given.config, given.rank, given.world_size, self._collectives, given.shard_factory)

@@ -9,20 +9,9 @@ from distributed_sparse.kernels import native
 
 
 def attend_native(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    pages: Tensor,
-    num_pages: Tensor,
-    last_page_len: Tensor,
-    scale: float,
-    *,
-    tokens: Tensor | None = None,
-    num_tokens: Tensor | None = None,
-    log_weight: Tensor | None = None,
-    partial: tuple[Tensor, Tensor] | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q, k_pages, v_pages, pages, num_pages, last_page_len, scale, *, tokens=None, num_tokens=None, log_weight=None,
+    partial=None, return_lse=False
+):  # fmt: skip
     """See `attend`; the bits of a row do not depend on the number of threads."""
     assert k_pages.stride()[1:] == v_pages.stride()[1:] == (k_pages[0, 0].numel(), k_pages.shape[3], 1)
     batch, num_q_heads, head_dim = q.shape

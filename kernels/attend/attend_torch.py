@@ -32,20 +32,9 @@ class _Chunks:
 
 
 def attend_torch(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    pages: Tensor,
-    num_pages: Tensor,
-    last_page_len: Tensor,
-    scale: float,
-    *,
-    tokens: Tensor | None = None,
-    num_tokens: Tensor | None = None,
-    log_weight: Tensor | None = None,
-    partial: tuple[Tensor, Tensor] | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q, k_pages, v_pages, pages, num_pages, last_page_len, scale, *, tokens=None, num_tokens=None, log_weight=None,
+    partial=None, return_lse=False
+):  # fmt: skip
     """See `attend`."""
     batch, num_q_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape

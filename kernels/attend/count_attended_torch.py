@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 
 def count_attended_torch(
-    tokens_attended: Tensor,
-    sparse_rows: Tensor,
-    total_extra_tokens: Tensor,
-    num_pages: Tensor,
-    last_page_len: Tensor,
-    context_lens: Tensor,
-    page_size: int,
-    *,
-    num_tokens: Tensor | None = None,
-    partial_num_pages: Tensor | None = None,
-    partial_num_tokens: Tensor | None = None,
-    extra_tokens_read: Tensor | None = None,
-) -> None:
+    tokens_attended, sparse_rows, total_extra_tokens, num_pages, last_page_len, context_lens, page_size, *, num_tokens=None,
+    partial_num_pages=None, partial_num_tokens=None, extra_tokens_read=None
+):  # fmt: skip
     """See `count_attended`."""
     missing, context = (page_size - last_page_len)[:, None], context_lens[:, None]
     attended = num_pages * page_size - missing * (num_pages > 0)

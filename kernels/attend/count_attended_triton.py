@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 _BLOCK_ROWS = 128
 
@@ -79,19 +78,9 @@ def _tokens_of_pages(p_listed, b_missing, m_b, PAGE_SIZE: tl.constexpr):
 
 
 def count_attended_triton(
-    tokens_attended: Tensor,
-    sparse_rows: Tensor,
-    total_extra_tokens: Tensor,
-    num_pages: Tensor,
-    last_page_len: Tensor,
-    context_lens: Tensor,
-    page_size: int,
-    *,
-    num_tokens: Tensor | None = None,
-    partial_num_pages: Tensor | None = None,
-    partial_num_tokens: Tensor | None = None,
-    extra_tokens_read: Tensor | None = None,
-) -> None:
+    tokens_attended, sparse_rows, total_extra_tokens, num_pages, last_page_len, context_lens, page_size, *, num_tokens=None,
+    partial_num_pages=None, partial_num_tokens=None, extra_tokens_read=None
+):  # fmt: skip
     """See `count_attended`."""
     batch, heads = num_pages.shape
     counters = (tokens_attended, sparse_rows, total_extra_tokens)

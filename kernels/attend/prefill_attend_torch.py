@@ -14,16 +14,7 @@ HISTORY_BLOCK_TOKENS = 4096
 """Tokens of a chunk's history gathered and attended at a time; bounds the scratch memory at any context length."""
 
 
-def prefill_attend_torch(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    max_query_len: int,
-) -> Tensor:
+def prefill_attend_torch(q, k_pages, v_pages, page_table, query_start, context_lens, scale, max_query_len):
     """See `prefill_attend`."""
     out = torch.empty_like(q)
     for (start, end), context_len, pages in zip(pairwise(query_start.tolist()), context_lens.tolist(), page_table.long()):

@@ -5,21 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def prefill_attend_triton(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    max_query_len: int,
-) -> Tensor:
+def prefill_attend_triton(q, k_pages, v_pages, page_table, query_start, context_lens, scale, max_query_len):
     """See `prefill_attend`."""
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, page_size, _ = k_pages.shape

@@ -10,19 +10,8 @@ from distributed_sparse.kernels.cache.append_torch import append_torch, rotary_a
 
 
 def append_native(
-    k: Tensor,
-    v: Tensor,
-    pages: Tensor,
-    starts: Tensor,
-    offsets: Tensor,
-    counts: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_min_max: Tensor | None = None,
-    key_codes: Tensor | None = None,
-    key_scales: Tensor | None = None,
-    key_offset: Tensor | None = None,
-) -> None:
+    k, v, pages, starts, offsets, counts, k_pages, v_pages, page_min_max=None, key_codes=None, key_scales=None, key_offset=None
+):
     """See `append`."""
     runs = (pages, starts, offsets, counts)
     metadata = (page_min_max, key_codes, key_scales, key_offset)
@@ -33,24 +22,9 @@ def append_native(
 
 
 def rotary_append_native(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    pages: Tensor,
-    starts: Tensor,
-    offsets: Tensor,
-    counts: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_min_max: Tensor | None = None,
-    key_codes: Tensor | None = None,
-    key_scales: Tensor | None = None,
-    key_offset: Tensor | None = None,
-    *,
-    return_keys: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    q, k, v, cos, sin, pages, starts, offsets, counts, k_pages, v_pages, page_min_max=None, key_codes=None, key_scales=None,
+    key_offset=None, *, return_keys=False
+):  # fmt: skip
     """See `rotary_append`."""
     runs = (pages, starts, offsets, counts)
     metadata = (page_min_max, key_codes, key_scales, key_offset)

@@ -7,19 +7,8 @@ from torch import Tensor
 
 
 def append_torch(
-    k: Tensor,
-    v: Tensor,
-    pages: Tensor,
-    starts: Tensor,
-    offsets: Tensor,
-    counts: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_min_max: Tensor | None = None,
-    key_codes: Tensor | None = None,
-    key_scales: Tensor | None = None,
-    key_offset: Tensor | None = None,
-) -> None:
+    k, v, pages, starts, offsets, counts, k_pages, v_pages, page_min_max=None, key_codes=None, key_scales=None, key_offset=None
+):
     """See `append`."""
     live = counts.nonzero()[:, 0]
     if len(live) == 0:
@@ -55,24 +44,9 @@ def append_torch(
 
 
 def rotary_append_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    pages: Tensor,
-    starts: Tensor,
-    offsets: Tensor,
-    counts: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_min_max: Tensor | None = None,
-    key_codes: Tensor | None = None,
-    key_scales: Tensor | None = None,
-    key_offset: Tensor | None = None,
-    *,
-    return_keys: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    q, k, v, cos, sin, pages, starts, offsets, counts, k_pages, v_pages, page_min_max=None, key_codes=None, key_scales=None,
+    key_offset=None, *, return_keys=False
+):  # fmt: skip
     """See `rotary_append`."""
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     runs = (pages, starts, offsets, counts)

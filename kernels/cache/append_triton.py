@@ -190,43 +190,17 @@ def _turned(p_rows, p_cos, p_sin, o_c, mask, D: tl.constexpr):
 
 
 def append_triton(
-    k: Tensor,
-    v: Tensor,
-    pages: Tensor,
-    starts: Tensor,
-    offsets: Tensor,
-    counts: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_min_max: Tensor | None = None,
-    key_codes: Tensor | None = None,
-    key_scales: Tensor | None = None,
-    key_offset: Tensor | None = None,
-) -> None:
+    k, v, pages, starts, offsets, counts, k_pages, v_pages, page_min_max=None, key_codes=None, key_scales=None, key_offset=None
+):
     """See `append`."""
     runs = (pages, starts, offsets, counts)
     _launch(None, k, v, None, None, None, None, *runs, k_pages, v_pages, page_min_max, key_codes, key_scales, key_offset)
 
 
 def rotary_append_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    pages: Tensor,
-    starts: Tensor,
-    offsets: Tensor,
-    counts: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_min_max: Tensor | None = None,
-    key_codes: Tensor | None = None,
-    key_scales: Tensor | None = None,
-    key_offset: Tensor | None = None,
-    *,
-    return_keys: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    q, k, v, cos, sin, pages, starts, offsets, counts, k_pages, v_pages, page_min_max=None, key_codes=None, key_scales=None,
+    key_offset=None, *, return_keys=False
+):  # fmt: skip
     """See `rotary_append`."""
     q, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, cos, sin))
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from distributed_sparse.kernels import native
 
 
-def top_k_pages_native(
-    scores: Tensor,
-    page_table: Tensor,
-    num_pages: Tensor,
-    k: Tensor,
-    *,
-    sink_pages: int,
-    recent_pages: int,
-    capacity: int,
-) -> tuple[Tensor, Tensor]:
+def top_k_pages_native(scores, page_table, num_pages, k, *, sink_pages, recent_pages, capacity):
     """See `top_k_pages`."""
     batch, heads, most_pages = scores.shape
     scores = scores.contiguous()

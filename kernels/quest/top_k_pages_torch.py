@@ -6,16 +6,7 @@ import torch
 from torch import Tensor
 
 
-def top_k_pages_torch(
-    scores: Tensor,
-    page_table: Tensor,
-    num_pages: Tensor,
-    k: Tensor,
-    *,
-    sink_pages: int,
-    recent_pages: int,
-    capacity: int,
-) -> tuple[Tensor, Tensor]:
+def top_k_pages_torch(scores, page_table, num_pages, k, *, sink_pages, recent_pages, capacity):
     """See `top_k_pages`."""
     batch, heads, _ = scores.shape
     counts = torch.minimum(k, num_pages).to(torch.int32)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 _BLOCK_PAGES = 1024
 """Pages per step. The same for every context length: each value would need its own compilation."""
@@ -101,16 +100,7 @@ def _top_k_pages_kernel(
     tl.store(p_counts + i_row, count)
 
 
-def top_k_pages_triton(
-    scores: Tensor,
-    page_table: Tensor,
-    num_pages: Tensor,
-    k: Tensor,
-    *,
-    sink_pages: int,
-    recent_pages: int,
-    capacity: int,
-) -> tuple[Tensor, Tensor]:
+def top_k_pages_triton(scores, page_table, num_pages, k, *, sink_pages, recent_pages, capacity):
     """See `top_k_pages`."""
     scores, page_table = (x if x.stride(-1) == 1 else x.contiguous() for x in (scores, page_table))
     batch, heads, _ = scores.shape

@@ -74,18 +74,7 @@ def sketch_logits_torch(
     return logits
 
 
-def select_by_sketch_torch(
-    logits: Tensor,
-    sketches: PageSketches,
-    page_table: Tensor,
-    num_pages: Tensor,
-    context_lens: Tensor,
-    tau: float,
-    *,
-    min_tokens: int,
-    sink_pages: int,
-    recent_pages: int,
-) -> SketchSelection:
+def select_by_sketch_torch(logits, sketches, page_table, num_pages, context_lens, tau, *, min_tokens, sink_pages, recent_pages):
     """See `select_by_sketch`."""
     batch, num_q_heads, tokens_wide = logits.shape
     _, heads, size, _ = sketches.signs.shape

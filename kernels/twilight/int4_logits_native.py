@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from distributed_sparse.kernels import native
 
 
-def int4_logits_native(
-    q: Tensor,
-    key_codes: Tensor,
-    key_scales: Tensor,
-    pages: Tensor,
-    num_pages: Tensor,
-    last_page_len: Tensor,
-    scale: float,
-) -> Tensor:
+def int4_logits_native(q, key_codes, key_scales, pages, num_pages, last_page_len, scale):
     """See `int4_logits`; the bits do not depend on the number of threads."""
     assert key_codes.is_contiguous() and key_scales.is_contiguous()
     batch, num_q_heads, dim = q.shape

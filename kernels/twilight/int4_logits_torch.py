@@ -15,15 +15,7 @@ _SCRATCH_BYTES = 4 << 20
 """Unpacked float32 codes at a time: large enough to amortise a call, small enough to stay in the CPU cache."""
 
 
-def int4_logits_torch(
-    q: Tensor,
-    key_codes: Tensor,
-    key_scales: Tensor,
-    pages: Tensor,
-    num_pages: Tensor,
-    last_page_len: Tensor,
-    scale: float,
-) -> Tensor:
+def int4_logits_torch(q, key_codes, key_scales, pages, num_pages, last_page_len, scale):
     """See `int4_logits`."""
     batch, num_q_heads, dim = q.shape
     heads, page_size, width = key_codes.shape[1:]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 _MAX_GROUP = 16
 _BLOCK_TOKENS = 64
@@ -167,15 +166,7 @@ def _int4_logits_kernel(
     tl.store(p_logits + o_row[None, :] * width + i_t[:, None], tl.where(m_t[:, None], b_logit, float("-inf")), mask=m_out)
 
 
-def int4_logits_triton(
-    q: Tensor,
-    key_codes: Tensor,
-    key_scales: Tensor,
-    pages: Tensor,
-    num_pages: Tensor,
-    last_page_len: Tensor,
-    scale: float,
-) -> Tensor:
+def int4_logits_triton(q, key_codes, key_scales, pages, num_pages, last_page_len, scale):
     """See `int4_logits`."""
     q, pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, pages))
     assert key_codes.stride(-1) == key_scales.stride(-1) == 1

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from distributed_sparse.kernels import native
 
 
-def top_p_native(
-    logits: Tensor,
-    pages: Tensor,
-    num_pages: Tensor,
-    last_page_len: Tensor,
-    p: float,
-    *,
-    page_size: int,
-    sink_pages: int,
-    recent_pages: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def top_p_native(logits, pages, num_pages, last_page_len, p, *, page_size, sink_pages, recent_pages):
     """See `top_p`; the bits do not depend on the number of threads."""
     batch, num_q_heads, width = logits.shape
     heads = num_pages.shape[1]

@@ -16,17 +16,7 @@ their mass, n e^-64, is lost in the rounding of a float64 sum over any n that fi
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def top_p_torch(
-    logits: Tensor,
-    pages: Tensor,
-    num_pages: Tensor,
-    last_page_len: Tensor,
-    p: float,
-    *,
-    page_size: int,
-    sink_pages: int,
-    recent_pages: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def top_p_torch(logits, pages, num_pages, last_page_len, p, *, page_size, sink_pages, recent_pages):
     """See `top_p`."""
     batch, num_q_heads, width = logits.shape
     heads = num_pages.shape[1]

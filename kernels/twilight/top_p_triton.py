@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 _ROW_TOKENS = (2048, 8192)
 """Rows up to these lengths are searched with logits and weights in registers: at most 32 + 32 of a thread's 255."""
@@ -275,17 +274,7 @@ def _top_p_list_kernel(
     tl.store(p_num_tokens + i_row, kept_before)
 
 
-def top_p_triton(
-    logits: Tensor,
-    pages: Tensor,
-    num_pages: Tensor,
-    last_page_len: Tensor,
-    p: float,
-    *,
-    page_size: int,
-    sink_pages: int,
-    recent_pages: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def top_p_triton(logits, pages, num_pages, last_page_len, p, *, page_size, sink_pages, recent_pages):
     """See `top_p`. Two launches."""
     vector = min(page_size, 4)  # logits per load
     if logits.stride(-1) != 1 or any(x % vector for x in (logits.data_ptr() // 4, *logits.stride()[:2])):

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from distributed_sparse.kernels import native
 from distributed_sparse.kernels.vattention.residual_statistics import ResidualStatistics
 
 
-def residual_statistics_native(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    tokens: Tensor,
-    num_tokens: Tensor,
-    num_residual: Tensor,
-    partial: tuple[Tensor, Tensor],
-    scale: float,
-    *,
-    centred: bool,
-) -> ResidualStatistics:
+def residual_statistics_native(q, k_pages, v_pages, tokens, num_tokens, num_residual, partial, scale, *, centred):
     """See `residual_statistics`; the bits do not depend on the number of threads."""
     assert k_pages.stride() == v_pages.stride() and k_pages.stride()[1:] == (k_pages[0, 0].numel(), k_pages.shape[3], 1)
     batch, num_q_heads, dim = q.shape

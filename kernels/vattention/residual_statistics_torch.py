@@ -19,18 +19,7 @@ from distributed_sparse.kernels.scratch import scratch
 from distributed_sparse.kernels.vattention.residual_statistics import GRAM_ROWS, ResidualStatistics
 
 
-def residual_statistics_torch(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    tokens: Tensor,
-    num_tokens: Tensor,
-    num_residual: Tensor,
-    partial: tuple[Tensor, Tensor],
-    scale: float,
-    *,
-    centred: bool,
-) -> ResidualStatistics:
+def residual_statistics_torch(q, k_pages, v_pages, tokens, num_tokens, num_residual, partial, scale, *, centred):
     """See `residual_statistics`."""
     batch, num_q_heads, dim = q.shape
     _, heads, page_size, _ = k_pages.shape

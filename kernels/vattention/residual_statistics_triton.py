@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from distributed_sparse.kernels.vattention.residual_statistics import GRAM_ROWS, ResidualStatistics
 
@@ -180,18 +179,7 @@ def _residual_statistics_kernel(
     tl.store(p_result + 6 * rows, tl.where(r_2 > 0, m * r_4 / (r_2 * r_2), 1.0))
 
 
-def residual_statistics_triton(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    tokens: Tensor,
-    num_tokens: Tensor,
-    num_residual: Tensor,
-    partial: tuple[Tensor, Tensor],
-    scale: float,
-    *,
-    centred: bool,
-) -> ResidualStatistics:
+def residual_statistics_triton(q, k_pages, v_pages, tokens, num_tokens, num_residual, partial, scale, *, centred):
     """See `residual_statistics`."""
     batch, num_q_heads, dim = q.shape
     _, heads, page_size, _ = k_pages.shape

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from distributed_sparse.kernels import native
-from distributed_sparse.kernels.vattention.residual_statistics import ResidualStatistics
 from distributed_sparse.kernels.vattention.sample_plan import GUARANTEES, ROUND_TO, SamplePlan
 from distributed_sparse.kernels.vattention.sample_plan_torch import bound_quantiles, plan_pilot_torch
 
@@ -14,20 +12,9 @@ plan_pilot_native = plan_pilot_torch
 
 
 def plan_samples_native(
-    statistics: ResidualStatistics,
-    lse: Tensor,
-    num_chosen: Tensor,
-    num_residual: Tensor,
-    num_pilot: Tensor,
-    num_pages: Tensor,
-    context_lens: Tensor,
-    *,
-    guarantee: str,
-    epsilon: float,
-    delta: float,
-    min_context: int,
-    max_sample: int | None,
-) -> SamplePlan:
+    statistics, lse, num_chosen, num_residual, num_pilot, num_pages, context_lens, *, guarantee, epsilon, delta, min_context,
+    max_sample
+):  # fmt: skip
     """See `plan_samples`."""
     batch, heads = num_residual.shape
     counts = torch.empty(5, batch, heads, dtype=torch.int32)

@@ -24,20 +24,9 @@ def plan_pilot_torch(
 
 
 def plan_samples_torch(
-    statistics: ResidualStatistics,
-    lse: Tensor,
-    num_chosen: Tensor,
-    num_residual: Tensor,
-    num_pilot: Tensor,
-    num_pages: Tensor,
-    context_lens: Tensor,
-    *,
-    guarantee: str,
-    epsilon: float,
-    delta: float,
-    min_context: int,
-    max_sample: int | None,
-) -> SamplePlan:
+    statistics, lse, num_chosen, num_residual, num_pilot, num_pages, context_lens, *, guarantee, epsilon, delta, min_context,
+    max_sample
+):  # fmt: skip
     """See `plan_samples`."""
     n, n_s, m = context_lens[:, None], num_residual, num_pilot
     group = lse.shape[1] // n_s.shape[1]

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distributed_sparse.kernels.vattention.residual_statistics import ResidualStatistics
 from distributed_sparse.kernels.vattention.sample_plan import GUARANTEES, MIN_PILOT, ROUND_TO, SamplePlan
 from distributed_sparse.kernels.vattention.sample_plan_torch import bound_quantiles
 
@@ -194,20 +193,9 @@ def _plan_samples_kernel(
 
 
 def plan_samples_triton(
-    statistics: ResidualStatistics,
-    lse: Tensor,
-    num_chosen: Tensor,
-    num_residual: Tensor,
-    num_pilot: Tensor,
-    num_pages: Tensor,
-    context_lens: Tensor,
-    *,
-    guarantee: str,
-    epsilon: float,
-    delta: float,
-    min_context: int,
-    max_sample: int | None,
-) -> SamplePlan:
+    statistics, lse, num_chosen, num_residual, num_pilot, num_pages, context_lens, *, guarantee, epsilon, delta, min_context,
+    max_sample
+):  # fmt: skip
     """See `plan_samples`."""
     batch, heads = num_residual.shape
     group = lse.shape[1] // heads

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from distributed_sparse.kernels import native
 
 
 def sample_residual_native(
-    chosen: Tensor,
-    num_chosen: Tensor,
-    page_table: Tensor,
-    context_lens: Tensor,
-    num_samples: Tensor,
-    random_key: Tensor,
-    *,
-    block_tokens: int,
-    page_size: int,
-    layer: int,
-    first_kv_head: int,
-    draw: int,
-    capacity: int,
-) -> Tensor:
+    chosen, num_chosen, page_table, context_lens, num_samples, random_key, *, block_tokens, page_size, layer, first_kv_head,
+    draw, capacity
+):  # fmt: skip
     """See `sample_residual`."""
     batch, heads, _ = chosen.shape
     chosen, page_table = native.listed(chosen), native.listed(page_table)

@@ -27,20 +27,9 @@ _PAST = torch.iinfo(torch.int32).max
 
 
 def sample_residual_torch(
-    chosen: Tensor,
-    num_chosen: Tensor,
-    page_table: Tensor,
-    context_lens: Tensor,
-    num_samples: Tensor,
-    random_key: Tensor,
-    *,
-    block_tokens: int,
-    page_size: int,
-    layer: int,
-    first_kv_head: int,
-    draw: int,
-    capacity: int,
-) -> Tensor:
+    chosen, num_chosen, page_table, context_lens, num_samples, random_key, *, block_tokens, page_size, layer, first_kv_head,
+    draw, capacity
+):  # fmt: skip
     """See `sample_residual`."""
     batch, heads, _ = chosen.shape
     block_bits, page_bits = block_tokens.bit_length() - 1, page_size.bit_length() - 1

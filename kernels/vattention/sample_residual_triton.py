@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from distributed_sparse.kernels.philox import SAMPLE_RESIDUAL
 from distributed_sparse.kernels.vattention.sample_residual import MIN_WIDTH
@@ -133,20 +132,9 @@ def _sample_residual_kernel(
 
 
 def sample_residual_triton(
-    chosen: Tensor,
-    num_chosen: Tensor,
-    page_table: Tensor,
-    context_lens: Tensor,
-    num_samples: Tensor,
-    random_key: Tensor,
-    *,
-    block_tokens: int,
-    page_size: int,
-    layer: int,
-    first_kv_head: int,
-    draw: int,
-    capacity: int,
-) -> Tensor:
+    chosen, num_chosen, page_table, context_lens, num_samples, random_key, *, block_tokens, page_size, layer, first_kv_head,
+    draw, capacity
+):  # fmt: skip
     """See `sample_residual`."""
     chosen, page_table = (x if x.stride(-1) == 1 else x.contiguous() for x in (chosen, page_table))
     batch, heads, _ = chosen.shape

@@ -85,7 +85,7 @@ def make(rank: int, world_size: int, port: int, **arguments) -> Collectives:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     generation = arguments.pop("generation", 0)
     collectives = Collectives(rank, world_size, "cpu", store, **{"timeout": 20.0, **arguments})
-    collectives.meet(generation)
+    collectives.rendezvous(generation)
     return collectives
 
 
@@ -211,9 +211,9 @@ def left_and_met_again(collectives: Collectives) -> list:
     else:
         with pytest.raises(CollectiveError, match="all_reduce on rank 0 of 2 did not complete"):
             collectives.all_reduce(torch.ones(1))
-    collectives.meet(1)
+    collectives.rendezvous(1)
     sums = [collectives.all_reduce(torch.ones(1)).item()]
-    collectives.meet(2)  # nothing was broken this time
+    collectives.rendezvous(2)  # nothing was broken this time
     return [*sums, collectives.all_reduce(torch.ones(1)).item()]
 
 
@@ -227,9 +227,9 @@ def met_in_turn(collectives: Collectives) -> float:
     if collectives.rank == 0:
         collectives._timeout = timedelta(seconds=0.5)
         with pytest.raises(CollectiveError, match="rendezvous on rank 0 of 2"):
-            collectives.meet(1)
+            collectives.rendezvous(1)
         collectives._timeout = timedelta(seconds=20.0)
-    collectives.meet(2)
+    collectives.rendezvous(2)
     return collectives.all_reduce(torch.ones(1)).item()
 
 
@@ -348,7 +348,7 @@ def has_global_group(collectives: Collectives) -> bool:
 
 def test_one_rank_needs_no_group_and_counts_nothing():
     alone = Collectives()
-    alone.meet()
+    alone.rendezvous()
     x = torch.arange(4.0).reshape(2, 2)
     assert alone.all_reduce(x) is x and alone.all_gather(x) is x and alone.broadcast(x) is x
     assert x.tolist() == [[0, 1], [2, 3]]

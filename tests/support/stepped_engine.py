@@ -59,7 +59,7 @@ class ThreadShardGroup(ShardGroup):
         def make(rank: int) -> Shard:
             own = dist.TCPStore("127.0.0.1", store.port, is_master=False) if store is not None else None
             collectives = Collectives(rank, self.world_size, "cpu", own, timeout=WAIT_S)
-            collectives.meet()
+            collectives.rendezvous()
             return Shard(self._config, rank, self.world_size, collectives)
 
         self.shards = self._on_all(make)

@@ -25,7 +25,7 @@ class CollectiveError(RuntimeError):
 
 
 class Collectives:
-    """Collective operations between the ranks. Call `meet` first. With one rank, every operation is a no-op.
+    """Collective operations between the ranks. Call `rendezvous` first. With one rank, every operation is a no-op.
 
     Creates no global process group, so one process may hold several of these.
 
@@ -34,7 +34,7 @@ class Collectives:
         device: the tensors' device: gloo serves "cpu", NCCL serves "cuda".
         store: rendezvous store of the ranks; required for more than one rank.
         node_ip: the address that gloo listens on (a hostname may resolve to 127.0.0.1).
-        timeout: seconds that one call, `meet` included, waits for the other ranks.
+        timeout: seconds that one call, `rendezvous` included, waits for the other ranks.
 
     Attributes:
         all_reduce_calls, all_reduce_bytes: calls of `all_reduce`, and their payload in bytes on this rank; 0 with one rank.
@@ -62,7 +62,7 @@ class Collectives:
         self._group: ProcessGroup | None = None
         self._shared: SharedMemory | None = None
 
-    def meet(self, generation: int = 0) -> None:
+    def rendezvous(self, generation: int = 0) -> None:
         """Leave the previous group, if any, and form a new one with the other ranks.
 
         Store keys are prefixed with `gen{generation}`, so that a rebuilt group never sees an old group's keys. Leaving a broken
@@ -128,7 +128,7 @@ class Collectives:
             flag.item()
 
     def close(self) -> None:
-        """Leave the group; only `meet` may be called afterwards. May be called more than once."""
+        """Leave the group; only `rendezvous` may be called afterwards. May be called more than once."""
         for transport in (self._group, self._shared):
             if transport is not None:
                 transport.close()

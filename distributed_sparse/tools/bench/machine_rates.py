@@ -186,7 +186,7 @@ def _run(
     world_size = ranks[0].shard.world_size
     torch.set_num_threads(num_threads)
     collectives = Collectives(number, world_size, CPU, dist.FileStore(store, world_size) if world_size > 1 else None)
-    collectives.meet()
+    collectives.rendezvous()
     with torch.inference_mode():
         answer.send(_measure(ranks, context, batch, collectives))
     collectives.barrier()  # no rank leaves while another still reduces
