@@ -151,7 +151,7 @@ def test_a_submitted_job_gives_the_tokens_of_the_python_api(
 
     (copy,) = Path(head["RAY_TMPDIR"]).glob("ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
     # modules are compiled beside the file that they are imported from: the client's, the driver's and the shards' alike
-    for module in ("llm", "driver/service", "shard/shard", "kernels/attend"):
+    for module in ("llm", "driver/service", "shard/shard", "kernels/attend/attend"):
         compiled = copy.glob(f"distributed_sparse/{Path(module).parent}/__pycache__/{Path(module).name}.*.pyc")
         assert list(compiled), f"{module} was not imported from the upload"
     files = [file for file in copy.rglob("*") if file.is_file()]

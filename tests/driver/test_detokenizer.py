@@ -308,7 +308,7 @@ def test_a_stop_string_in_what_was_kept_back_is_found_at_the_end() -> None:
 def test_the_detokenizer_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from distributed_sparse.driver import detokenizer; from distributed_sparse import outputs, config; "
-        "from distributed_sparse import request_validation, tokenizer; "
+        "from distributed_sparse.driver import request_validation; from distributed_sparse.client import tokenizer; "
         "sys.exit(', '.join({'torch', 'transformers', 'ray'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

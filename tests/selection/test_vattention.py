@@ -380,7 +380,7 @@ def test_a_row_is_the_same_wherever_its_pages_lie() -> None:
             {"guarantee": "all"},
             "sparse.guarantee='all' is not known; use one of 'output', 'denominator', 'numerator_denominator'",
         ),
-        ({"selector": "full"}, "sparse.selector='full' is not known; use one of 'quest', 'sketch', 'hash', 'oracle'"),
+        ({"selector": "full"}, "sparse.selector='full' is not known; use one of 'hash', 'oracle', 'quest', 'sketch'"),
         ({"selector": "hash"}, "needs learned weights: set sparse.hash_weights"),
         ({"top_k_fraction": 1.5}, "sparse.top_k_fraction=1.5 must be finite, >= 0 and <= 1; give a share"),
         ({"base_fraction": -1.0}, "sparse.base_fraction=-1.0"),
