@@ -23,6 +23,7 @@ from distributed_sparse.tools.planner.launches import DENSE_ATTENTION, LAYER, QK
 from distributed_sparse.tools.planner.rank import RankCostModel
 from tests.support.aten_ops import OpRecorder, computes, new_tensors, storage_of, tensors_in
 from tests.support.checkpoints import tiny_checkpoint
+from tests.support.grids import slowly
 from tests.support.hash_weights import random_hash_weights
 from tests.support.interpreter import INTERPRETED
 from tests.support.kernels import error_ratio, poisoned_memory
@@ -37,8 +38,6 @@ on_torch = pytest.mark.skipif(INTERPRETED, reason="the torch path")
 CAPTURED = ["dense", *(method for method, case in METHODS.items() if case.captured)]
 LONGEST = {"dense": 200, **{method: max(200, case.sparse_at) for method, case in METHODS.items()}}
 """Tokens of a context with sparse rows, where there are any."""
-DEAR = ("quest", "vattention")
-"""The methods whose kernels the others have, too."""
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +201,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @interpreted
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["twilight over everything", *slowly(VARIANTS, "twilight over everything")])
 def test_other_settings_launch_what_is_written_down_too(path: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method, changes = VARIANTS[variant]
     engine = stepped(path, method, changes=changes)
@@ -214,7 +213,7 @@ def test_other_settings_launch_what_is_written_down_too(path: Path, variant: str
 
 
 @interpreted
-@pytest.mark.parametrize("method", ["quest", "twilight", "vattention", "window", "random"])
+@pytest.mark.parametrize("method", ["quest", "vattention", *slowly(("twilight", "window", "random"))])
 def test_what_depends_on_the_batch_alone_is_made_by_the_first_of_the_sparse_layers(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +278,7 @@ def keeping(logits: Callable[[Tensor], Tensor], kept: list[Tensor]) -> Callable[
 
 
 @interpreted
-@pytest.mark.parametrize("method", [pytest.param(name, marks=() if name in DEAR else pytest.mark.slow) for name in CAPTURED])
+@pytest.mark.parametrize("method", ["quest", *slowly(CAPTURED, "quest")])
 def test_rows_that_pad_a_captured_shape_are_nobodys_to_every_kernel(
     path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
