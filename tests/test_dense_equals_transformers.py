@@ -17,6 +17,7 @@ from distributed_sparse.outputs import CompletionOutput, RequestOutput
 from distributed_sparse.protocol.step import StepPlan
 from tests.support.checkpoints import LLAMA3_ROPE, ROPE_PARAMETERS, decisive_checkpoint, tiny_checkpoint, transformers_model
 from tests.support.engine import make_llm
+from tests.support.grids import corners
 from tests.support.prompts import random_tokens
 from tests.support.stepped_engine import SteppedEngine
 from tests.support.transformers_reference import assert_close_to, greedy_tokens, reference_logits
@@ -41,7 +42,7 @@ VOCAB_SIZE = 331
 GREEDY = SamplingParams(temperature=0.0, max_tokens=50, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=corners(VARIANTS, kept=("llama3-mqa-tied", "mistral", "qwen2", "qwen3")))
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
     """A random checkpoint of the family, and the same in transformers."""
     family, overrides = VARIANTS[request.param]

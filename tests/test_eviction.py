@@ -47,7 +47,7 @@ def test_a_long_decode_holds_a_bounded_number_of_pages(path: Path) -> None:
     assert used[True][1] == used[False][1]
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_tokens_and_log_probabilities_are_those_of_the_window_that_evicts_nothing(path: Path, ranks: int) -> None:
     prompts = [random_tokens(length, seed=length) for length in (150, 1, 64, 97, 33, 200)]
     params = [
@@ -69,6 +69,7 @@ def test_tokens_and_log_probabilities_are_those_of_the_window_that_evicts_nothin
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_two_requests_decode_together_that_only_fit_because_of_eviction(tmp_path: Path) -> None:
     # alone, a row is another shape for the model's matrix products than beside another: no two logits may be that close
     path = decisive_checkpoint(tmp_path)

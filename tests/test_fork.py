@@ -21,6 +21,7 @@ import torch
 
 from distributed_sparse import LLM, SamplingParams
 from tests.support.engine import make_llm
+from tests.support.grids import corners
 from tests.support.ray_processes import assert_no_processes, own_ray
 from tests.support.text_checkpoint import text_checkpoint
 
@@ -83,7 +84,7 @@ CALLS: dict[str, Callable[[LLM, Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", corners(CALLS, kept=("generate", "stream", "go on with a stream", "stats")))
 def test_a_call_in_a_forked_child_says_what_to_do(llm: LLM, call: str) -> None:
     stream = llm.stream(PROMPT, LONG)
     assert re.match(REMEDY, in_child(lambda: CALLS[call](llm, stream)))
@@ -226,6 +227,7 @@ def check_ends(lines: list[str], kinds: list[str]) -> list[str]:
     return [line for line in lines if line.startswith("said")]
 
 
+@pytest.mark.slow
 def test_children_that_end_as_processes_do_leave_a_rank_in_process_alone(path: Path) -> None:
     lines = run_parent(dict(os.environ), path, 1, *ENDS)
     (said,) = check_ends(lines, ENDS)

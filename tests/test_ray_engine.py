@@ -115,6 +115,7 @@ def test_quest_over_ray_reads_as_much_of_every_head_as_in_one_process(engines: E
     assert all(0.0 < density < 0.6 for heads in sparse for density in heads)
 
 
+@pytest.mark.slow
 def test_two_engines_in_one_process_keep_to_their_own_actors(engines: Engines) -> None:
     pair = engines("dense", 2), engines("quest", 2)
     assert len({rank["pid"] for llm in pair for rank in llm.stats()["ranks"]} | {os.getpid()}) == 5

@@ -93,6 +93,7 @@ def undisturbed(llm: LLM) -> list[list[int]]:
         pytest.param([1], signal.SIGSTOP, id="rank 1 hangs", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_streams_go_on_with_the_tokens_of_an_undisturbed_run(
     llm: LLM, undisturbed: list[list[int]], ranks: list[int], number: signal.Signals
 ) -> None:

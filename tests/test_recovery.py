@@ -252,6 +252,7 @@ def test_a_rank_that_dies_again_when_it_has_caught_up_costs_no_token(
     ],
     ids=["rank 0 in a prompt", "rank 1 in decode"],
 )
+@pytest.mark.slow
 def test_a_rank_that_dies_during_a_replay_costs_no_token(
     engine: Engine, undisturbed: Undisturbed, rank: int, where: dict[str, Any]
 ) -> None:
@@ -275,6 +276,7 @@ def test_a_rank_that_dies_during_a_replay_costs_no_token(
         pytest.param(1, "warm up", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_rank_that_dies_while_another_or_itself_is_replaced_costs_no_token(
     engine: Engine, undisturbed: Undisturbed, rank: int, moment: str
 ) -> None:

@@ -29,9 +29,9 @@ VOCAB_SIZE, HIDDEN, LAYERS, KV_HEADS, HEAD_DIM, PAGE = 331, 64, 3, 4, 16, 16
 VATTENTION = sparse_settings("vattention", guarantee="output")
 TRIED = ["dense", *(method for method in METHODS if method != "vattention")]  # its contexts must be long: below
 PROMPTS = [random_tokens(length, seed=length) for length in (150, 1, 16, 97, 33, 64, 120, 49)]
-GREEDY = [SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)] * len(PROMPTS)
+GREEDY = [SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)] * len(PROMPTS)
 SEEDED = [
-    SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, n=n, seed=seed, max_tokens=12)
+    SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, n=n, seed=seed, max_tokens=8)
     for seed, (temperature, top_p, top_k, min_p, n) in enumerate(
         [
             (1.0, 1.0, 0, 0.0, 1),

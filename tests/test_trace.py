@@ -111,7 +111,9 @@ def test_a_trace_has_every_layer_and_head(llm: LLM) -> None:
             assert all(n - 1 in of_head and 0 in of_head for of_head in layer.indices)
 
 
-@pytest.mark.parametrize("case", ["quest", pytest.param("twilight", marks=pytest.mark.slow), "vattention"])
+@pytest.mark.parametrize(
+    "case", ["quest", *(pytest.param(name, marks=pytest.mark.slow) for name in ("twilight", "vattention"))]
+)
 def test_a_trace_is_the_same_on_two_ranks(traces: Callable[[str, int], list[TraceStep]], case: str) -> None:
     """Head by head: no rank's part is lost, doubled or out of order."""
     one, two = traces(case, 1), traces(case, 2)

@@ -189,7 +189,7 @@ def _transformers_config(raw: Mapping[str, Any], family: str, file: Path) -> Any
     try:
         return CONFIG_MAPPING[family](**shape)
     except Exception as error:  # one of a dozen classes
-        raise ValueError(f"transformers rejects {file}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file}: transformers rejects it: {' '.join(str(error).split())}") from error
 
 
 def _effective_sliding_window(hf: Any, family: str, file: Path) -> int | None:

@@ -72,8 +72,8 @@ def test_a_wrong_kernel_is_named_its_speed_is_not_printed_and_the_exit_code_says
 
 
 def test_layer_takes_lists_of_contexts_and_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, result = run(["layer", *HEADS, "--context=2048,4096", "--batch=1"], tmp_path)
-    assert code == 0 and [row["context"] for row in result["rows"] if row["method"] == "dense"] == [2048, 4096]
+    code, result = run(["layer", *HEADS, "--context=512,1024", "--batch=1"], tmp_path)
+    assert code == 0 and [row["context"] for row in result["rows"] if row["method"] == "dense"] == [512, 1024]
     assert capsys.readouterr().out.count("speedup_over_sdpa") == 2
 
 
@@ -83,14 +83,14 @@ def test_layer_says_what_does_not_fit_and_goes_on(monkeypatch: pytest.MonkeyPatc
     right = layer.bench_layer
 
     def bench_layer(settings: layer.LayerSettings) -> Any:
-        if settings.context == 4096:
+        if settings.context == 1024:
             raise torch.OutOfMemoryError("out of GPU memory")
         return right(settings)
 
     monkeypatch.setattr(layer, "bench_layer", bench_layer)
-    assert bench.main(["layer", *HEADS, "--context=4096,2048"]) == 0
+    assert bench.main(["layer", *HEADS, "--context=1024,512"]) == 0
     printed = capsys.readouterr().out
-    assert "context 4096" in printed and "unavailable: out of memory: out of GPU memory" in printed
+    assert "context 1024" in printed and "unavailable: out of memory: out of GPU memory" in printed
     assert "speedup_over_sdpa" in printed
 
 

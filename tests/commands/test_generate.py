@@ -502,6 +502,7 @@ def test_wrong_rows_among_others_of_a_real_engine(tiny_run: str, tmp_path: Path,
     assert captured.err.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_a_real_run_with_one_line(tiny_run: str) -> None:
     read, write = os.pipe()
     os.close(read)

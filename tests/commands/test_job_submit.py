@@ -137,6 +137,7 @@ def submit(
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.mark.slow
 def test_a_submitted_job_gives_the_tokens_of_the_python_api(
     head: dict[str, str], config: str, expected: list[Any], tmp_path: Path
 ) -> None:

@@ -266,14 +266,14 @@ def test_a_peer_that_takes_nothing_ends_the_send(listener, monkeypatch):
 def test_bytes_that_are_no_message_close_the_channel(channels):
     driver, shard = channels
     shard.send_bytes(b"\xff\x00 nonsense")
-    with pytest.raises(ChannelClosed, match="no message"):
+    with pytest.raises(ChannelClosed, match="not a valid message"):
         driver.receive(1.0)
 
 
 def test_a_message_of_the_wrong_direction_is_no_message(channels):
     driver, shard = channels
     shard.send(AllocateCache(num_pages=3))
-    with pytest.raises(ChannelClosed, match="no message"):
+    with pytest.raises(ChannelClosed, match="not a valid message"):
         driver.receive(1.0)
 
 

@@ -175,6 +175,7 @@ def placement_id(name: str) -> str:
     return ray.util.get_placement_group(name).id.hex()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_twice_is_replaced_in_its_own_bundle_and_the_other_stays(new_group, config):
     group = new_group(config, name="kept")
     before, placement, bundles = group.start(), placement_id("kept"), list(group._bundles)

@@ -97,6 +97,7 @@ def test_ranks_live_in_the_bundles_that_the_client_leaves_and_the_group_stays(gr
     assert ray.util.placement_group_table(strategy.placement_group)["state"] == "CREATED"
 
 
+@pytest.mark.slow
 def test_a_group_with_too_little_is_refused_with_what_each_bundle_has(group_of: Scheduling, model: str) -> None:
     import ray
 

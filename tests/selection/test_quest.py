@@ -190,8 +190,10 @@ def test_equal_scores_go_to_the_lower_page() -> None:
     ("family", "overrides", "settings"),
     [
         ("llama", {"rope_parameters": LLAMA3_ROPE}, {"token_budget": 64}),
-        ("llama", {"num_key_value_heads": 8}, {"token_budget": 48, "dense_layers": 0}),
-        ("mistral", {"head_dim": 32}, {"token_budget": 40, "dense_layers": 1, "sink_pages": 0}),
+        pytest.param("llama", {"num_key_value_heads": 8}, {"token_budget": 48, "dense_layers": 0}, marks=pytest.mark.slow),
+        pytest.param(
+            "mistral", {"head_dim": 32}, {"token_budget": 40, "dense_layers": 1, "sink_pages": 0}, marks=pytest.mark.slow
+        ),
         ("qwen2", {"num_key_value_heads": 2}, {"token_budget": 64, "dense_layers": 0, "group_reduction": "sum"}),
         ("qwen3", {}, {"token_budget": 64, "dense_layers": 0, "recent_pages": 1, "min_context": 90}),
     ],

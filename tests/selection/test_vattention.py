@@ -375,7 +375,7 @@ def test_a_row_is_the_same_wherever_its_pages_lie() -> None:
         ({"epsilon": 1.0}, "sparse.epsilon=1 bounds nothing; 0.1 is usual"),
         ({"delta": -0.1}, "sparse.delta=-0.1 must be finite, > 0"),
         ({"delta": 1.0}, "sparse.delta=1 bounds nothing"),
-        ({"delta": 0.21, "guarantee": "numerator_denominator"}, "sparse.delta=0.21 is over 0.2 .* set it to 0.2 or less"),
+        ({"delta": 0.21, "guarantee": "numerator_denominator"}, "sparse.delta=0.21 is over 0.2, .* set it to 0.2 or less"),
         (
             {"guarantee": "all"},
             "sparse.guarantee='all' is not known; use one of 'output', 'denominator', 'numerator_denominator'",

@@ -125,6 +125,7 @@ def test_quest_finds_the_facts_that_a_window_misses(model):
     assert window <= 0.2
 
 
+@pytest.mark.slow
 def test_two_hops_are_answered_in_one_step_and_need_both_facts(model):
     prompts = make_prompts(num_facts=128, context_length=2048, num_queries=20, hops=2, seed=1)
     methods = [None, Emulation("quest", 128), Emulation("window", 256)]
@@ -159,6 +160,7 @@ def test_8k_tokens_do_not_turn_the_slow_rotary_pairs_too_far(model):
     assert margin > 8.0
 
 
+@pytest.mark.slow
 def test_bfloat16_is_precise_enough(checkpoint):
     prompts = make_prompts(num_facts=128, context_length=2048, num_queries=10, seed=5)
     two_hops = make_prompts(num_facts=128, context_length=2048, num_queries=10, hops=2, seed=6)
@@ -196,6 +198,7 @@ def roll_heads(weight, heads, shift):
         ("the halves of two ranks swapped in o", lambda a: a.o_proj.weight.copy_(a.o_proj.weight.roll(512, 1))),
     ],
 )
+@pytest.mark.each_value
 @pytest.mark.parametrize("layer", [0, 2])
 def test_a_wrong_head_mapping_cannot_pass(model, wrong, change, layer):
     attention = copy.deepcopy(model.model.layers[layer].self_attn)
@@ -209,6 +212,7 @@ def test_a_wrong_head_mapping_cannot_pass(model, wrong, change, layer):
     assert answers(broken, prompts, [None])[0][0] <= 0.5, wrong
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("kv_head", corners(range(8), kept=(0, 7)))
 def test_no_kv_head_may_be_missing(model, layer, kv_head):

@@ -81,6 +81,7 @@ def test_quest_answers_over_ranks_too(checkpoint, tensor_parallel_size):
     assert score(two_hops, token_ids[4:]).accuracy == 1.0
 
 
+@pytest.mark.slow
 def test_bfloat16_answers(checkpoint):
     quiz = make_quiz(num_facts=96, context_length=1200, num_queries=10, hops=2, seed=3)
     with make_llm(checkpoint, sparse={"method": "quest", "token_budget": 128}, dtype="bfloat16", **ENGINE) as llm:

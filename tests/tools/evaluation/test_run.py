@@ -155,6 +155,7 @@ def test_one_engine_is_open_at_a_time_and_units_that_are_there_open_none(recall:
     assert more._open_engine.methods == [("quest", True)]
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_and_ends_as_an_uninterrupted_one(
     recall: str, recall_records: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +198,7 @@ def test_two_ranks_measure_what_one_does(recall: str, tmp_path: Path) -> None:
     assert two.kl.mean == pytest.approx(one.kl.mean, rel=1e-2, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_generated_answers_are_compared_at_the_dense_runs_tokens(text: str, tmp_path: Path) -> None:
     suite = PasskeySuite(lengths=(300,), depths=(0.5,), samples=2, max_tokens=6)
     methods = parse_methods(["quest"], [48])

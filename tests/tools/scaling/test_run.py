@@ -161,6 +161,7 @@ def test_an_interval_of_profile_steps_is_refused_since_they_would_be_measured(mo
         configured(model, {}, profile_interval=4)
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_run_again_and_other_points_are_added(model: str, measured: Any, tmp_path: Path) -> None:
     directory, config, *_ = measured
     engines = Engines()
