@@ -77,10 +77,9 @@ class LLM:
         model = ModelConfig.from_pretrained(path)
         check_divisibility(model, config.tensor_parallel_size)
         layer_configs(config.resolve_sparse(), model.num_hidden_layers, config.page_size)
-        self.config = config
+        self.config, self.model_config = config, model
         self._checkpoint = path
         self._default_params: SamplingParams | None = None
-        self.model_config = model
         self.max_model_len = resolve_max_model_len(config.max_model_len, model)
         self.tokenizer = load_tokenizer(config.tokenizer or str(path))
         text = tokenizer_json(self.tokenizer) if self.tokenizer is not None else None
@@ -107,8 +106,6 @@ class LLM:
                 *(rank["kv_heads"][0], rank["kv_heads"][1] - 1),
                 *(rank[name] / 1e9 for name in ("weight_bytes", "cache_bytes", "metadata_bytes")),
             )
-
-    # ---- generation
 
     def generate(
         self,
@@ -176,9 +173,7 @@ class LLM:
         template_args |= template_args.pop("chat_template_kwargs", None) or {}
         find_chat_template(tokenizer, template_args)
         if not isinstance(messages, Sequence) or isinstance(messages, str):
-            raise ValueError(
-                f"messages={shown(messages)} must be a list of {{'role': ..., 'content': ...}}, or a list of those"
-            )
+            raise ValueError(f"messages={shown(messages)} must be a list of {{'role': ..., 'content': ...}} or a list of those")
         if messages and not any(isinstance(conversation, (list, tuple)) for conversation in messages):
             return self.generate(apply_chat(tokenizer, cast(Any, messages), **template_args), sampling_params, use_tqdm)
         prompts: list[Any] = []
@@ -278,8 +273,6 @@ class LLM:
         """Return the transformers tokenizer. Raises ValueError if the model has none."""
         return self._need_tokenizer("get_tokenizer")
 
-    # ---- the engine
-
     @property
     def client(self) -> Client:
         """The connection to the Driver, for callers that read raw updates."""
@@ -305,7 +298,10 @@ class LLM:
 
     def _start_service(self, info: ModelInfo, tokenizer: str | None) -> Service:
         """Start the Driver: in this process for one rank, else in a Ray actor. Imports Ray only if it is used."""
-        config = _with_absolute_paths(self.config)
+        sparse = self.config.sparse
+        if sparse is not None and isinstance(sparse.get("hash_weights"), str):
+            sparse = sparse | {"hash_weights": absolute_path(sparse["hash_weights"])}
+        config = replace(self.config, model=absolute_path(self.config.model), sparse=sparse)
         if config.uses_ray:
             from distributed_sparse.ray_backend.driver_actor import connect_driver
 
@@ -401,11 +397,3 @@ class LLM:
         if self.tokenizer is None:
             raise ValueError(f"{what} needs a tokenizer, and {self.config.model!r} has none; give token ids, or tokenizer=")
         return self.tokenizer
-
-
-def _with_absolute_paths(config: EngineConfig) -> EngineConfig:
-    """Make paths absolute for processes with another working directory; `LLM.config` keeps the original paths."""
-    sparse = config.sparse
-    if sparse is not None and isinstance(sparse.get("hash_weights"), str):
-        sparse = sparse | {"hash_weights": absolute_path(sparse["hash_weights"])}
-    return replace(config, model=absolute_path(config.model), sparse=sparse)
