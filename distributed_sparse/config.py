@@ -168,6 +168,12 @@ class EngineConfig:
             check_float("rebuild_window_s", self.rebuild_window_s, 0.0, low_excluded=True, remedy="give seconds"),
         )
 
+    @property
+    def uses_ray(self) -> bool:
+        """Whether the ranks are Ray actors."""
+        backend = self.distributed_executor_backend
+        return backend == "ray" or (backend == "auto" and self.tensor_parallel_size > 1)
+
     def resolve_sparse(self) -> "SparseConfig":
         """The typed config of the method that `sparse` names; ValueErrors name a wrong key or value.
 

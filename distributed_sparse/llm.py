@@ -1,21 +1,20 @@
-"""LLM: the Python API. Makes an engine from a configuration, and turns prompts into outputs."""
+"""LLM: the Python API, as in vLLM: starts an engine and generates from prompts."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
-import queue
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 from distributed_sparse.client.client import Client, EngineError, Service
 from distributed_sparse.client.generation_defaults import default_sampling_params
-from distributed_sparse.client.output_builder import OutputBuilder, block_arrays
+from distributed_sparse.client.output_builder import OutputBuilder, block_arrays, refused_output
 from distributed_sparse.client.prompts import Prompt, is_single_prompt, parse_prompt
+from distributed_sparse.client.stream import Stream
 from distributed_sparse.client.tokenizer import (
     apply_chat,
     doubled_bos,
@@ -34,6 +33,7 @@ from distributed_sparse.model.sharding import check_divisibility
 from distributed_sparse.outputs import RequestOutput, ScoreOutput
 from distributed_sparse.protocol.client import ModelInfo, NewRequest, RequestUpdate
 from distributed_sparse.ranks.base import ShardFailure
+from distributed_sparse.ranks.worker import ShardFactory
 from distributed_sparse.sampling_params import SamplingParams
 from distributed_sparse.selection import layer_configs
 from distributed_sparse.trace import parse_trace
@@ -46,26 +46,28 @@ logger = logging.getLogger(__name__)
 
 
 class LLM:
-    """A model, ready to decode. Use it in a `with` block, or call `shutdown()`; left alone, it cleans up when collected.
+    """An engine with a loaded model. Use it in a `with` block or call `shutdown()`; garbage collection also shuts it down.
 
-    It belongs to the process that made it: in a forked child its methods raise RuntimeError, and `shutdown` does nothing.
+    In a forked child its methods raise RuntimeError, and `shutdown` does nothing.
 
     Args:
         model: local checkpoint folder or Hugging Face hub id.
-        engine_args: every other field of `EngineConfig`: tensor_parallel_size, sparse, max_model_len, ... Arguments of vLLM's
-            LLM that this engine lacks are accepted at values that change nothing.
+        engine_args: the other fields of `EngineConfig`: tensor_parallel_size, sparse, max_model_len, ... Unsupported
+            arguments of vLLM's LLM are accepted at values that change nothing.
 
     Raises:
-        ValueError: a wrong setting; names it, its value and the remedy.
-        EngineError: a shard did not come up; says why.
+        ValueError: a setting is invalid; the message names it, its value and the remedy.
+        EngineError: a shard did not start; the message gives the reason.
     """
+
+    _shard_factory: ShardFactory | None = None  # None: `Shard` itself
 
     def __init__(self, model: str, **engine_args: Any) -> None:
         self._open(EngineConfig.from_dict({"model": model, **engine_args}, "LLM"))
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> LLM:
-        """The engine that a config describes (`EngineConfig.from_yaml`)."""
+        """Start the engine that `config` describes, for example one from `EngineConfig.from_yaml`."""
         llm = cls.__new__(cls)
         llm._open(config)
         return llm
@@ -75,10 +77,9 @@ class LLM:
         model = ModelConfig.from_pretrained(path)
         check_divisibility(model, config.tensor_parallel_size)
         layer_configs(config.resolve_sparse(), model.num_hidden_layers, config.page_size)
-        self.config = config
+        self.config, self.model_config = config, model
         self._checkpoint = path
         self._default_params: SamplingParams | None = None
-        self.model_config = model
         self.max_model_len = resolve_max_model_len(config.max_model_len, model)
         self.tokenizer = load_tokenizer(config.tokenizer or str(path))
         text = tokenizer_json(self.tokenizer) if self.tokenizer is not None else None
@@ -106,8 +107,6 @@ class LLM:
                 *(rank[name] / 1e9 for name in ("weight_bytes", "cache_bytes", "metadata_bytes")),
             )
 
-    # ---- generation
-
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt] | None = None,
@@ -115,22 +114,22 @@ class LLM:
         use_tqdm: bool = True,
         **vllm_args: Any,
     ) -> list[RequestOutput]:
-        """Complete prompts, batched; the outputs keep their order.
+        """Complete prompts in batches.
 
         Args:
-            prompts: a str, list[int], `TextPrompt` or `TokensPrompt`, or a list of those. Text gets the special tokens that
-                the tokenizer adds.
+            prompts: a str, list[int], `TextPrompt` or `TokensPrompt`, or a list of those. The tokenizer adds
+                its special tokens to text.
             sampling_params: one for all, or one per prompt; None: `get_default_sampling_params`.
             use_tqdm: show progress on standard error: a bar on a terminal, elsewhere a line every 10 s.
             vllm_args: other arguments of vLLM's `generate`, at values that change nothing (`lora_request=None`).
 
         Returns:
-            One output per prompt. In a list, a request that is refused, or that the engine could not finish, has `error`
-            set and a completion with finish_reason "error", and the others go on.
+            One output per prompt, in the same order. If a request of a list is rejected or fails, its output has `error` set
+            and a completion with finish_reason "error"; the other requests continue.
 
         Raises:
-            ValueError: a single prompt is refused; the prompts are no list at all; or there are not as many sampling_params as
-                prompts.
+            ValueError: a single prompt is rejected, `prompts` has the wrong type, or the number of sampling_params differs
+                from the number of prompts.
             EngineError: the engine failed on a single prompt.
         """
         self._client.origin.check()
@@ -145,7 +144,7 @@ class LLM:
             raise ValueError(f"{len(params)} sampling_params for {len(given)} prompts; give one for all, or one per prompt")
         outputs = self._run(given, params, use_tqdm)
         if single:
-            _raise_error(outputs[0])
+            outputs[0].raise_error()
         return [builder.output for builder in outputs]
 
     def chat(
@@ -155,18 +154,18 @@ class LLM:
         use_tqdm: bool = True,
         **template_args: Any,
     ) -> list[RequestOutput]:
-        """Answer conversations: the tokenizer's chat template, then `generate`. No second BOS is added.
+        """Apply the tokenizer's chat template to conversations and `generate`. No second BOS is added.
 
         Args:
             messages: one conversation, or a list of them; a message is {"role": ..., "content": ...}.
-            template_args: for `apply_chat`: add_generation_prompt, continue_final_message, and what the template takes, here
-                or in `chat_template_kwargs`.
+            template_args: arguments of `apply_chat`: add_generation_prompt, continue_final_message, and the template's own
+                variables, directly or in `chat_template_kwargs`.
 
         Returns:
-            One output per conversation. In a list, a malformed one has `error` set and the others go on.
+            One output per conversation. The output of a malformed conversation in a list has `error` set; the others continue.
 
         Raises:
-            ValueError: no tokenizer, no template, arguments that it cannot have, or a single conversation is malformed.
+            ValueError: there is no tokenizer or template, an argument is invalid, or a single conversation is malformed.
         """
         self._client.origin.check()
         tokenizer = self._need_tokenizer("chat")
@@ -174,9 +173,7 @@ class LLM:
         template_args |= template_args.pop("chat_template_kwargs", None) or {}
         find_chat_template(tokenizer, template_args)
         if not isinstance(messages, Sequence) or isinstance(messages, str):
-            raise ValueError(
-                f"messages={shown(messages)} must be a list of {{'role': ..., 'content': ...}}, or a list of those"
-            )
+            raise ValueError(f"messages={shown(messages)} must be a list of {{'role': ..., 'content': ...}} or a list of those")
         if messages and not any(isinstance(conversation, (list, tuple)) for conversation in messages):
             return self.generate(apply_chat(tokenizer, cast(Any, messages), **template_args), sampling_params, use_tqdm)
         prompts: list[Any] = []
@@ -188,12 +185,12 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None) -> Stream:
-        """Complete one prompt step by step: iterate (`for` or `async for`) over outputs that grow with every token.
+        """Complete one prompt; iterate (`for` or `async for`) over outputs that grow with every token.
 
-        Leaving the loop early, or `Stream.close()`, aborts the request.
+        Leaving the loop early or calling `Stream.close()` aborts the request.
 
         Raises:
-            ValueError: the request is refused.
+            ValueError: the request is invalid.
         """
         self._client.origin.check()
         params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
@@ -211,19 +208,19 @@ class LLM:
         use_tqdm: bool = False,
         first: int = 1,
     ) -> list[ScoreOutput]:
-        """Log-probabilities of given tokens, each under the tokens before it; nothing is sampled.
+        """Return the log-probability of each given token after the tokens before it, without sampling.
 
         Args:
             token_ids: one sequence, or a list of sequences.
             whole_vocabulary: also return the log-probabilities of every token at every position.
-            decode_last_prompt_tokens: so many last tokens go through sparse decode, one by one, instead of dense prefill.
-            seed: of what a method draws (random, vattention); None is derived at admission, as in `SamplingParams`.
-            trace_steps: of an engine with trace=True, the decode steps to trace; None: all.
-            first: index of the first token whose log-probability is wanted. Prefill chunks before it compute no logits, which
-                are most of the work and memory of a long prompt with a large vocabulary.
+            decode_last_prompt_tokens: number of last tokens that go through sparse decode one by one, not dense prefill.
+            seed: seed of methods that sample tokens (random, vattention); None: derived at admission, as in `SamplingParams`.
+            trace_steps: decode steps to trace with trace=True; None: all.
+            first: index of the first token to score. Prefill chunks before it compute no logits, which are most of the work
+                and memory of a long prompt with a large vocabulary.
 
         Raises:
-            ValueError: a sequence is refused.
+            ValueError: a sequence is invalid.
             EngineError: the engine failed.
         """
         self._client.origin.check()
@@ -259,11 +256,11 @@ class LLM:
         return list(scores.values())
 
     def abort(self, request_id: str | Sequence[str]) -> None:
-        """End requests by id; they finish with finish_reason "abort" and the tokens so far. Unknown ids are ignored."""
+        """Abort requests by id. They keep their tokens and get finish_reason "abort". Unknown ids are ignored."""
         self._client.abort([request_id] if isinstance(request_id, str) else list(request_id))
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What a request without parameters is sampled with: those of the checkpoint's generation_config.json.
+        """Return the default sampling parameters, from the checkpoint's generation_config.json.
 
         Raises:
             ValueError: generation_config.json is malformed.
@@ -273,26 +270,24 @@ class LLM:
         return self._default_params.clone()
 
     def get_tokenizer(self) -> Any:
-        """The tokenizer, of transformers. Raises ValueError where the model has none."""
+        """Return the transformers tokenizer. Raises ValueError if the model has none."""
         return self._need_tokenizer("get_tokenizer")
-
-    # ---- the engine
 
     @property
     def client(self) -> Client:
-        """The connection that all calls go through, for a caller that reads raw updates itself."""
+        """The connection to the Driver, for callers that read raw updates."""
         return self._client
 
     def stats(self) -> dict[str, Any]:
-        """The engine's counters: steps, requests, pages, ranks, attention (density, bytes read), all-reduce, times."""
+        """Return the engine's counters: steps, requests, pages, ranks, attention (density, bytes read), all-reduce, times."""
         return self._client.stats()
 
     def health(self) -> bool:
-        """True only if a step went through every rank lately."""
+        """Return True only if a step recently completed on every rank."""
         return self._client.health()
 
     def shutdown(self) -> None:
-        """End every request and every process of the engine. Idempotent."""
+        """End all requests and processes of the engine. Idempotent."""
         self._finalizer()
 
     def __enter__(self) -> LLM:
@@ -301,20 +296,20 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    # ---- inside
-
     def _start_service(self, info: ModelInfo, tokenizer: str | None) -> Service:
-        """The Driver: in this process for one rank, else in a Ray actor. Ray is imported here only."""
-        config = _with_absolute_paths(self.config)
-        backend = config.distributed_executor_backend
-        if backend == "ray" or (backend == "auto" and config.tensor_parallel_size > 1):
+        """Start the Driver: in this process for one rank, else in a Ray actor. Imports Ray only if it is used."""
+        sparse = self.config.sparse
+        if sparse is not None and isinstance(sparse.get("hash_weights"), str):
+            sparse = sparse | {"hash_weights": absolute_path(sparse["hash_weights"])}
+        config = replace(self.config, model=absolute_path(self.config.model), sparse=sparse)
+        if config.uses_ray:
             from distributed_sparse.ray_backend.driver_actor import connect_driver
 
-            return connect_driver(config, info, tokenizer)
+            return connect_driver(config, info, tokenizer, self._shard_factory)
         from distributed_sparse.driver.service import DriverService
         from distributed_sparse.ranks.in_process import InProcessGroup
 
-        service = DriverService(config, info, tokenizer, InProcessGroup(config))
+        service = DriverService(config, info, tokenizer, InProcessGroup(config, self._shard_factory))
         on_usable_thread(service.start)
         return service
 
@@ -326,9 +321,9 @@ class LLM:
                 request, builder = self._prepare(prompt, own_params, None)
                 self._validate(request)
                 requests.append(request)
-            except Exception as error:  # whatever it is, the others of the list go on
+            except Exception as error:  # the other prompts of the list continue
                 what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                builder = _refused(self._new_request_id(), prompt, what)
+                builder = refused_output(self._new_request_id(), prompt, what)
             builders[builder.output.request_id] = builder
         refused = len(prompts) - len(requests)
         with Progress(total=len(prompts), initial=refused, disable=not use_tqdm, desc="Prompts") as bar:
@@ -342,7 +337,7 @@ class LLM:
         return list(builders.values())
 
     def _updates(self, requests: list[NewRequest]) -> Iterator[RequestUpdate]:
-        """Updates of requests until each has finished; leaving early aborts what still runs."""
+        """Submit requests and yield their updates until all have finished; leaving early aborts the unfinished ones."""
         if not requests:
             return
         updates = self._client.submit(requests)
@@ -358,19 +353,19 @@ class LLM:
                 self.abort(list(running))
 
     def _new_request_id(self) -> str:
-        """One that no caller's own request_id will equal."""
+        """Return an id that does not collide with request ids of callers."""
         return f"{self._request_prefix}-{next(self._request_numbers)}"
 
     def _prepare(self, prompt: Any, params: SamplingParams, request_id: str | None) -> tuple[NewRequest, OutputBuilder]:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params={shown(params)} must be a SamplingParams; write SamplingParams(max_tokens=16)")
-        if isinstance(prompt, ValueError):  # what `chat` has to say of a conversation
+        if isinstance(prompt, ValueError):  # a malformed conversation from `chat`
             raise prompt
         text, token_ids = parse_prompt(prompt)
         if token_ids is None:
             token_ids = encode_prompt(self._need_tokenizer("a text prompt"), cast(str, text))
             self._warn_of_doubled_bos(token_ids)
-        params = params.clone()  # the caller may assign to theirs while the request runs
+        params = params.clone()  # the caller may change theirs while the request runs
         if params.logprobs == -1:
             params.logprobs = self.model_config.vocab_size
         request_id = request_id or self._new_request_id()
@@ -402,73 +397,3 @@ class LLM:
         if self.tokenizer is None:
             raise ValueError(f"{what} needs a tokenizer, and {self.config.model!r} has none; give token ids, or tokenizer=")
         return self.tokenizer
-
-
-class Stream:
-    """One request's outputs as they grow: iterable once, with `for` or `async for`. The last one is `finished`."""
-
-    def __init__(self, llm: LLM, client: Client, request: NewRequest, builder: OutputBuilder) -> None:
-        self.request_id = request.request_id
-        self._llm = llm  # an engine that nobody else holds must not be collected while its stream is read
-        self._client = client
-        self._builder = builder
-        self._updates = client.submit([request])
-
-    def __iter__(self) -> Iterator[RequestOutput]:
-        try:
-            while not self._builder.output.finished:
-                yield self._take(self._updates.get())
-        finally:
-            self.close()
-
-    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
-        self._updates.on_put = lambda: loop.call_soon_threadsafe(ready.set)
-        try:
-            while not self._builder.output.finished:
-                try:
-                    update = self._updates.get(block=False)
-                except queue.Empty:
-                    await ready.wait()
-                    ready.clear()
-                    continue
-                yield self._take(update)
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Abort the request if it still runs; in a forked child it is the parent's, and goes on."""
-        if self._client.origin.is_here and not self._builder.output.finished:
-            self._client.abort([self.request_id])
-
-    def _take(self, update: RequestUpdate) -> RequestOutput:
-        self._builder.add(update)
-        if update.finished:
-            _raise_error(self._builder)
-        return self._builder.snapshot()
-
-
-def _with_absolute_paths(config: EngineConfig) -> EngineConfig:
-    """The config for other processes, whose working directory is another; `LLM.config` keeps what the user wrote."""
-    sparse = config.sparse
-    if sparse is not None and isinstance(sparse.get("hash_weights"), str):
-        sparse = sparse | {"hash_weights": absolute_path(sparse["hash_weights"])}
-    return replace(config, model=absolute_path(config.model), sparse=sparse)
-
-
-def _raise_error(builder: OutputBuilder) -> None:
-    """Raise what went wrong with a request that is alone in its call."""
-    if builder.output.error is not None and builder.error_kind != "timeout":
-        raise (ValueError if builder.error_kind == "invalid" else EngineError)(builder.output.error)
-
-
-def _refused(request_id: str, prompt: Any, error: str) -> OutputBuilder:
-    """The output of a request that never reached the engine."""
-    try:
-        text, token_ids = parse_prompt(prompt)
-    except ValueError:
-        text, token_ids = None, None
-    builder = OutputBuilder(request_id, text, token_ids or [], SamplingParams(), None)
-    builder.add(RequestUpdate(request_id, finished=True, error=error, error_kind="invalid"))
-    logger.warning("request %s is refused: %s", request_id, error)
-    return builder

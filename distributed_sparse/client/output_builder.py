@@ -1,13 +1,16 @@
-"""OutputBuilder: a request's updates, one commit after the other, as the RequestOutput that the caller reads."""
+"""output_builder: builds a request's RequestOutput from the Driver's updates."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from distributed_sparse.client.client import EngineError
+from distributed_sparse.client.prompts import parse_prompt
 from distributed_sparse.outputs import CompletionOutput, Logprob, RequestOutput
 from distributed_sparse.protocol.client import RequestUpdate
 from distributed_sparse.protocol.step import LogprobBlock
@@ -20,7 +23,7 @@ DecodeToken = Callable[[int], str]
 
 
 class OutputBuilder:
-    """Grows one RequestOutput. `decode_token` gives the text of a token for its Logprob; None without a tokenizer."""
+    """Builds one RequestOutput. `decode_token` returns a token's text for its Logprob; None without a tokenizer."""
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class OutputBuilder:
         self._failure: str | None = None
 
     def add(self, update: RequestUpdate) -> None:
-        """Take in what one commit added. Where that raises, as a tokenizer may, the output ends with that error."""
+        """Add one update. If that raises (a tokenizer may), the output ends with that error."""
         if self._failure is None:
             try:
                 self._add(update)
@@ -94,8 +97,13 @@ class OutputBuilder:
             if completion.finish_reason is None:
                 completion.finish_reason = "error" if update.error else "abort"
 
+    def raise_error(self) -> None:
+        """Raise the request's error, if any; a timeout stays in `output.error` only."""
+        if self.output.error is not None and self.error_kind != "timeout":
+            raise (ValueError if self.error_kind == "invalid" else EngineError)(self.output.error)
+
     def snapshot(self) -> RequestOutput:
-        """The output so far, as a copy that later updates do not change."""
+        """Return a copy of the output, which later updates do not change."""
         shown = copy.copy(self.output)
         shown.prompt_logprobs = copy.copy(shown.prompt_logprobs)
         shown.outputs = [copy.copy(completion) for completion in self.output.outputs]
@@ -106,8 +114,20 @@ class OutputBuilder:
         return shown
 
 
+def refused_output(request_id: str, prompt: Any, error: str) -> OutputBuilder:
+    """Return the finished output of a request that was rejected before submission."""
+    try:
+        text, token_ids = parse_prompt(prompt)
+    except ValueError:
+        text, token_ids = None, None
+    builder = OutputBuilder(request_id, text, token_ids or [], SamplingParams(), None)
+    builder.add(RequestUpdate(request_id, finished=True, error=error, error_kind="invalid"))
+    logger.warning("request %s is rejected: %s", request_id, error)
+    return builder
+
+
 def block_arrays(block: LogprobBlock) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-    """The arrays of a block.
+    """Decode a block's arrays.
 
     Returns:
         token ids int32 [rows, width] (None: the whole vocabulary in order), logprobs float32 [rows, width], ranks int32 [rows].
@@ -119,7 +139,7 @@ def block_arrays(block: LogprobBlock) -> tuple[np.ndarray | None, np.ndarray, np
 
 
 def parse_block(block: LogprobBlock, tokens: list[int], decode_token: DecodeToken | None) -> list[dict[int, Logprob]]:
-    """One dict per row: token id -> Logprob, the sampled or target token first, then the best ones in order.
+    """Return one dict per row: token id -> Logprob, the sampled or target token first, then the most likely ones in order.
 
     Args:
         tokens: the sampled or target token of each row.

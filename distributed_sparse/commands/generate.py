@@ -30,7 +30,7 @@ from distributed_sparse.utils.progress import Progress
 
 if TYPE_CHECKING:
     from distributed_sparse import LLM
-    from distributed_sparse.llm import Stream
+    from distributed_sparse.client.stream import Stream
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.generate") -> int:

@@ -1,4 +1,4 @@
-"""lifetime: how a launcher ends: its exit codes, SIGTERM as an orderly end, and one Ray for several engines."""
+"""lifetime: exit codes, SIGTERM handling and a shared Ray session for commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 128 + signal.SIGINT, 128 + signal
 
 @contextmanager
 def ends_on_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds through the engine, so that no shard is left behind (`ray job stop`)."""
+    """Turn SIGTERM (`ray job stop`) into SystemExit, so that the engine shuts down its shards."""
 
     def end(signum: int, frame: Any) -> None:
         raise SystemExit(TERMINATED)
@@ -28,15 +28,15 @@ def ends_on_sigterm() -> Iterator[None]:
 
 
 def show_log() -> None:
-    """The engine's log on stderr, from INFO on: what it asks a cluster for, its ranks, its recoveries."""
+    """Log the engine to stderr from INFO on: requested cluster resources, ranks and recoveries."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("distributed_sparse").setLevel(logging.INFO)
 
 
 @contextmanager
 def one_ray(*configs: EngineConfig) -> Iterator[None]:
-    """One Ray for the engines that are made inside; nothing where each has one rank, which needs none."""
-    if not any(_uses_ray(config) for config in configs):
+    """Share one Ray session among the engines made inside. Does nothing if none of them uses Ray."""
+    if not any(config.uses_ray for config in configs):
         yield
         return
     from distributed_sparse.ray_backend.session import ensure_ray
@@ -46,8 +46,3 @@ def one_ray(*configs: EngineConfig) -> Iterator[None]:
         yield
     finally:
         session.release()
-
-
-def _uses_ray(config: EngineConfig) -> bool:
-    backend = config.distributed_executor_backend
-    return backend == "ray" or (backend == "auto" and config.tensor_parallel_size > 1)

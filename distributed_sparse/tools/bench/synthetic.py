@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from distributed_sparse.cache import AppendRuns, Geometry
-from distributed_sparse.client.client import Service
 from distributed_sparse.config import EngineConfig
 from distributed_sparse.llm import LLM
-from distributed_sparse.protocol.client import ModelInfo
 from distributed_sparse.protocol.step import Loaded, PrefillChunk, StepPlan
 from distributed_sparse.ranks.worker import ShardFactory
 from distributed_sparse.shard.collectives.collectives import Collectives
@@ -167,18 +165,6 @@ class SyntheticLLM(LLM):
     def __init__(self, model: str, shard_factory: ShardFactory | None, **engine_args: Any) -> None:
         self._shard_factory = shard_factory
         super().__init__(model, **engine_args)
-
-    def _start_service(self, info: ModelInfo, tokenizer: str | None) -> Service:
-        if self.config.tensor_parallel_size > 1:
-            from distributed_sparse.ray_backend.driver_actor import connect_driver
-
-            return connect_driver(self.config, info, tokenizer, self._shard_factory)
-        from distributed_sparse.driver.service import DriverService
-        from distributed_sparse.ranks.in_process import InProcessGroup
-
-        service = DriverService(self.config, info, tokenizer, InProcessGroup(self.config, self._shard_factory))
-        service.start()
-        return service
 
 
 @dataclass(frozen=True, kw_only=True)
