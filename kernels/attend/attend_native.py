@@ -30,29 +30,8 @@ def attend_native(
         return (entries.stride(0), entries.stride(1)) if entries is not None else (0, 0)
 
     native.run(
-        f"attend_{native.DTYPES[k_pages.dtype]}",
-        queries,
-        k_pages,
-        v_pages,
-        k_pages.stride(0),
-        k_pages.stride(1),
-        pages,
-        *strides(pages),
-        num_pages,
-        *strides(num_pages),
-        last_page_len,
-        tokens,
-        *strides(tokens),
-        num_tokens,
-        *strides(num_tokens),
-        weight,
-        *parts,
-        batch,
-        num_kv_heads,
-        num_q_heads // num_kv_heads,
-        head_dim,
-        page_size,
-        out,
-        lse,
-    )
+        f"attend_{native.DTYPES[k_pages.dtype]}", queries, k_pages, v_pages, k_pages.stride(0), k_pages.stride(1), pages,
+        *strides(pages), num_pages, *strides(num_pages), last_page_len, tokens, *strides(tokens), num_tokens,
+        *strides(num_tokens), weight, *parts, batch, num_kv_heads, num_q_heads // num_kv_heads, head_dim, page_size, out, lse
+    )  # fmt: skip
     return (out, lse) if return_lse else out.to(q.dtype)

@@ -39,35 +39,13 @@ def attend_triton(
     num_partials = torch.empty(num_rows, dtype=torch.int32, device=q.device)
     block_n, num_warps, num_stages = launch_shape(head_dim, q.dtype)
     _attend_kernel[num_rows, programs_per_row(num_rows, capacity, q.device)](
-        q.contiguous(),
-        k_pages,
-        v_pages,
-        pages,
-        num_pages,
-        last_page_len,
-        tokens,
-        num_tokens,
-        log_weight.contiguous() if log_weight is not None else None,
-        outs,
-        lses,
-        num_partials,
-        *pages.stride()[:2],
-        *num_pages.stride(),
-        *(tokens.stride()[:2] if tokens is not None else (0, 0)),
-        *(num_tokens.stride() if num_tokens is not None else (0, 0)),
-        num_kv_heads,
-        capacity,
-        scale,
-        PAGE_SIZE=page_size,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
-        CHUNK=CHUNK_TOKENS,
-        BLOCK_N=block_n,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        enable_fp_fusion=True,
-    )
+        q.contiguous(), k_pages, v_pages, pages, num_pages, last_page_len, tokens, num_tokens,
+        log_weight.contiguous() if log_weight is not None else None, outs, lses, num_partials, *pages.stride()[:2],
+        *num_pages.stride(), *(tokens.stride()[:2] if tokens is not None else (0, 0)),
+        *(num_tokens.stride() if num_tokens is not None else (0, 0)), num_kv_heads, capacity, scale,
+        PAGE_SIZE=page_size, GROUP=group, HEAD_DIM=head_dim, HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
+        CHUNK=CHUNK_TOKENS, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True
+    )  # fmt: skip
     if partial is not None:
         partial = (partial[0].reshape(num_rows, group, head_dim), partial[1].reshape(num_rows, group))
     out, lse = _combine(outs, lses, num_partials, partial, torch.float32 if return_lse else q.dtype)
@@ -103,21 +81,10 @@ def _combine(
     lse = torch.empty(num_rows, group, dtype=torch.float32, device=outs.device)
     partial_out, partial_lse = (partial[0].contiguous(), partial[1].contiguous()) if partial is not None else (None, None)
     _combine_kernel[num_rows, group](
-        outs,
-        lses,
-        num_partials,
-        partial_out,
-        partial_lse,
-        out,
-        lse,
-        capacity,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
-        BLOCK_C=64,
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
+        outs, lses, num_partials, partial_out, partial_lse, out, lse, capacity,
+        GROUP=group, HEAD_DIM=head_dim, HEAD_DIM_PADDED=triton.next_power_of_2(head_dim), BLOCK_C=64, num_warps=1,
+        enable_fp_fusion=True
+    )  # fmt: skip
     return out, lse
 
 

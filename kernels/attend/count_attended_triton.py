@@ -88,18 +88,7 @@ def count_attended_triton(
     assert last_page_len.stride(0) == context_lens.stride(0) == 1 or batch <= 1
     lists = (num_pages, num_tokens, partial_num_pages, partial_num_tokens, extra_tokens_read)
     _count_attended_kernel[(heads,)](
-        *counters,
-        num_pages,
-        last_page_len,
-        context_lens,
-        num_tokens,
-        partial_num_pages,
-        partial_num_tokens,
-        extra_tokens_read,
-        batch,
-        *(stride for counts in lists for stride in ((0, 0) if counts is None else counts.stride())),
-        PAGE_SIZE=page_size,
-        BLOCK_B=_BLOCK_ROWS,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+        *counters, num_pages, last_page_len, context_lens, num_tokens, partial_num_pages, partial_num_tokens,
+        extra_tokens_read, batch, *(stride for counts in lists for stride in ((0, 0) if counts is None else counts.stride())),
+        PAGE_SIZE=page_size, BLOCK_B=_BLOCK_ROWS, num_warps=4, enable_fp_fusion=False
+    )  # fmt: skip

@@ -21,26 +21,10 @@ def prefill_attend_triton(q, k_pages, v_pages, page_table, query_start, context_
     out = torch.empty_like(q)
     block_m, block_n, num_warps, num_stages = launch_shape(head_dim, q.dtype)
     _prefill_attend_kernel[triton.cdiv(max_query_len * group, block_m), num_kv_heads, len(context_lens)](
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        query_start,
-        context_lens,
-        out,
-        page_table.stride(0),
-        num_kv_heads,
-        scale,
-        PAGE_SIZE=page_size,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        enable_fp_fusion=True,
-    )
+        q, k_pages, v_pages, page_table, query_start, context_lens, out, page_table.stride(0), num_kv_heads, scale,
+        PAGE_SIZE=page_size, GROUP=group, HEAD_DIM=head_dim, HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True
+    )  # fmt: skip
     return out
 
 

@@ -58,35 +58,12 @@ def _run(
     turned = torch.empty(q.shape if q is not None else 0)
     turned_keys = torch.empty(k.shape) if return_keys else None
     native.run(
-        "rotary_append_float32",
-        q,
-        q.stride(0) if q is not None else 0,
-        k,
-        k.stride(0),
-        v,
-        v.stride(0),
-        cos,
-        sin,
-        pages,
-        starts,
-        offsets,
-        counts,
-        len(counts),
-        len(k),
-        q.shape[1] if q is not None else 0,
-        k.shape[1],
-        k.shape[2],
-        k_pages.shape[2],
-        k_pages,
-        v_pages,
-        page_min_max,
-        8 * key_codes.shape[3] // k.shape[2] if key_codes is not None else 0,
-        key_codes,
-        key_scales,
-        key_offset.float().contiguous() if key_codes is not None and key_offset is not None else None,
-        turned,
-        turned_keys,
-    )
+        "rotary_append_float32", q, q.stride(0) if q is not None else 0, k, k.stride(0), v, v.stride(0), cos, sin, pages,
+        starts, offsets, counts, len(counts), len(k), q.shape[1] if q is not None else 0, k.shape[1], k.shape[2],
+        k_pages.shape[2], k_pages, v_pages, page_min_max,
+        8 * key_codes.shape[3] // k.shape[2] if key_codes is not None else 0, key_codes, key_scales,
+        key_offset.float().contiguous() if key_codes is not None and key_offset is not None else None, turned, turned_keys
+    )  # fmt: skip
     return turned, turned_keys
 
 

@@ -47,17 +47,8 @@ def whole_rows_triton(
     pages, tokens = torch.empty(2, batch, heads, dtype=torch.int32, device=num_tokens.device).unbind(0)
     if batch:
         _whole_rows_kernel[(triton.cdiv(batch * heads, _BLOCK_ROWS),)](
-            num_tokens,
-            num_pages,
-            context_lens,
-            pages,
-            tokens,
-            batch * heads,
-            heads,
-            num_tokens.stride(0),
-            num_tokens.stride(1),
-            min_context,
-            BLOCK=_BLOCK_ROWS,
-            enable_fp_fusion=False,
-        )
+            num_tokens, num_pages, context_lens, pages, tokens, batch * heads, heads, num_tokens.stride(0),
+            num_tokens.stride(1), min_context,
+            BLOCK=_BLOCK_ROWS, enable_fp_fusion=False
+        )  # fmt: skip
     return pages, tokens

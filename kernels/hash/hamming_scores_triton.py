@@ -68,20 +68,9 @@ def hamming_scores_triton(q_signatures: Tensor, signatures: Tensor, page_table: 
     words_padded = triton.next_power_of_2(group * words)
     block_tokens = _BLOCK_WORDS // words_padded
     _hamming_scores_kernel[(triton.cdiv(width, block_tokens), heads, batch)](
-        q_signatures.contiguous(),
-        signatures,
-        page_table,
-        context_lens,
-        scores,
-        width,
-        signatures.stride(0),
-        signatures.stride(1),
-        page_table.stride(0),
-        PAGE_SIZE=page_size,
-        WORDS=group * words,
-        WORDS_PADDED=words_padded,
-        BLOCK_T=block_tokens,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+        q_signatures.contiguous(), signatures, page_table, context_lens, scores, width, signatures.stride(0),
+        signatures.stride(1), page_table.stride(0),
+        PAGE_SIZE=page_size, WORDS=group * words, WORDS_PADDED=words_padded, BLOCK_T=block_tokens, num_warps=4,
+        enable_fp_fusion=False
+    )  # fmt: skip
     return scores

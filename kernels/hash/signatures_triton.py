@@ -81,17 +81,6 @@ def append_signatures_triton(
     group, words = signatures.shape[3:]
     assert signatures.stride(4) == 1 and signatures.stride(3) == words
     _append_signatures_kernel[(pages.numel(), signatures.shape[1])](
-        x,
-        pages,
-        starts,
-        offsets,
-        counts,
-        signatures,
-        *x.stride()[:2],
-        *signatures.stride()[:3],
-        G=group,
-        W=words,
-        BLOCK=_BLOCK_WORDS,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+        x, pages, starts, offsets, counts, signatures, *x.stride()[:2], *signatures.stride()[:3],
+        G=group, W=words, BLOCK=_BLOCK_WORDS, num_warps=4, enable_fp_fusion=False
+    )  # fmt: skip

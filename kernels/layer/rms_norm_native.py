@@ -36,14 +36,6 @@ def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tupl
     total = x if residual is None else torch.empty_like(x)
     dim = x.shape[-1]
     native.run(
-        "add_rms_norm_float32",
-        x,
-        residual,
-        weight,
-        eps,
-        x.numel() // dim,
-        dim,
-        total,
-        out,
-    )
+        "add_rms_norm_float32", x, residual, weight, eps, x.numel() // dim, dim, total, out
+    )  # fmt: skip
     return out, total

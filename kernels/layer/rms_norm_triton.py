@@ -76,25 +76,11 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     block_d = triton.next_power_of_2(dim)
     block_r = max(1, _TILE_ELEMENTS // block_d)
     _rms_norm_kernel[(triton.cdiv(num_n * heads, block_r),)](
-        x_rows,
-        r_rows,
-        weight,
-        y,
-        y if total is None else total,
-        num_n * heads,
-        heads,
-        x_rows.stride(0),
-        x_rows.stride(1),
-        r_rows.stride(0),
-        r_rows.stride(1),
-        eps,
-        D=dim,
-        BLOCK_R=block_r,
-        BLOCK_D=block_d,
-        HAS_RESIDUAL=residual is not None,
-        num_warps=min(16, max(4, block_d // 512)),
-        enable_fp_fusion=False,
-    )
+        x_rows, r_rows, weight, y, y if total is None else total, num_n * heads, heads, x_rows.stride(0), x_rows.stride(1),
+        r_rows.stride(0), r_rows.stride(1), eps,
+        D=dim, BLOCK_R=block_r, BLOCK_D=block_d, HAS_RESIDUAL=residual is not None, num_warps=min(16, max(4, block_d // 512)),
+        enable_fp_fusion=False
+    )  # fmt: skip
     return y, total
 
 

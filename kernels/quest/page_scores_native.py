@@ -22,20 +22,8 @@ def page_scores_native(
     table, counts = page_table.int().contiguous(), num_pages.int().contiguous()
     scores = torch.empty(batch, heads, table.shape[1])
     native.run(
-        f"page_scores_{native.DTYPES[page_min_max.dtype]}",
-        split,
-        page_min_max,
-        page_min_max.stride(0),
-        page_min_max.stride(1),
-        table,
-        table.stride(0),
-        counts,
-        int(sums_over_group(group_reduction)),
-        batch,
-        heads,
-        num_q_heads // heads,
-        2 * dim,
-        table.shape[1],
-        scores,
-    )
+        f"page_scores_{native.DTYPES[page_min_max.dtype]}", split, page_min_max, page_min_max.stride(0),
+        page_min_max.stride(1), table, table.stride(0), counts, int(sums_over_group(group_reduction)), batch, heads,
+        num_q_heads // heads, 2 * dim, table.shape[1], scores
+    )  # fmt: skip
     return scores

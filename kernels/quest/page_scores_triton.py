@@ -87,24 +87,9 @@ def page_scores_triton(
     assert dim % _BLOCK_CHANNELS == 0
     assert group <= _GROUP_ROWS
     _page_scores_kernel[(triton.cdiv(width, _BLOCK_PAGES), heads, batch)](
-        q,
-        page_min_max,
-        page_table,
-        num_pages,
-        scores,
-        width,
-        q.stride(0),
-        q.stride(1),
-        *page_min_max.stride()[:3],
+        q, page_min_max, page_table, num_pages, scores, width, q.stride(0), q.stride(1), *page_min_max.stride()[:3],
         page_table.stride(0),
-        G=group,
-        D=dim,
-        BLOCK_G=_GROUP_ROWS,
-        BLOCK_P=_BLOCK_PAGES,
-        BLOCK_D=_BLOCK_CHANNELS,
-        TAKE_MAX=not sums_over_group(group_reduction),
-        num_warps=4,
-        num_stages=3,
-        enable_fp_fusion=False,
-    )
+        G=group, D=dim, BLOCK_G=_GROUP_ROWS, BLOCK_P=_BLOCK_PAGES, BLOCK_D=_BLOCK_CHANNELS,
+        TAKE_MAX=not sums_over_group(group_reduction), num_warps=4, num_stages=3, enable_fp_fusion=False
+    )  # fmt: skip
     return scores

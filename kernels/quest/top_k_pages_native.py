@@ -15,19 +15,7 @@ def top_k_pages_native(scores, page_table, num_pages, k, *, sink_pages, recent_p
     pages = torch.empty(batch, heads, capacity, dtype=torch.int32)
     counts = torch.empty(batch, heads, dtype=torch.int32)
     native.run(
-        f"top_k_pages_{'int32' if scores.dtype == torch.int32 else 'float32'}",
-        scores,
-        table,
-        table.stride(0),
-        num_pages,
-        k,
-        sink_pages,
-        recent_pages,
-        batch,
-        heads,
-        most_pages,
-        capacity,
-        pages,
-        counts,
-    )
+        f"top_k_pages_{'int32' if scores.dtype == torch.int32 else 'float32'}", scores, table, table.stride(0), num_pages, k,
+        sink_pages, recent_pages, batch, heads, most_pages, capacity, pages, counts
+    )  # fmt: skip
     return pages, counts

@@ -109,22 +109,8 @@ def top_k_pages_triton(scores, page_table, num_pages, k, *, sink_pages, recent_p
     if counts.numel() == 0:
         return pages, counts
     _top_k_pages_kernel[(batch * heads,)](
-        scores,
-        page_table,
-        num_pages,
-        k,
-        pages,
-        counts,
-        heads,
-        scores.stride(0),
-        scores.stride(1),
-        page_table.stride(0),
-        capacity,
-        sink_pages,
-        recent_pages,
-        BLOCK=_BLOCK_PAGES,
-        DIGITS=2 if scores.dtype == torch.int32 else 4,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+        scores, page_table, num_pages, k, pages, counts, heads, scores.stride(0), scores.stride(1), page_table.stride(0),
+        capacity, sink_pages, recent_pages,
+        BLOCK=_BLOCK_PAGES, DIGITS=2 if scores.dtype == torch.int32 else 4, num_warps=4, enable_fp_fusion=False
+    )  # fmt: skip
     return pages, counts

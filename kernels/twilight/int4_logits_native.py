@@ -17,25 +17,8 @@ def int4_logits_native(q, key_codes, key_scales, pages, num_pages, last_page_len
     pages, num_pages = native.listed(pages), num_pages.int()
     logits = torch.empty(batch, num_q_heads, most_pages * page_size)
     native.run(
-        "int4_logits_float32",
-        queries,
-        key_codes,
-        key_scales,
-        8 * width // dim,
-        pages,
-        pages.stride(0),
-        pages.stride(1),
-        num_pages,
-        num_pages.stride(0),
-        num_pages.stride(1),
-        last_page_len,
-        float(scale),
-        batch,
-        heads,
-        num_q_heads // heads,
-        dim,
-        page_size,
-        most_pages,
-        logits,
-    )
+        "int4_logits_float32", queries, key_codes, key_scales, 8 * width // dim, pages, pages.stride(0), pages.stride(1),
+        num_pages, num_pages.stride(0), num_pages.stride(1), last_page_len, float(scale), batch, heads, num_q_heads // heads,
+        dim, page_size, most_pages, logits
+    )  # fmt: skip
     return logits

@@ -290,40 +290,13 @@ def top_p_triton(logits, pages, num_pages, last_page_len, p, *, page_size, sink_
         return tokens, num_tokens, threshold
     strides = (*logits.stride()[:2], *pages.stride()[:2], *num_pages.stride())
     _top_p_threshold_kernel[(num_q_heads, batch)](
-        logits,
-        num_pages,
-        last_page_len,
-        threshold,
-        p,
-        *strides[:2],
-        *strides[4:],
-        G=group,
-        PAGE_SIZE=page_size,
-        SHORT=_ROW_TOKENS[0],
-        LONG=_ROW_TOKENS[1],
-        HALVINGS=_HALVINGS,
-        VECTOR=vector,
-        num_warps=8,
-        enable_fp_fusion=True,
-    )
+        logits, num_pages, last_page_len, threshold, p, *strides[:2], *strides[4:],
+        G=group, PAGE_SIZE=page_size, SHORT=_ROW_TOKENS[0], LONG=_ROW_TOKENS[1], HALVINGS=_HALVINGS, VECTOR=vector,
+        num_warps=8, enable_fp_fusion=True
+    )  # fmt: skip
     _top_p_list_kernel[(heads, batch)](
-        logits,
-        pages,
-        num_pages,
-        last_page_len,
-        threshold,
-        tokens,
-        num_tokens,
-        p,
-        width,
-        sink_pages,
-        recent_pages,
-        *strides,
-        G=group,
-        PAGE_SIZE=page_size,
-        BLOCK=min(_LIST_TOKENS, _LIST_LOGITS // triton.next_power_of_2(group)),
-        VECTOR=vector,
-        num_warps=16,
-        enable_fp_fusion=False,
-    )
+        logits, pages, num_pages, last_page_len, threshold, tokens, num_tokens, p, width, sink_pages, recent_pages, *strides,
+        G=group, PAGE_SIZE=page_size, BLOCK=min(_LIST_TOKENS, _LIST_LOGITS // triton.next_power_of_2(group)), VECTOR=vector,
+        num_warps=16, enable_fp_fusion=False
+    )  # fmt: skip
     return tokens, num_tokens, threshold

@@ -19,24 +19,8 @@ def residual_statistics_native(q, k_pages, v_pages, tokens, num_tokens, num_resi
     out, lse = (x.float().contiguous() for x in partial)
     result = torch.empty(len(ResidualStatistics._fields), batch, num_q_heads)
     native.run(
-        f"residual_statistics_{native.DTYPES[k_pages.dtype]}",
-        queries,
-        k_pages,
-        v_pages,
-        k_pages.stride(0),
-        k_pages.stride(1),
-        tokens,
-        *tokens.stride()[:2],
-        num_tokens,
-        num_residual,
-        out,
-        lse,
-        int(centred),
-        batch,
-        heads,
-        num_q_heads // heads,
-        dim,
-        page_size,
-        result,
-    )
+        f"residual_statistics_{native.DTYPES[k_pages.dtype]}", queries, k_pages, v_pages, k_pages.stride(0),
+        k_pages.stride(1), tokens, *tokens.stride()[:2], num_tokens, num_residual, out, lse, int(centred), batch, heads,
+        num_q_heads // heads, dim, page_size, result
+    )  # fmt: skip
     return ResidualStatistics(*result.unbind(0))

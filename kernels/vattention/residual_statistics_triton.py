@@ -189,32 +189,9 @@ def residual_statistics_triton(q, k_pages, v_pages, tokens, num_tokens, num_resi
     result = torch.empty(NUM_FIELDS, rows, dtype=torch.float32, device=q.device)
     block_n, block_r, num_warps, registers = launch_shape(dim, q.dtype)
     _residual_statistics_kernel[num_q_heads, batch](
-        q.contiguous(),
-        k_pages,
-        v_pages,
-        tokens,
-        num_tokens,
-        num_residual,
-        partial[0].contiguous(),
-        partial[1].contiguous(),
-        result,
-        scale,
-        *k_pages.stride()[:3],
-        *tokens.stride()[:2],
-        *num_tokens.stride(),
-        *num_residual.stride(),
-        rows,
-        G=num_q_heads // heads,
-        D=dim,
-        BLOCK_D=triton.next_power_of_2(dim),
-        BLOCK_N=block_n,
-        BLOCK_R=block_r,
-        GRAM=GRAM_ROWS,
-        PAGE_SIZE=page_size,
-        CENTRED=centred,
-        num_warps=num_warps,
-        num_stages=2,
-        maxnreg=registers,
-        enable_fp_fusion=True,
-    )
+        q.contiguous(), k_pages, v_pages, tokens, num_tokens, num_residual, partial[0].contiguous(), partial[1].contiguous(),
+        result, scale, *k_pages.stride()[:3], *tokens.stride()[:2], *num_tokens.stride(), *num_residual.stride(), rows,
+        G=num_q_heads // heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_N=block_n, BLOCK_R=block_r, GRAM=GRAM_ROWS,
+        PAGE_SIZE=page_size, CENTRED=centred, num_warps=num_warps, num_stages=2, maxnreg=registers, enable_fp_fusion=True
+    )  # fmt: skip
     return ResidualStatistics(*result.view(NUM_FIELDS, batch, num_q_heads).unbind(0))

@@ -20,22 +20,10 @@ def plan_samples_native(
     counts = torch.empty(5, batch, heads, dtype=torch.int32)
     log_weight, of_sparse = torch.empty(batch, heads), torch.empty(lse.shape)
     native.run(
-        "plan_samples_float32",
-        torch.stack(statistics),
-        lse.contiguous(),
-        *(x.int().contiguous() for x in (num_chosen, num_residual, num_pilot, num_pages, context_lens)),
-        batch,
-        heads,
-        lse.shape[1] // heads,
-        GUARANTEES.index(guarantee),
-        float(epsilon),
-        *bound_quantiles(guarantee, delta),
-        ROUND_TO,
-        min_context,
-        torch.iinfo(torch.int32).max if max_sample is None else max_sample,
-        counts,
-        log_weight,
-        of_sparse,
-    )
+        "plan_samples_float32", torch.stack(statistics), lse.contiguous(),
+        *(x.int().contiguous() for x in (num_chosen, num_residual, num_pilot, num_pages, context_lens)), batch, heads,
+        lse.shape[1] // heads, GUARANTEES.index(guarantee), float(epsilon), *bound_quantiles(guarantee, delta), ROUND_TO,
+        min_context, torch.iinfo(torch.int32).max if max_sample is None else max_sample, counts, log_weight, of_sparse
+    )  # fmt: skip
     budget, num_samples, of_pages, of_chosen, extra_tokens_read = counts.unbind(0)
     return SamplePlan(budget, num_samples, log_weight, of_pages, of_sparse, of_chosen, extra_tokens_read)

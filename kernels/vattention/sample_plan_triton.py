@@ -54,20 +54,10 @@ def plan_pilot_triton(
     residual, pilot = torch.empty(2, batch, heads, dtype=torch.int32, device=num_chosen.device).unbind(0)
     if batch:
         _plan_pilot_kernel[(triton.cdiv(batch * heads, _BLOCK_ROWS),)](
-            num_chosen,
-            context_lens,
-            residual,
-            pilot,
-            batch * heads,
-            heads,
-            num_chosen.stride(0),
-            num_chosen.stride(1),
-            BLOCK_TOKENS=block_tokens,
-            BASE_FRACTION=base_fraction,
-            MIN_PILOT=MIN_PILOT,
-            BLOCK=_BLOCK_ROWS,
-            enable_fp_fusion=False,
-        )
+            num_chosen, context_lens, residual, pilot, batch * heads, heads, num_chosen.stride(0), num_chosen.stride(1),
+            BLOCK_TOKENS=block_tokens, BASE_FRACTION=base_fraction, MIN_PILOT=MIN_PILOT, BLOCK=_BLOCK_ROWS,
+            enable_fp_fusion=False
+        )  # fmt: skip
     return residual, pilot
 
 
@@ -207,33 +197,11 @@ def plan_samples_triton(
     if batch:
         z, z_out, z99 = bound_quantiles(guarantee, delta)
         _plan_samples_kernel[(batch * heads,)](
-            *statistics,
-            lse,
-            num_chosen,
-            num_residual,
-            num_pilot,
-            num_pages,
-            context_lens,
-            counts,
-            log_weight,
-            of_dense,
-            heads,
-            statistics[0].stride(0),
-            lse.stride(0),
-            num_chosen.stride(0),
-            num_chosen.stride(1),
-            min_context,
+            *statistics, lse, num_chosen, num_residual, num_pilot, num_pages, context_lens, counts, log_weight, of_dense,
+            heads, statistics[0].stride(0), lse.stride(0), num_chosen.stride(0), num_chosen.stride(1), min_context,
             torch.iinfo(torch.int32).max if max_sample is None else max_sample,
-            GUARANTEE=GUARANTEES.index(guarantee),
-            EPSILON=epsilon,
-            Z=z,
-            Z_OUT=z_out,
-            Z99=z99,
-            ROUND_TO=ROUND_TO,
-            G=group,
-            BLOCK_G=triton.next_power_of_2(group),
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
+            GUARANTEE=GUARANTEES.index(guarantee), EPSILON=epsilon, Z=z, Z_OUT=z_out, Z99=z99, ROUND_TO=ROUND_TO, G=group,
+            BLOCK_G=triton.next_power_of_2(group), num_warps=1, enable_fp_fusion=False
+        )  # fmt: skip
     budget, num_samples, of_pages, of_chosen, extra_tokens_read = counts.unbind(0)
     return SamplePlan(budget, num_samples, log_weight, of_pages, of_dense, of_chosen, extra_tokens_read)

@@ -18,23 +18,7 @@ def sample_residual_native(
     random_key = random_key.long().contiguous()
     slots = torch.empty(batch, heads, capacity, dtype=torch.int32)
     native.run(
-        "sample_residual",
-        chosen,
-        *chosen.stride()[:2],
-        num_chosen,
-        page_table,
-        page_table.stride(0),
-        context_lens,
-        num_samples,
-        random_key,
-        block_tokens,
-        page_size,
-        layer,
-        first_kv_head,
-        draw,
-        batch,
-        heads,
-        capacity,
-        slots,
-    )
+        "sample_residual", chosen, *chosen.stride()[:2], num_chosen, page_table, page_table.stride(0), context_lens,
+        num_samples, random_key, block_tokens, page_size, layer, first_kv_head, draw, batch, heads, capacity, slots
+    )  # fmt: skip
     return slots

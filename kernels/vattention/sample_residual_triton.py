@@ -142,27 +142,10 @@ def sample_residual_triton(
     if slots.numel() == 0:
         return slots
     _sample_residual_kernel[(triton.cdiv(capacity, _BLOCK_SAMPLES), batch * heads)](
-        chosen,
-        num_chosen,
-        page_table,
-        context_lens,
-        num_samples,
-        random_key,
-        slots,
-        heads,
-        *chosen.stride()[:2],
-        *num_chosen.stride(),
-        page_table.stride(0),
-        *num_samples.stride(),
-        *random_key.stride(),
-        SAMPLE_RESIDUAL | draw << 4 | layer << 8,
-        first_kv_head,
-        capacity,
-        BLOCK_TOKENS=block_tokens,
-        PAGE_SIZE=page_size,
-        MIN_BITS=MIN_WIDTH,
-        BLOCK=_BLOCK_SAMPLES,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+        chosen, num_chosen, page_table, context_lens, num_samples, random_key, slots, heads, *chosen.stride()[:2],
+        *num_chosen.stride(), page_table.stride(0), *num_samples.stride(), *random_key.stride(),
+        SAMPLE_RESIDUAL | draw << 4 | layer << 8, first_kv_head, capacity,
+        BLOCK_TOKENS=block_tokens, PAGE_SIZE=page_size, MIN_BITS=MIN_WIDTH, BLOCK=_BLOCK_SAMPLES, num_warps=4,
+        enable_fp_fusion=False
+    )  # fmt: skip
     return slots
