@@ -94,7 +94,8 @@ def _separator(template: str, special_tokens: tuple[tuple[str, str], ...]) -> st
     """Return the separator that joins text parts into one string; None if the template accepts only lists of parts.
 
     Determined by rendering probes, because a template may access parts in many ways (loops, filters, macros, `content[0]`).
-    A template that concatenates parts without a separator gets ""; others that accept strings get vLLM's separator, a newline.
+    A template that accepts both forms gets a string, joined with "" if the template itself concatenates parts without a
+    separator. All others get vLLM's separator, a newline.
     """
 
     def rendered(roles: Sequence[str], content: Any) -> str:
