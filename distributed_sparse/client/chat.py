@@ -23,9 +23,8 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages[{i}]={shown(message)} must be a mapping with 'role' and 'content'")
-        copy = {
-            key: value for key, value in message.items() if value is not None
-        }  # templates test whether a key exists, not its value
+        # Drop None values: templates test whether a key exists, not its value.
+        copy = {key: value for key, value in message.items() if value is not None}
         content = copy.pop("content", None)
         if content is not None:
             copy["content"] = _checked_content(content, f"messages[{i}]")

@@ -152,8 +152,8 @@ def apply_chat(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Mapping[
     Args:
         tokenizer: must have a chat template, unless `template_args` has one.
         messages: `{"role": str, "content": ...}` in order, oldest first. Content is a str or a list of text parts,
-            `{"type": "text", "text": str}`; converted to the form that the
-            template accepts. It may be None in a message with tool calls.
+            `{"type": "text", "text": str}`; converted to the form that the template accepts. None is allowed in a
+            message with tool calls.
         template_args: `add_generation_prompt` (default True: end with the header of the assistant's reply),
             `continue_final_message` (leave the last message open so that the model continues it), `chat_template` (a
             template, or the name of one of the tokenizer's), `chat_template_kwargs`, and the template's own variables,

@@ -1,4 +1,4 @@
-"""Generate text with a configured engine: one prompt to the terminal, or a JSONL file to another.
+"""Generate text with a configured engine: from one prompt to the terminal, or from a JSONL file of prompts to another.
 
     python -m launch.generate --config configs/demo.yaml --prompt "Once upon a time"
     python -m launch.generate --config configs/demo.yaml --prompts-file in.jsonl --output out.jsonl
@@ -94,11 +94,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, "generate", prog)
     parser.add_argument("--config", required=True, metavar="YAML", help="run config: engine keys and a `sampling` section")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a config key, such as sparse.token_budget=1024",
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, such as sparse.token_budget=1024"
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="one prompt; without --output its text is streamed to the terminal")
