@@ -60,7 +60,7 @@ def default_sampling_params(checkpoint: Path) -> SamplingParams:
     ]
     if ignored:
         logger.warning(
-            "%s: %s is not applied; only %s are supported. Pass SamplingParams to override the defaults (temperature=0 is greedy).",
+            "%s: %s is not applied; only %s are supported. Give SamplingParams to override the file (temperature=0 is greedy).",
             file, ", ".join(ignored), ", ".join(_TAKEN),
         )  # fmt: skip
     try:
