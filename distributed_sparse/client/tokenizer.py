@@ -142,7 +142,9 @@ def find_chat_template(tokenizer: "PreTrainedTokenizerFast", template_args: Mapp
     given = template_args.get("chat_template")
     template = tokenizer.get_chat_template(given, template_args.get("tools"))
     if template == given and "{" not in template:
-        raise ValueError(f"chat_template={shown(given)} is neither a Jinja template nor a template name of this tokenizer")
+        raise ValueError(
+            f"chat_template={shown(given)} is neither a Jinja template nor the name of one of this tokenizer's templates"
+        )
     return template
 
 
