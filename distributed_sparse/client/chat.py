@@ -1,4 +1,4 @@
-"""The content of chat messages: text, or text parts, in the form that the chat template takes."""
+"""chat: check chat messages and render them, with content in the form (str or text parts) that the chat template accepts."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -7,15 +7,15 @@ from typing import Any
 from distributed_sparse.utils.validation import shown
 
 PROBE = ("4711036258", "8520147396")  # digits: no template changes their case
-PROBE_ROLES = (("user",), ("system", "user"), ("user", "assistant", "user"))  # a template may ask for one of these orders
+PROBE_ROLES = (("user",), ("system", "user"), ("user", "assistant", "user"))  # a template may require one of these orders
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
-    """Copies of a conversation's messages: `content` is a str, a list of texts, or absent.
+    """Return checked copies of the messages; `content` is a str, a list of texts, or absent.
 
     Raises:
-        ValueError: no list of messages, a message without role or content, or content that is not text; names it.
+        ValueError: not a list of messages, a message without role or content, or content that is not text; names the message.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(f"messages={shown(messages)} must be a non-empty list of {{'role': ..., 'content': ...}}")
@@ -23,7 +23,8 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages[{i}]={shown(message)} must be a mapping with 'role' and 'content'")
-        copy = {key: value for key, value in message.items() if value is not None}  # templates test for the key alone
+        # Drop None values: templates test whether a key exists, not its value.
+        copy = {key: value for key, value in message.items() if value is not None}
         content = copy.pop("content", None)
         if content is not None:
             copy["content"] = _checked_content(content, f"messages[{i}]")
@@ -45,7 +46,7 @@ def _checked_content(content: Any, where: str) -> str | list[str]:
         if not isinstance(text, str):
             raise ValueError(
                 f"{where}: content part {shown(part)} of type {kind!r} is not supported; "
-                "the model reads text alone, give {'type': 'text', 'text': ...}"
+                "only text is supported; give {'type': 'text', 'text': ...}"
             )
         texts.append(text)
     return texts
@@ -54,7 +55,7 @@ def _checked_content(content: Any, where: str) -> str | list[str]:
 def render_conversation(
     template: str, messages: Sequence[dict[str, Any]], special_tokens: Mapping[str, str], **options: Any
 ) -> str:
-    """The text of messages from `checked_messages` in a chat template. Raises whatever the template raises."""
+    """Render messages from `checked_messages` with a chat template. Raises whatever the template raises."""
     separator = _separator(template, tuple(special_tokens.items()))
 
     def converted(content: str | list[str]) -> Any:
@@ -68,8 +69,11 @@ def render_conversation(
 
 
 def _render_without_content(template: str, messages: list[dict[str, Any]], empty: Any, *args: Any, **options: Any) -> str:
-    """Messages of which some have no content. Templates test for None, for a missing key, or add the content to a string:
-    None goes first, since `content is none` may choose between tool calls and text, but not where its name is printed."""
+    """Render messages, some of which have no content, with content None, absent, or empty.
+
+    Templates test for None, test for the key, or concatenate the content. None is tried first, because `content is none` may
+    choose between tool calls and text; the rendering with the fewest occurrences of the text "None" is returned.
+    """
     texts: list[str] = []
     for default in ({"content": None}, {}, {"content": empty}):
         try:
@@ -86,16 +90,17 @@ def _render_without_content(template: str, messages: list[dict[str, Any]], empty
 
 @lru_cache(maxsize=32)
 def _separator(template: str, special_tokens: tuple[tuple[str, str], ...]) -> str | None:
-    """What joins text parts into the string that a template takes; None: it takes no strings, only lists of parts.
+    """Return the separator that joins text parts into one string; None if the template accepts only lists of parts.
 
-    Found by rendering, since a template may reach the parts in many ways (loops, filters, macros, `content[0]`). A template
-    that takes both gets a string, joined as the template itself joins parts. Others get vLLM's separator, a newline.
+    Determined by rendering probes, because a template may access parts in many ways (loops, filters, macros, `content[0]`).
+    A template that accepts both forms gets a string, joined with "" if the template itself concatenates parts without a
+    separator. All others get vLLM's separator, a newline.
     """
 
     def rendered(roles: Sequence[str], content: Any) -> str:
         try:
             return _render(template, [{"role": role, "content": content} for role in roles], dict(special_tokens))
-        except Exception:  # the template takes another form, or other roles
+        except Exception:  # the template requires another form or other roles
             return ""
 
     for roles in PROBE_ROLES:

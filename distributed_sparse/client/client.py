@@ -1,4 +1,4 @@
-"""Client: one LLM's connection to its Driver. Sends requests, and brings every update to the call that waits for it."""
+"""client: one LLM's connection to its Driver. Sends requests and routes each update to the call that submitted its request."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ POLL_S = 1.0
 
 
 class EngineError(RuntimeError):
-    """The engine has stopped, or was shut down, and with it every request."""
+    """The engine stopped or was shut down; all of its requests have ended."""
 
 
 class Updates:
-    """What one call waits for: the updates of its requests, put in by the receiver's thread.
+    """The queue of updates for one call's requests, filled by the receiver thread.
 
     Attributes:
-        on_put: called after each `put`, on that thread; how a coroutine is woken.
+        on_put: called on the receiver thread after each `put`; wakes a waiting coroutine.
     """
 
     def __init__(self) -> None:
@@ -36,22 +36,22 @@ class Updates:
         """Add an update."""
         self._queue.put(update)
         if self.on_put is not None:
-            with contextlib.suppress(RuntimeError):  # the event loop has been closed: nobody reads this any more
+            with contextlib.suppress(RuntimeError):  # the reader's event loop is closed
                 self.on_put()
 
     def get(self, block: bool = True, timeout: float | None = None) -> RequestUpdate:
-        """The next one.
+        """Return the next update.
 
         Raises:
-            queue.Empty: there is none and `block` is False, or none within `timeout` seconds.
-            RuntimeError: this is a forked child, in which nobody puts any.
+            queue.Empty: no update is queued and `block` is False, or none arrives within `timeout` seconds.
+            RuntimeError: called in a forked child, which has no receiver thread.
         """
         self._origin.check()
         return self._queue.get(block, timeout)
 
 
 class Service(Protocol):
-    """A Driver, in this process (`DriverService`) or behind a Ray actor."""
+    """Interface of a Driver in this process (`DriverService`) or behind a Ray actor."""
 
     def submit(self, client_id: str, requests: list[NewRequest]) -> None: ...
     def abort(self, client_id: str, request_ids: list[str]) -> None: ...
@@ -62,12 +62,12 @@ class Service(Protocol):
 
 
 class Client:
-    """Owns the thread that receives updates. Calls from several threads at once are fine.
+    """Connection to a Driver; owns the thread that receives updates. Thread-safe.
 
-    In a forked child every call raises RuntimeError, but for `close`, which does nothing.
+    In a forked child every method raises RuntimeError, except `close`, which does nothing.
 
     Attributes:
-        origin: the process that made it.
+        origin: the process that created the client.
     """
 
     def __init__(self, service: Service) -> None:
@@ -81,14 +81,16 @@ class Client:
         self._receiver.start()
 
     def submit(self, requests: list[NewRequest], updates: Updates | None = None) -> Updates:
-        """Send requests; all their updates arrive in the queue, each request's in order, its last one `finished`.
+        """Send requests and return the queue of their updates.
+
+        The updates of one request arrive in order; the last one has `finished` set.
 
         Args:
-            updates: the queue, where the caller has one already; None: a new one.
+            updates: an existing queue to use; None creates one.
 
         Raises:
-            ValueError: a request_id that is no text, occurs twice, or is running already; nothing is sent.
-            EngineError: the engine has gone.
+            ValueError: a request_id is not valid text, is duplicated, or is already running; nothing is sent.
+            EngineError: the engine has stopped.
         """
         self.origin.check()
         updates = Updates() if updates is None else updates
@@ -107,19 +109,19 @@ class Client:
         except BaseException:
             with self._lock:
                 for request in requests:
-                    self._waiting.pop(request.request_id, None)  # the receiver may have ended it already
+                    self._waiting.pop(request.request_id, None)  # the receiver may have removed it already
             raise
         return updates
 
     def abort(self, request_ids: list[str]) -> None:
-        """End requests; each still gets its last update. Unknown ids are ignored, and so is everything after `close`."""
+        """Abort requests; each still gets a final update. Ignores unknown ids, and does nothing after `close`."""
         self.origin.check()
         if not self._closed.is_set():
             with _as_engine_error():
                 self.service.abort(self._client_id, request_ids)
 
     def stats(self) -> dict[str, Any]:
-        """The engine's counters."""
+        """Return the engine's counters."""
         self.origin.check()
         with _as_engine_error():
             return self.service.stats()
@@ -130,7 +132,7 @@ class Client:
         return self.service.health()
 
     def close(self) -> None:
-        """Shut the service down and end what still waits. Idempotent; in a forked child it does nothing."""
+        """Shut the service down and end all running requests. Idempotent; does nothing in a forked child."""
         if not self.origin.is_here:
             return
         if not self._closed.is_set():
@@ -146,7 +148,7 @@ class Client:
                 cursor, updates = received
                 for update in updates:
                     self._deliver(update)
-        except Exception as error:  # the Driver is gone
+        except Exception as error:  # the Driver died
             reason = f"the engine has stopped: {error}"
         with self._lock:
             left = list(self._waiting)
@@ -162,7 +164,7 @@ class Client:
 
 @contextlib.contextmanager
 def _as_engine_error() -> Iterator[None]:
-    """What a service raises when it has gone (`ShardFailure`, or a RuntimeError after its end), as the public error."""
+    """Convert the RuntimeErrors of a stopped service (`ShardFailure` included) to EngineError."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""generation_defaults: the sampling parameters that a checkpoint's generation_config.json suggests."""
+"""generation_defaults: read default sampling parameters from a checkpoint's generation_config.json."""
 
 import json
 import logging
@@ -29,18 +29,20 @@ _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
         (),
     ),
 }  # fmt: skip
-"""Key of transformers' GenerationConfig that changes which tokens are generated, and is not applied -> its neutral values."""
+"""Unsupported key of transformers' GenerationConfig that changes which tokens are generated -> its neutral values."""
 
 
 def default_sampling_params(checkpoint: Path) -> SamplingParams:
-    """What `LLM.generate` takes where it is given no parameters, as in vLLM: temperature, top_k, top_p, min_p and
-    max_new_tokens of generation_config.json. Other keys that would change the output are named in a warning.
+    """Return the SamplingParams that `LLM.generate` uses when none are given, as in vLLM.
+
+    Reads temperature, top_k, top_p, min_p and max_new_tokens from generation_config.json. Logs a warning that names other
+    keys that would change the output.
 
     Args:
         checkpoint: the model's local folder.
 
     Raises:
-        ValueError: generation_config.json is malformed, or has a value that is not valid; names file, key, value.
+        ValueError: generation_config.json is malformed or has an invalid value; names the file, key and value.
     """
     file = checkpoint / "generation_config.json"
     if not file.is_file():
@@ -48,9 +50,9 @@ def default_sampling_params(checkpoint: Path) -> SamplingParams:
     try:
         given = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}; mend it, or give SamplingParams") from error
+        raise ValueError(f"{file} is not valid JSON: {error}; fix it, or give SamplingParams") from error
     if not isinstance(given, dict):
-        raise ValueError(f"{file} holds {shown(given)}, not an object; mend it, or give SamplingParams")
+        raise ValueError(f"{file} holds {shown(given)}, not an object; fix it, or give SamplingParams")
     ignored = [
         f"{name}={shown(given[name])}"
         for name, neutral in _NOT_APPLIED.items()
@@ -58,7 +60,7 @@ def default_sampling_params(checkpoint: Path) -> SamplingParams:
     ]
     if ignored:
         logger.warning(
-            "%s: %s is not applied: only %s are. Give SamplingParams to choose others (temperature=0 is greedy).",
+            "%s: %s is not applied; only %s are supported. Give SamplingParams to override the file (temperature=0 is greedy).",
             file, ", ".join(ignored), ", ".join(_TAKEN),
         )  # fmt: skip
     try:

@@ -1,4 +1,4 @@
-"""output_builder: builds a request's RequestOutput from the Driver's updates."""
+"""output_builder: build a request's RequestOutput from the Driver's updates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DecodeToken = Callable[[int], str]
 
 
 class OutputBuilder:
-    """Builds one RequestOutput. `decode_token` returns a token's text for its Logprob; None without a tokenizer."""
+    """Build one RequestOutput. `decode_token` returns a token's text for its Logprob; it is None without a tokenizer."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class OutputBuilder:
         self._failure: str | None = None
 
     def add(self, update: RequestUpdate) -> None:
-        """Add one update. If that raises (a tokenizer may), the output ends with that error."""
+        """Add one update. If that raises (a tokenizer may), the final output has that error."""
         if self._failure is None:
             try:
                 self._add(update)
@@ -103,7 +103,7 @@ class OutputBuilder:
             raise (ValueError if self.error_kind == "invalid" else EngineError)(self.output.error)
 
     def snapshot(self) -> RequestOutput:
-        """Return a copy of the output, which later updates do not change."""
+        """Return a copy of the output that later updates do not change."""
         shown = copy.copy(self.output)
         shown.prompt_logprobs = copy.copy(shown.prompt_logprobs)
         shown.outputs = [copy.copy(completion) for completion in self.output.outputs]

@@ -1,4 +1,4 @@
-"""prompts: the forms that a prompt may have. Text, token ids, or one of vLLM's two dicts."""
+"""prompts: parse the accepted prompt forms (text, token ids, vLLM's TextPrompt and TokensPrompt dicts)."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -9,7 +9,7 @@ from distributed_sparse.utils.vllm_names import PROMPT, drop_neutral
 
 
 class TextPrompt(TypedDict):
-    """A prompt as text, which the tokenizer encodes."""
+    """A prompt as text, encoded by the tokenizer."""
 
     prompt: str
 
@@ -19,7 +19,7 @@ class _TokenIds(TypedDict):
 
 
 class TokensPrompt(_TokenIds, total=False):
-    """A prompt as token ids. `prompt` is the text that they stand for: it is not read, and comes back in the output."""
+    """A prompt as token ids. `prompt` is their text; it is not encoded, only copied to the output."""
 
     prompt: str
 
@@ -28,10 +28,10 @@ Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
 
 
 def parse_prompt(prompt: Any) -> tuple[str | None, list[Any] | None]:
-    """(text, token ids) of a prompt, None for what it does not have; the ids are not checked yet.
+    """Return (text, token ids) of a prompt, None for an absent one. Does not check the ids.
 
     Raises:
-        ValueError: it has none of the forms; a key of vLLM's that is not supported is named.
+        ValueError: the prompt has none of the forms, or has an unsupported vLLM key (named in the message).
     """
     if isinstance(prompt, str):
         return prompt, None
@@ -53,10 +53,10 @@ def parse_prompt(prompt: Any) -> tuple[str | None, list[Any] | None]:
 
 
 def is_single_prompt(prompts: Any) -> bool:
-    """Whether that is one prompt, and not a list of prompts.
+    """Return whether `prompts` is one prompt rather than a list of prompts.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `prompts` is neither.
     """
     if isinstance(prompts, str | Mapping):
         return True

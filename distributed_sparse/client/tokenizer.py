@@ -1,4 +1,4 @@
-"""The client's tokenizer: text and chat messages to token ids. Back to text is `driver/detokenizer.py`."""
+"""tokenizer: encode text and chat messages to token ids. `driver/detokenizer.py` decodes them."""
 
 import json
 import os
@@ -19,18 +19,18 @@ _DOWNLOADED = ("config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "
 
 TOKENIZER_ARGS = ("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
                   "return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs")  # fmt: skip
-"""Arguments of transformers' `apply_chat_template` that have no effect on a prompt here."""
+"""Arguments of transformers' `apply_chat_template` that are rejected because they would have no effect here."""
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerFast | None":
-    """The tokenizer of a checkpoint, or None when the checkpoint has no tokenizer files.
+    """Load the tokenizer of a checkpoint; None if the checkpoint has no tokenizer files.
 
     Args:
-        path: local folder or hub id (only the tokenizer's files are fetched).
+        path: local folder or hub id (only tokenizer files and config.json are downloaded).
 
     Raises:
-        ValueError: when there is neither such a folder nor such a hub repository, when its files cannot be read, or when
-            it has no fast implementation (streaming needs one).
+        ValueError: the folder or hub repository does not exist, its files cannot be read, or the tokenizer has no fast
+            implementation (streaming needs one).
     """
     from transformers import AutoTokenizer
 
@@ -42,7 +42,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast | None":
         if (folder / "tokenizer.json").is_file():
             return _load_tokenizer_json(folder)
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain Exception
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise ValueError(
             f"tokenizer={path!r}: its files cannot be read ({error}); give a folder with tokenizer.json"
         ) from error
@@ -52,9 +52,10 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast | None":
 
 
 def _load_tokenizer_json(folder: Path) -> "PreTrainedTokenizerFast":
-    """tokenizer.json as it stands, with the special tokens' names and the chat template of the other files.
+    """Load tokenizer.json unchanged; special token names and the chat template come from the other files.
 
-    AutoTokenizer would rebuild normalizer, pre-tokenizer and decoder from `tokenizer_class` and drop those of tokenizer.json.
+    AutoTokenizer would rebuild the normalizer, pre-tokenizer and decoder from `tokenizer_class` and drop those in
+    tokenizer.json.
     """
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -62,7 +63,7 @@ def _load_tokenizer_json(folder: Path) -> "PreTrainedTokenizerFast":
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.no_truncation()
     backend.no_padding()
-    # transformers gets an empty backend: it would add tokens to it that tokenizer.json does not have, and change others.
+    # Pass an empty backend: transformers would add tokens that are not in tokenizer.json, and change others.
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), tokenizer_object=Tokenizer(models.BPE()))
     _add_declared_tokens(backend, tokenizer)
     tokenizer._tokenizer = backend
@@ -73,10 +74,10 @@ def _load_tokenizer_json(folder: Path) -> "PreTrainedTokenizerFast":
 
 
 def _add_declared_tokens(backend: "Tokenizer", tokenizer: Any) -> None:
-    """Add what only tokenizer_config.json, special_tokens_map.json or added_tokens.json declare, where its id is certain.
+    """Add tokens that only tokenizer_config.json, special_tokens_map.json or added_tokens.json declare, if their id is certain.
 
-    An added token needs the id that it is declared with, a special token one in the vocabulary. A special token without an id
-    loses its name: it would become an id that the model does not have, or the unknown token's.
+    An added token must keep its declared id; a special token must be in the vocabulary. The name of a special token without
+    an id is set to None: it would otherwise map to an id that the model does not have, or to the unknown token.
     """
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for token_id, token in sorted(tokenizer.init_kwargs["added_tokens_decoder"].items()):
@@ -93,7 +94,7 @@ def _add_declared_tokens(backend: "Tokenizer", tokenizer: Any) -> None:
 
 
 def _next_id(backend: "Tokenizer") -> int:
-    """The id that a new token would get."""
+    """Return the id that the next added token would get."""
     return max(backend.get_vocab().values(), default=-1) + 1
 
 
@@ -108,28 +109,28 @@ def _download(hub_id: str) -> Path:
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerFast", text: str, add_special_tokens: bool = True) -> list[int]:
-    """Token ids of a prompt, with the special tokens (BOS) that the tokenizer adds by itself; never truncated."""
+    """Encode a prompt without truncation; `add_special_tokens` adds the tokenizer's own special tokens (BOS)."""
     if not isinstance(text, str):
         raise ValueError(f"prompt={shown(text)} must be a str or a list of token ids")
     try:
         encoded = tokenizer(text, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
-    except TypeError as error:  # what the tokenizers library says of a lone surrogate
+    except TypeError as error:  # raised by the tokenizers library for a lone surrogate
         raise ValueError(f"prompt={shown(text)} cannot be encoded; is it valid Unicode? ({error})") from error
     return list(encoded["input_ids"])
 
 
 def doubled_bos(tokenizer: "PreTrainedTokenizerFast", token_ids: Sequence[int]) -> str | None:
-    """The token that begins an encoded prompt twice, since the text has it and the tokenizer adds it; None: no such token."""
+    """Return the BOS token if the prompt starts with it twice (in the text, and added by the tokenizer); otherwise None."""
     if len(token_ids) < 2 or token_ids[0] != token_ids[1] or token_ids[:1] != encode_prompt(tokenizer, "")[:1]:
         return None
     return str(tokenizer.convert_ids_to_tokens(token_ids[0]))
 
 
 def find_chat_template(tokenizer: "PreTrainedTokenizerFast", template_args: Mapping[str, Any]) -> str:
-    """The chat template that a call of `apply_chat` with these arguments takes.
+    """Return the chat template that `apply_chat` uses with these arguments.
 
     Raises:
-        ValueError: there is none, or an argument has no effect here.
+        ValueError: there is no template, or an argument would have no effect here.
     """
     for name in TOKENIZER_ARGS:
         if name in template_args:
@@ -141,25 +142,27 @@ def find_chat_template(tokenizer: "PreTrainedTokenizerFast", template_args: Mapp
     given = template_args.get("chat_template")
     template = tokenizer.get_chat_template(given, template_args.get("tools"))
     if template == given and "{" not in template:
-        raise ValueError(f"chat_template={shown(given)} is neither a Jinja template nor the name of one of this tokenizer's")
+        raise ValueError(
+            f"chat_template={shown(given)} is neither a Jinja template nor the name of one of this tokenizer's templates"
+        )
     return template
 
 
 def apply_chat(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Mapping[str, Any]], **template_args: Any) -> list[int]:
-    """Token ids of a conversation in the tokenizer's chat template, which writes BOS itself: none is added to it.
+    """Render a conversation with the chat template and encode it. The template writes BOS, so encoding adds no special tokens.
 
     Args:
-        tokenizer: one that has a chat template.
+        tokenizer: must have a chat template, unless `template_args` has one.
         messages: `{"role": str, "content": ...}` in order, oldest first. Content is a str or a list of text parts,
-            `{"type": "text", "text": str}`, whichever of the two the template takes; None in a message with tool calls.
-        template_args: `add_generation_prompt` (True: end with the header of the assistant's answer),
-            `continue_final_message` (leave the last message open, for the model to go on with it), `chat_template` (the
-            name of one of several, or a template), `chat_template_kwargs`, and what the template understands besides,
+            `{"type": "text", "text": str}`; converted to the form that the template accepts. None is allowed in a
+            message with tool calls.
+        template_args: `add_generation_prompt` (default True: end with the header of the assistant's reply),
+            `continue_final_message` (leave the last message open so that the model continues it), `chat_template` (a
+            template, or the name of one of the tokenizer's), `chat_template_kwargs`, and the template's own variables,
             such as `tools` or `enable_thinking`.
 
     Raises:
-        ValueError: without a template, for malformed messages or content that is not text, or when the template itself
-            refuses them.
+        ValueError: there is no template, messages are malformed, content is not text, or the template raises an error.
     """
     template = find_chat_template(tokenizer, template_args)
     conversation = checked_messages(messages)
@@ -168,11 +171,11 @@ def apply_chat(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Mapping[
     try:
         options |= options.pop("chat_template_kwargs", None) or {}
         text = render_conversation(template, conversation, tokenizer.special_tokens_map, **options)
-    except Exception as error:  # a template is a program of the checkpoint: it may fail in any way
-        raise ValueError(f"messages: the chat template refuses them: {error}") from error
+    except Exception as error:  # a template is code from the checkpoint and may raise anything
+        raise ValueError(f"messages: the chat template rejects them: {error}") from error
     return encode_prompt(tokenizer, text, add_special_tokens=False)
 
 
 def tokenizer_json(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """The tokenizer as `tokenizer.json` text, for a Detokenizer in a process without transformers."""
+    """Serialize the tokenizer as `tokenizer.json` text, for a Detokenizer in a process without transformers."""
     return tokenizer.backend_tokenizer.to_str()

@@ -1,11 +1,11 @@
-"""Generate text with a configured engine: one prompt to the terminal, or rows of a JSONL file to rows of another.
+"""Generate text with a configured engine: from one prompt to the terminal, or from a JSONL file of prompts to another.
 
     python -m launch.generate --config configs/demo.yaml --prompt "Once upon a time"
     python -m launch.generate --config configs/demo.yaml --prompts-file in.jsonl --output out.jsonl
 
-A row in: {"prompt": str or list of token ids} or {"messages": [{"role", "content"}, ...]}, and optionally "id" and
-"sampling_params". A row out has the same "id" (else its line's number) and "outputs", or "error": a bad row stops no other,
-and the exit code is 1.
+Input row: {"prompt": str or list of token ids} or {"messages": [{"role", "content"}, ...]}, and optionally "id" and
+"sampling_params". Output row: the same "id" (default: the line number) and "outputs", or "error". A bad row does not stop the
+others, but the exit code is 1.
 """
 
 import argparse
@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.generate") -> int:
-    """Run the command line; the process's exit code: 0 done, 1 the prompt or some rows failed or could not be written, 2 bad
-    usage, 130 interrupted.
+    """Run the command line and return the exit code.
+
+    0: done; 1: the prompt or some rows failed or could not be written; 2: bad usage; 130: interrupted.
     """
     args = _parser(prog).parse_args(argv)
-    if sys.stderr is None:  # closed (2>&-): what print writes for it would go to stdout, among the rows
+    if sys.stderr is None:  # closed (2>&-): print(file=None) would write to stdout, between the rows
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         config, params = load_run_config(args.config, args.set)
@@ -65,22 +66,22 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.genera
 
 
 class OutputFailed(Exception):
-    """The file or stdout takes no more: a full disk, or a reader that has left."""
+    """Writing to the file or stdout failed, for example on a full disk or a closed pipe."""
 
     def __init__(self, error: OSError, what_is_there: str) -> None:
         super().__init__(f"the output cannot be written: {error.strerror or error}; {what_is_there}")
 
 
 def _open_output(path: str | None, source: str | None) -> AbstractContextManager[RawIOBase]:
-    """Where rows go, unbuffered: a file, emptied, or stdout."""
+    """Open the output unbuffered: a truncated file, or stdout."""
     if path is None:
         if sys.stdout is None:
             raise ValueError("standard output is closed; give --output")
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # of text that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # for text that the terminal cannot encode
         buffer = sys.stdout.buffer
         return nullcontext(cast(RawIOBase, getattr(buffer, "raw", buffer)))
     if source is not None and os.path.exists(path) and os.path.samefile(path, source):
-        raise ValueError(f"--output {path} is the file of the prompts, which it would replace; choose another")
+        raise ValueError(f"--output {path} is also --prompts-file and would be overwritten; choose another path")
     return open(path, "wb", buffering=0)
 
 
@@ -91,23 +92,23 @@ def _complain(message: str) -> None:
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = command_parser(__doc__, "generate", prog)
-    parser.add_argument("--config", required=True, metavar="YAML", help="the run: engine keys and a `sampling` section")
+    parser.add_argument("--config", required=True, metavar="YAML", help="run config: engine keys and a `sampling` section")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, such as sparse.token_budget=1024"
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="one prompt; without --output its text is streamed to the terminal")
     source.add_argument("--prompts-file", metavar="JSONL", help="one row per prompt")
-    parser.add_argument("--output", metavar="JSONL", help="where rows go (default: the terminal)")
-    parser.add_argument("--chat", action="store_true", help="put text prompts into the model's chat template")
-    sampling = parser.add_argument_group("sampling", "override the YAML's `sampling` section; a row's own values win over both")
+    parser.add_argument("--output", metavar="JSONL", help="file for the output rows (default: stdout)")
+    parser.add_argument("--chat", action="store_true", help="apply the model's chat template to text prompts")
+    sampling = parser.add_argument_group("sampling", "override the YAML's `sampling` section; a row's own values override both")
     for name, kind in (
         ("n", int), ("temperature", float), ("top-p", float), ("top-k", int), ("min-p", float), ("max-tokens", int),
         ("min-tokens", int), ("seed", int), ("logprobs", int),
     ):  # fmt: skip
         sampling.add_argument(f"--{name}", type=kind, metavar=name.replace("-", "_").upper())
-    sampling.add_argument("--stop", action="append", metavar="STRING", help="end at this string (may be given again)")
-    sampling.add_argument("--ignore-eos", action="store_true", default=None, help="go on past end of sequence")
+    sampling.add_argument("--stop", action="append", metavar="STRING", help="stop at this string (repeatable)")
+    sampling.add_argument("--ignore-eos", action="store_true", default=None, help="continue past the end-of-sequence token")
     return parser
 
 
@@ -131,7 +132,7 @@ def _generate(config: EngineConfig, rows: list[Row], out: RawIOBase, streaming: 
 
 
 def _stream_one(llm: "LLM", row: Row) -> int:
-    """Print the one prompt's text as it comes; several completions (`n`) are printed one after the other at the end."""
+    """Stream one prompt's text to the terminal; several completions (n > 1) are printed at the end instead."""
     printed, last, error = 0, None, None
     try:
         for last in _submit(llm, row):
@@ -156,13 +157,13 @@ def _show(text: str) -> None:
     try:
         print(text, end="", flush=True)
     except OSError as error:
-        with contextlib.suppress(OSError):  # what Python flushes at its exit must not fail again
+        with contextlib.suppress(OSError):  # so that the flush at interpreter exit does not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputFailed(error, "the text is not complete") from error
 
 
 def _write_rows(llm: "LLM", rows: list[Row], out: RawIOBase, window: int) -> int:
-    """Generate all rows, at most `window` of them submitted at a time, and write each, in order, as soon as it is finished."""
+    """Generate all rows, at most `window` submitted at a time, and write them in order as they finish."""
     written = failed = 0
     submitted: deque[tuple[Row, Stream | None]] = deque()
     to_come = iter(rows)
@@ -186,12 +187,12 @@ def _write_rows(llm: "LLM", rows: list[Row], out: RawIOBase, window: int) -> int
 
 
 def _reason(error: Exception) -> str:
-    """What a user reads of an error: its text alone, where it is one that is raised for users."""
+    """Return the message of an error, with its type unless it is a ValueError or RuntimeError."""
     return str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
 
 
 def _submit(llm: "LLM", row: Row) -> "Stream":
-    """Hand a row to the engine. Raises ValueError when the row, or the engine's view of it, is wrong."""
+    """Submit a row to the engine. Raises ValueError if the row is bad or the engine rejects it."""
     if row.error is not None:
         raise ValueError(row.error)
     prompt = row.prompt
@@ -206,13 +207,13 @@ def _submit(llm: "LLM", row: Row) -> "Stream":
 def _submit_or_note(llm: "LLM", row: Row) -> "Stream | None":
     try:
         return _submit(llm, row)
-    except Exception as error:  # whatever is wrong with this row must not lose the others
+    except Exception as error:  # a bad row must not stop the others
         row.error = _reason(error)
         return None
 
 
 def _finished(row: Row, stream: "Stream | None") -> tuple[Row, RequestOutput | None]:
-    """A row with its output, once there is no more to come."""
+    """Wait until a row is finished and return it with its final output."""
     output = None
     try:
         for step in stream or ():

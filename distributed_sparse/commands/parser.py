@@ -1,4 +1,4 @@
-"""parser: the ArgumentParser of a command, whose help is its module's docstring."""
+"""parser: build a command's ArgumentParser, with help text from its module docstring."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 
 
 def command_parser(docstring: str | None, command: str, prog: str, more: str = "") -> argparse.ArgumentParser:
-    """A parser without options; the docstring's first paragraph is the description, the rest and `more` are the epilog.
+    """Return a parser without options. The docstring's first paragraph is the description; the rest and `more` are the epilog.
 
     Args:
-        docstring: says `python -m launch.COMMAND` where the help says `prog`.
+        docstring: the module docstring; `python -m launch.COMMAND` in it is replaced by `prog`.
         prog: how the user called the command.
     """
     summary, _, details = (docstring or "").replace(f"python -m launch.{command}", prog).partition("\n\n")

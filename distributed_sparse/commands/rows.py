@@ -1,4 +1,4 @@
-"""rows: the JSONL that `generate` reads and writes. A bad row becomes a row with an error; every line written is valid JSON."""
+"""rows: read and write the JSONL of `generate`. A bad row becomes a Row with an error; each written line is valid JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROW_KEYS = ("id", "prompt", "messages", "sampling_params")
 
 @dataclass
 class Row:
-    """One row of the input: a prompt or messages with its sampling parameters, or what went wrong with it."""
+    """One row of the input: a prompt or messages with its sampling parameters, or an error."""
 
     id: Any
     prompt: str | list[int] | None = None
@@ -31,13 +31,13 @@ class Row:
 
 
 def read_file(path: str, params: SamplingParams, chat: bool) -> list[Row]:
-    """The rows of a JSONL file in UTF-8, with or without a byte order mark. Raises OSError if it cannot be read."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:  # bytes that are no UTF-8 become surrogates
+    """Read the rows of a UTF-8 JSONL file, with or without a byte order mark. Raises OSError if it cannot be read."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:  # invalid UTF-8 becomes surrogates
         return list(read_rows(lines, params, chat))
 
 
 def read_rows(lines: Iterable[str], params: SamplingParams, chat: bool) -> Iterator[Row]:
-    """The rows of a JSONL file; a line that is no valid row becomes a Row with an error. Empty lines are left out."""
+    """Parse JSONL lines; an invalid line becomes a Row with an error. Empty lines are skipped."""
     for number, line in enumerate(lines, start=1):
         line = line.strip().lstrip("\ufeff")
         if not line:
@@ -46,7 +46,7 @@ def read_rows(lines: Iterable[str], params: SamplingParams, chat: bool) -> Itera
             line.encode()
             given = json.loads(line)
         except UnicodeEncodeError:
-            yield Row(number, error=f"line {number} is not UTF-8; save the file in that encoding")
+            yield Row(number, error=f"line {number} is not UTF-8; save the file as UTF-8")
         except (ValueError, RecursionError) as error:
             yield Row(number, error=f"line {number} is not JSON: {error}")
         else:
@@ -54,7 +54,7 @@ def read_rows(lines: Iterable[str], params: SamplingParams, chat: bool) -> Itera
 
 
 def make_row(given: Any, number: int, params: SamplingParams, chat: bool) -> Row:
-    """One parsed row; `number` is its line, the id of a row without one, and `params` are its defaults."""
+    """Check a parsed row. `number` is its line and its default id; `params` are its default sampling parameters."""
     if not isinstance(given, dict):
         return Row(number, error=f"line {number}: {shown(given)} is not an object; write {{'prompt': ...}}")
     row = Row(given.get("id", number), prompt=given.get("prompt"), messages=given.get("messages"))
@@ -80,7 +80,7 @@ def make_row(given: Any, number: int, params: SamplingParams, chat: bool) -> Row
 
 
 def _check_id(row_id: Any) -> None:
-    """Refuse what cannot be written back: NaN, an infinity (also as 1e999), or a list nested too deeply."""
+    """Reject an id that cannot be written back: NaN, an infinity (also as 1e999), or a list nested too deeply."""
     try:
         json.dumps(row_id, allow_nan=False)
     except (ValueError, RecursionError) as error:
@@ -88,7 +88,7 @@ def _check_id(row_id: Any) -> None:
 
 
 def row_out(row: Row, output: RequestOutput | None) -> dict[str, Any]:
-    """The row that is written for one that was read: its outputs and times, or its error with what came before it."""
+    """Return the output row of an input row: its outputs and times, or its error and the outputs before the error."""
     written: dict[str, Any] = {"id": row.id}
     error = row.error or (output.error if output is not None else None)
     if error is not None:
@@ -111,10 +111,10 @@ def row_out(row: Row, output: RequestOutput | None) -> dict[str, Any]:
 
 
 def json_line(row: dict[str, Any]) -> bytes:
-    """A row as one line of JSON in UTF-8. Numbers that JSON lacks (NaN, infinities) are null; lone surrogates are escaped."""
+    """Encode a row as one line of UTF-8 JSON. NaN and infinities become null; lone surrogates are escaped."""
     try:
         text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError):  # a trace's arrays, or numbers that JSON lacks
+    except (TypeError, ValueError):  # a trace's arrays, NaN or infinities
         row = plain(row, digits=None)
         text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     try:
@@ -124,10 +124,10 @@ def json_line(row: dict[str, Any]) -> bytes:
 
 
 def write_line(file: RawIOBase, line: bytes) -> None:
-    """Write a whole line. Where that fails (a full disk, Ctrl-C) the half that a file has got is cut off again.
+    """Write a whole line. If that fails (a full disk, Ctrl-C), truncate a file to remove the partial line.
 
     Args:
-        file: unbuffered, so that nothing is left for `close` to write.
+        file: must be unbuffered, so that `close` has nothing left to write.
 
     Raises:
         OSError: the line is not written.
@@ -136,11 +136,11 @@ def write_line(file: RawIOBase, line: bytes) -> None:
     try:
         while written < len(line):
             count = file.write(line[written:])
-            if count is None:  # a pipe that does not block, and is full
+            if count is None:  # a full non-blocking pipe
                 select.select([], [file], [])
             written += count or 0
     except BaseException:
-        with contextlib.suppress(OSError):  # of a pipe or a device
+        with contextlib.suppress(OSError):  # pipes and devices cannot be truncated
             if written and file.tell() == os.fstat(file.fileno()).st_size:
                 os.ftruncate(file.fileno(), file.tell() - written)
         raise

@@ -119,7 +119,7 @@ def test_keys_that_are_none_are_left_out_as_transformers_leaves_them_out() -> No
     [
         ([{"type": "image_url", "image_url": {"url": "x"}}], r"messages\[0\]: content part .* of type 'image_url' is not supp"),
         ([*parts("a"), {"type": "input_audio", "input_audio": {}}], "of type 'input_audio' is not supported"),
-        ([{"type": "nonsense", "text": "a"}], "of type 'nonsense' is not supported; the model reads text alone"),
+        ([{"type": "nonsense", "text": "a"}], "of type 'nonsense' is not supported; only text is supported"),
         ([{"text": "a"}], r"content part \{'text': 'a'\} of type None"),
         ([{"type": "text"}], "of type 'text' is not supported"),
         ([{"type": "text", "text": 3}], "of type 'text' is not supported"),

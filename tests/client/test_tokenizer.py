@@ -69,7 +69,7 @@ def test_without_a_template_a_conversation_is_refused() -> None:
 
 def test_what_the_template_itself_refuses_is_an_error_of_the_messages() -> None:
     tokenizer = byte_level_bos_tokenizer("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ValueError, match="messages: the chat template refuses them: roles must alternate"):
+    with pytest.raises(ValueError, match="messages: the chat template rejects them: roles must alternate"):
         apply_chat(tokenizer, MESSAGES)
 
 

@@ -365,7 +365,7 @@ def test_the_file_of_the_prompts_is_not_overwritten(
 ) -> None:
     rows = rows_file(tmp_path, {"prompt": "abc"})
     assert main(["--config", config_file(tmp_path), "--prompts-file", rows, "--output", rows]) == 2
-    assert "is the file of the prompts" in capsys.readouterr().err
+    assert "is also --prompts-file" in capsys.readouterr().err
     assert read_jsonl(Path(rows).read_text()) == [{"prompt": "abc"}]
 
 
