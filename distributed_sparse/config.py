@@ -60,7 +60,7 @@ class EngineConfig:
             whole cache.
         startup_timeout_s: seconds within which every rank must be ready.
         step_timeout_s: seconds within which the ranks must answer a step; None: max(5 s, 20 x the p99 of steps of that kind).
-        profile_interval: every how many decode steps one is profiled by part (`stats()["time_ms"]`). A profiled step
+        profile_interval: profile the parts of one decode step in this many (`stats()["time_ms"]`). A profiled step
             synchronizes with the device more often and runs without a CUDA graph. None: only steps that a request asks for.
         max_rebuilds: how many times failed shards are replaced within `rebuild_window_s`; one more failure ends the engine.
         rebuild_window_s: seconds after which a failure no longer counts towards `max_rebuilds`.

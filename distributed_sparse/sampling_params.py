@@ -57,8 +57,8 @@ class SamplingParams:
         logprobs: number of most likely tokens per output position whose log-probabilities are returned, in addition to the
             sampled token's; -1: the whole vocabulary.
         prompt_logprobs: the same per prompt position.
-        decode_last_prompt_tokens: number of last prompt tokens that go through sparse decode, one per step; less than the prompt
-            length.
+        decode_last_prompt_tokens: number of last prompt tokens that go through sparse decode, one per step; must be less
+            than the prompt length.
         trace_steps: the request's decode steps to trace, counted from 0, in an engine with trace=True; None: all.
         timeout_s: seconds from arrival after which the request fails; None: no limit.
 
