@@ -30,6 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="a command from the list below, followed by its options")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="a command listed below, followed by its options")
     command = parser.parse_args(given[:1]).command
     return importlib.import_module(f"distributed_sparse.commands.{command}").main(given[1:], f"distributed-sparse {command}")

@@ -28,7 +28,7 @@ class CompletionOutput:
         index: 0..n-1.
         text: the text so far, without special tokens; "" without a tokenizer.
         token_ids: the tokens so far, including the token that ended the output.
-        finish_reason: "stop" (end of sequence, stop token or stop string), "length", "abort", "error"; None while the completion runs.
+        finish_reason: "stop" (end of sequence, stop token or stop string), "length", "abort", "error"; None while running.
         stop_reason: the stop string or stop token id that ended the output; None for end of sequence and other reasons.
         logprobs: one dict per token, token id -> Logprob, which always contains the sampled token; None if not requested.
         cumulative_logprob: sum of the sampled tokens' log-probabilities; None if not requested.

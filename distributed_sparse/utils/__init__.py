@@ -1,1 +1,1 @@
-"""Helpers without an engine's state: argument checks, vLLM's parameter names, progress, processes, timing."""
+"""Stateless helpers: argument checks, vLLM's parameter names, progress, processes, timing."""

@@ -1,4 +1,7 @@
-"""vLLM's parameters that this engine lacks: a value that changes nothing is accepted, any other is refused with the remedy."""
+"""vllm_names: vLLM parameters that this engine does not support.
+
+A neutral value, which changes nothing, is accepted. Any other value is rejected with a remedy.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +12,12 @@ from typing import Any
 from distributed_sparse.utils.validation import shown
 
 ANY = object()
-"""Stands among the neutral values of a parameter that has no effect here, whatever its value."""
+"""Marks a parameter that has no effect here: every value is neutral."""
 
 
 @dataclass(frozen=True)
 class _SameAs:
-    """Neutral is the value of the engine's own parameter of this name."""
+    """Neutral value equal to the engine's own parameter `name`."""
 
     name: str
 
@@ -125,11 +128,11 @@ ENGINE: dict[str, tuple[Any, ...]] = {
         (
             # nothing is swapped; no limit below the vocabulary; steps are not logged; all-reduce is torch's
             "swap_space", "max_logprobs", "disable_log_stats", "disable_log_requests", "disable_custom_all_reduce",
-            # speed of vLLM's own parts
+            # tuning of vLLM's own components
             "max_seq_len_to_capture", "max_parallel_loading_workers", "disable_async_output_proc", "disable_cascade_attn",
             "ray_workers_use_nsight", "stream_interval", "use_v2_block_manager", "prefix_caching_hash_algo",
             "optimization_level", "performance_mode", "max_cudagraph_capture_size",
-            # details of features that are off: their switches are refused above
+            # details of unsupported features, whose switches are rejected above
             "max_loras", "max_lora_rank", "lora_dtype", "lora_extra_vocab_size", "fully_sharded_loras",
             "guided_decoding_backend", "structured_outputs_config", "reasoning_parser", "mm_processor_cache_gb",
             "data_parallel_backend", "master_addr", "master_port", "served_model_name",
@@ -157,20 +160,20 @@ PROMPT: dict[str, tuple[Any, ...]] = {
     "token_type_ids": ("remove it; models are decoder-only", None),
     "cache_salt": ("", ANY),  # no prefix is shared between requests
 }
-"""Key of vLLM's TextPrompt, TokensPrompt and their kin -> (remedy, neutral values...)."""
+"""Key of vLLM's TextPrompt, TokensPrompt and other prompt types -> (remedy, neutral values...)."""
 
 
 def drop_neutral(
     given: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]], own: Mapping[str, Any] | None = None, where: str = ""
 ) -> dict[str, Any]:
-    """`given` without the parameters of `table`, whose values must be neutral.
+    """Return `given` without the parameters in `table`, after checking that their values are neutral.
 
     Args:
-        own: the engine's own parameters, for those that must equal one of them (`best_of`: `n`).
-        where: what the error begins with.
+        own: the engine's own parameters, for parameters that must equal one of them (`best_of` must equal `n`).
+        where: prefix of the error message.
 
     Raises:
-        ValueError: a value that is not neutral; names the parameter, its value and the remedy.
+        ValueError: a value is not neutral; the message names the parameter, its value and the remedy.
     """
     for name in given:
         if name in table:
@@ -189,5 +192,5 @@ def _is_neutral(value: Any, neutral: Any, own: Mapping[str, Any]) -> bool:
         return value is neutral
     if isinstance(value, Enum):
         value = value.name
-    plain = isinstance(value, (Real, str, list, tuple, dict))  # an array's == gives an array
+    plain = isinstance(value, (Real, str, list, tuple, dict))  # comparing an array would return an array
     return plain and isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
