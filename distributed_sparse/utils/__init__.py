@@ -1,1 +1,1 @@
-"""Stateless helpers: argument checks, vLLM's parameter names, progress, processes, timing."""
+"""Helpers independent of the engine: argument checks, vLLM's parameter names, progress, processes, timing."""
