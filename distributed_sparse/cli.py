@@ -10,7 +10,7 @@ from distributed_sparse import __version__
 COMMANDS = {
     "generate": "complete a prompt, or the rows of a JSONL file",
     "evaluate": "compare sparse methods with dense attention on a task suite",
-    "plan": "estimate bytes read, memory and step times of an engine from its model's shape",
+    "plan": "compute bytes read, memory and expected times of an engine from its model's shape",
     "bench": "time kernels, a layer, decode, steps or serving",
     "scale": "time the engine over tensor parallel sizes, batches and contexts",
     "chaos": "run requests while shards, nodes and the Driver are killed",

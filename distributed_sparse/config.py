@@ -109,18 +109,18 @@ class EngineConfig:
         if self.tokenizer is not None:
             check_string("tokenizer", self.tokenizer, "give a folder or a hub id, or leave it out to take the model's")
         if self.prefill_store is not None:
-            check_string("prefill_store", self.prefill_store, "give a folder, or leave it out to keep nothing")
+            check_string("prefill_store", self.prefill_store, "give a folder, or leave it out to store nothing")
             put("prefill_store", os.path.abspath(os.path.expanduser(self.prefill_store)))
 
-        put_int("tensor_parallel_size", 1, "give the number of ranks that share the heads, 1 for no sharding")
+        put_int("tensor_parallel_size", 1, "give the number of ranks, 1 for no sharding")
         if self.max_model_len is not None:
             put_int("max_model_len", 2, "leave it out to take the checkpoint's limit")
-        put_int("max_num_seqs", 1, "give the number of sequences that may run at once")
-        put_int("max_num_batched_tokens", 1, "give the number of tokens that one step may hold")
+        put_int("max_num_seqs", 1, "give the maximum number of sequences that run at once")
+        put_int("max_num_batched_tokens", 1, "give the maximum number of tokens of one step")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: a step "
-                "could not hold one token of each running sequence; raise the first or lower the second"
+                "cannot hold one token of each running sequence; raise the first or lower the second"
             )
         utilization = check_float(
             "gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, low_excluded=True, remedy="0.9 is usual"
@@ -159,11 +159,11 @@ class EngineConfig:
             "startup_timeout_s", check_float("startup_timeout_s", self.startup_timeout_s, 0.0, low_excluded=True, remedy=remedy)
         )
         if self.step_timeout_s is not None:
-            remedy = "give seconds, or leave it out for a deadline that follows the measured steps"
+            remedy = "give seconds, or leave it out to derive it from the measured step times"
             put("step_timeout_s", check_float("step_timeout_s", self.step_timeout_s, 0.0, low_excluded=True, remedy=remedy))
         if self.profile_interval is not None:
             put_int("profile_interval", 1, "give a number of steps, 256 by default")
-        put_int("max_rebuilds", 0, "give a number of rebuilds, 0 for an engine that ends with its first failure")
+        put_int("max_rebuilds", 0, "give a number of rebuilds, 0 to end the engine at the first failure")
         put(
             "rebuild_window_s",
             check_float("rebuild_window_s", self.rebuild_window_s, 0.0, low_excluded=True, remedy="give seconds"),
@@ -185,8 +185,8 @@ class EngineConfig:
         sparse = resolve_sparse_config(self.sparse)
         if self.trace and sparse.evict_window(self.page_size) is not None:
             raise ValueError(
-                "trace=True needs every page to compare with dense attention, but sparse.evict=true frees some; "
-                "leave one of them out"
+                "trace=True needs every page to compare with dense attention, but sparse.evict=true frees pages; "
+                "remove one of the two"
             )
         return sparse
 

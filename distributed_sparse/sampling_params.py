@@ -108,8 +108,8 @@ class SamplingParams:
         put("top_k", max(self.top_k, 0))
         put("min_p", check_float("min_p", self.min_p, 0.0, 1.0, remedy="use 0.0 to keep all tokens"))
         if self.max_tokens is not None:
-            put_int("max_tokens", 1, "give the most tokens to generate, or None for what max_model_len has room for")
-        put_int("min_tokens", 0, "use 0 to let the output end at once")
+            put_int("max_tokens", 1, "give the maximum number of tokens, or None to generate up to max_model_len")
+        put_int("min_tokens", 0, "use 0 for no minimum")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; lower the first or raise the second"

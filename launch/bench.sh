@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the benchmarks of docs/benchmarks.md: bash launch/bench.sh [cpu|cuda] [PART ...]; without parts, all parts.
-# Parts: kernels layer decode ttft serve; on a CPU also tensor_parallel and step. Each writes results/PART-NAME*.json, and a plot
-# if matplotlib is installed.
+# Parts: kernels layer decode ttft serve; on a CPU also tensor_parallel and step. Each writes results/PART-NAME*.json, and
+# a plot if matplotlib is installed.
 # NAME is the machine's name in these files (default: cpu, or the GPU's name). BENCH_PYTHON is an interpreter that has the
 # packages installed, used instead of .venv. Run nothing else on the machine meanwhile.
 set -uo pipefail

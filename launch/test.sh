@@ -9,8 +9,8 @@ if [ $# -gt 0 ]; then
   exec .venv/bin/python -m pytest "$@"
 fi
 status=0
-# Two pytest processes for two cores; idle OpenMP threads sleep. The Triton kernels run in the interpreter. TRITON_INTERPRET must
-# be set before triton is imported, so these tests have their own processes; they run first, to leave the cores to the Ray tests.
+# Two pytest processes for two cores; idle OpenMP threads sleep. TRITON_INTERPRET must be set before triton is imported, so the
+# tests of the Triton kernels in the interpreter have their own processes. They run first, to leave the cores to the Ray tests.
 export OMP_WAIT_POLICY=passive
 two="-n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder"
 echo "Tests of the Triton kernels in the interpreter:"

@@ -29,9 +29,9 @@ class Origin:
         """Raise RuntimeError in a forked child."""
         if not self.is_here:
             raise RuntimeError(
-                f"this engine belongs to process {self.pid}, and process {os.getpid()} is a forked child, which has none of "
-                "its threads and connections; make an LLM inside the child, or start the child with the 'spawn' method of "
-                "multiprocessing (torch's DataLoader: multiprocessing_context='spawn')"
+                f"this engine belongs to process {self.pid}, and process {os.getpid()} is a forked child, which does not "
+                "inherit its threads and connections; make an LLM inside the child, or start the child with the 'spawn' method "
+                "of multiprocessing (torch's DataLoader: multiprocessing_context='spawn')"
             )
 
 
@@ -48,7 +48,7 @@ def check_ray_is_own() -> None:
     if _Fork.ray_of is not None:
         raise RuntimeError(
             f"process {os.getpid()} is a forked child of process {_Fork.ray_of}, which was connected to Ray, and Ray does not "
-            "work in such a child; start it with the 'spawn' method of multiprocessing, or use one rank and "
+            "work in a forked child; start it with the 'spawn' method of multiprocessing, or use one rank and "
             "distributed_executor_backend='uni'"
         )
 

@@ -59,7 +59,7 @@ def check_text(name: str, value: Any, remedy: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name}={shown(value)} holds a lone surrogate, which is no character; {remedy}") from None
+        raise ValueError(f"{name}={shown(value)} holds a lone surrogate, which is not a character; {remedy}") from None
     return text
 
 

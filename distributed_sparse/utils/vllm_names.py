@@ -37,7 +37,7 @@ SAMPLING: dict[str, tuple[Any, ...]] = {
     ),
     "allowed_token_ids": ("remove it; logits are masked by top_k, top_p and min_p only", None),
     **dict.fromkeys(("structured_outputs", "guided_decoding"), ("remove it; output is not constrained by a grammar", None)),
-    "detokenize": ("remove it; text is made wherever there is a tokenizer, and token_ids are always given", True),
+    "detokenize": ("remove it; outputs have token_ids, and text if there is a tokenizer", True),
     "skip_special_tokens": ("remove it; special tokens are never in the text, and always in token_ids", True),
     "truncate_prompt_tokens": ("cut the prompt's token ids before the call", None),
     "output_kind": ("use LLM.generate for final outputs and LLM.stream for growing ones", None, "CUMULATIVE"),
@@ -59,19 +59,19 @@ SAMPLING: dict[str, tuple[Any, ...]] = {
 _NO_PARALLEL = "remove it; only the heads are sharded: use tensor_parallel_size"
 _NO_LORA = "remove it; merge the adapter into the checkpoint"
 _NO_MEDIA = "remove it; only text models are decoded"
-_NO_DRAFT = ("remove it; tokens are not speculated", None)
+_NO_DRAFT = ("remove it; there is no speculative decoding", None)
 _CHECKPOINT = "edit a copy of the checkpoint's config.json"
 _HUB = "download that revision and give its folder as model"
 _PREFILL = "remove it; prompts are prefilled in chunks, in order of arrival, beside the running sequences"
 _NO_OFFLOAD = "remove it; use more ranks, or a smaller kv_cache_memory_bytes"
 
 ENGINE: dict[str, tuple[Any, ...]] = {
-    "block_size": ("its name here is page_size", None, _SameAs("page_size")),
+    "block_size": ("use page_size", None, _SameAs("page_size")),
     "kv_cache_dtype": ("remove it; keys and values are kept in `dtype`", None, "auto", _SameAs("dtype")),
     "num_gpu_blocks_override": ("use kv_cache_memory_bytes", None),
     "quantization": ("use a checkpoint in float32, float16 or bfloat16", None),
     "quantization_config": ("use a checkpoint in float32, float16 or bfloat16", *_NOTHING),
-    "trust_remote_code": ("remove it; no code of a checkpoint is run", None, False),
+    "trust_remote_code": ("remove it; code in checkpoints is never run", None, False),
     "enable_prefix_caching": ("remove it; every prompt is prefilled", None, False),
     "enable_chunked_prefill": ("remove it; prompts are always prefilled in chunks of max_num_batched_tokens", None, True),
     **dict.fromkeys(("task", "runner", "convert"), ("remove it; models are decoded only", None, "auto", "generate", "none")),
@@ -86,7 +86,7 @@ ENGINE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("hf_overrides", "rope_scaling"), (_CHECKPOINT, *_NOTHING)),
     **dict.fromkeys(("rope_theta", "hf_config_path", "override_attention_dtype"), (_CHECKPOINT, None)),
     "disable_sliding_window": ("set max_model_len to the window or less", None, False),
-    "generation_config": ("give SamplingParams to each call to leave the checkpoint's defaults out", None, "auto"),
+    "generation_config": ("give SamplingParams to each call to override the checkpoint's defaults", None, "auto"),
     "override_generation_config": ("give SamplingParams to each call", *_NOTHING),
     **dict.fromkeys(
         ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size"),
@@ -106,7 +106,7 @@ ENGINE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("speculative_config", "speculative_model", "num_speculative_tokens"), _NO_DRAFT),
     "cpu_offload_gb": (_NO_OFFLOAD, None, 0),
     "kv_offloading_size": (_NO_OFFLOAD, None),
-    "kv_transfer_config": ("remove it; the cache stays where it is", None),
+    "kv_transfer_config": ("remove it; the KV cache is not transferred", None),
     "calculate_kv_scales": ("remove it; keys and values are kept in `dtype`", None, False),
     "scheduling_policy": (_PREFILL, None, "fcfs"),
     "scheduler_cls": (_PREFILL, None),
