@@ -60,7 +60,7 @@ class EngineConfig:
             whole cache.
         startup_timeout_s: seconds within which every rank must be ready.
         step_timeout_s: seconds within which the ranks must answer a step; None: max(5 s, 20 x the p99 of steps of that kind).
-        profile_interval: profile the parts of one decode step in this many (`stats()["time_ms"]`). A profiled step
+        profile_interval: measure the parts of every N-th decode step (`stats()["time_ms"]`). A measured step
             synchronizes with the device more often and runs without a CUDA graph. None: only steps that a request asks for.
         max_rebuilds: how many times failed shards are replaced within `rebuild_window_s`; one more failure ends the engine.
         rebuild_window_s: seconds after which a failure no longer counts towards `max_rebuilds`.
@@ -209,7 +209,7 @@ class EngineConfig:
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> "EngineConfig":
-        """Read the EngineConfig from a run's YAML and ignore its `sampling` section; see `load_run_config`."""
+        """Read the EngineConfig of a run's YAML. Its `sampling` section is only validated; see `load_run_config`."""
         return load_run_config(path, overrides)[0]
 
 
