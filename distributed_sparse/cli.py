@@ -1,4 +1,4 @@
-"""The console script: `distributed-sparse COMMAND ...`. A command's module is imported once it is chosen."""
+"""cli: the console script `distributed-sparse COMMAND ...`. Imports only the module of the chosen command."""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ from distributed_sparse import __version__
 COMMANDS = {
     "generate": "complete a prompt, or the rows of a JSONL file",
     "evaluate": "compare sparse methods with dense attention on a task suite",
-    "plan": "bytes, memory and expected times of an engine, from its model's shape",
+    "plan": "compute bytes read, memory and expected times of an engine from its model's shape",
     "bench": "time kernels, a layer, decode, steps or serving",
     "scale": "time the engine over tensor parallel sizes, batches and contexts",
     "chaos": "run requests while shards, nodes and the Driver are killed",
@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command with the arguments after its name; returns its exit code."""
+    """Run a command with the arguments after its name; return its exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="distributed-sparse",
@@ -30,6 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below, followed by its own options")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="a command listed below, followed by its options")
     command = parser.parse_args(given[:1]).command
     return importlib.import_module(f"distributed_sparse.commands.{command}").main(given[1:], f"distributed-sparse {command}")

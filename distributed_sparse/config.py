@@ -1,4 +1,4 @@
-"""EngineConfig: one complete, typed description of an engine; YAML in, early errors out. Imports no torch."""
+"""config: EngineConfig, the typed and validated settings of an engine, and the YAML that it is read from. Imports no torch."""
 
 import os
 import re
@@ -30,42 +30,43 @@ PAGE_SIZES = (16, 32, 64)
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Everything an engine is built from. Checked when it is made; `sparse` is checked by `resolve_sparse`.
+    """All settings of an engine. The constructor validates them, except `sparse`, which `resolve_sparse` validates.
 
     Attributes:
         model: local checkpoint folder or Hugging Face hub id.
-        tokenizer: the same for the tokenizer; None takes the model's (a checkpoint may have none).
-        tensor_parallel_size: ranks that share the heads.
-        max_model_len: tokens of prompt and output together; None takes the checkpoint's limit.
-        max_num_seqs: sequences that run at once.
-        max_num_batched_tokens: tokens of one step, decode and prefill chunks together.
-        gpu_memory_utilization: share of a GPU's memory for weights, cache and buffers, in (0, 1].
-        kv_cache_memory_bytes: bytes of KV pages and their metadata per rank; None: profiled on a GPU, a default on CPU.
+        tokenizer: local folder or hub id of the tokenizer; None: the model's, if it has one.
+        tensor_parallel_size: number of ranks; each holds a part of the heads.
+        max_model_len: maximum tokens of prompt plus output; None: the checkpoint's limit.
+        max_num_seqs: maximum number of sequences that run at once.
+        max_num_batched_tokens: maximum tokens of one step, decode rows plus prompt chunks.
+        gpu_memory_utilization: fraction of a GPU's memory for weights, cache and buffers, in (0, 1].
+        kv_cache_memory_bytes: bytes of KV pages and their metadata per rank; None: profiled on a GPU, a fixed default on CPU.
         dtype: "auto" (the checkpoint's), "float32", "float16" or "bfloat16"; torch.float32, "half", "bf16", ... as in vLLM.
         device: "auto", "cpu" or "cuda".
-        seed: the engine's seed; requests without one derive theirs from it.
+        seed: the engine's seed; requests without a seed derive theirs from it.
         load_format: "auto" (safetensors) or "dummy" (random weights).
-        use_tqdm_on_load: show on standard error how far rank 0 has read its weights, where that takes more than a moment.
-        enforce_eager: no CUDA graphs.
-        async_scheduling: plan and send a step before the result of the last one is in, so that ranks need not wait for it.
+        use_tqdm_on_load: show rank 0's progress in reading weights on standard error, if reading takes more than a moment.
+        enforce_eager: run without CUDA graphs.
+        async_scheduling: schedule and send a step before the previous result arrives, so that ranks do not idle between steps.
         page_size: tokens per KV page: 16, 32 or 64.
-        prefill_store: a folder, on every rank's node, that keeps K, V and final hidden states of each prefill chunk. A later
-            engine of the same weights reads them there instead of computing the chunk, whatever its method and page size;
-            tokens and log-probabilities are the same bits. None: no chunk is kept. (See `shard/prefill_store.py`.)
+        prefill_store: folder on every rank's node that stores K, V and final hidden states of each prompt chunk. A later engine
+            with the same weights, and any method and page size, reads a stored chunk instead of computing it; tokens and
+            log-probabilities are bit-identical. None: nothing is stored. See `shard/prefill_store.py`.
         distributed_executor_backend: "auto", "ray" or "uni" (one rank in this process).
-        sparse: the selection method and its keys, told apart by `method`; None is dense. A method's name
-            alone stands for the method with its default keys.
-        trace: record what decode attention missed, beside dense attention over the same cache (`CompletionOutput.trace`;
-            `SamplingParams.trace_steps` says of which steps). For study: a traced step reads the whole cache.
-        startup_timeout_s: seconds until every rank must be ready.
-        step_timeout_s: seconds until a step must be answered; None: max(5 s, 20 x the p99 of steps of that kind).
-        profile_interval: of decode steps, one in so many takes the times of its parts (`stats()["time_ms"]`); it waits for the
-            device more often than others, and runs in no CUDA graph. None: no step does, unless a request asks for it.
-        max_rebuilds: how often shards that fail are replaced within `rebuild_window_s`; one failure more ends the engine.
-        rebuild_window_s: seconds after which a failure no longer counts.
+        sparse: mapping with the selection method's name in `method` and the method's keys, or the name alone for the default
+            keys; None: dense attention.
+        trace: compare decode attention with dense attention over the same cache and record the difference in
+            `CompletionOutput.trace`. `SamplingParams.trace_steps` selects the steps. For analysis only: a traced step reads the
+            whole cache.
+        startup_timeout_s: seconds within which every rank must be ready.
+        step_timeout_s: seconds within which the ranks must answer a step; None: max(5 s, 20 x the p99 of steps of that kind).
+        profile_interval: measure the parts of every N-th decode step (`stats()["time_ms"]`). A measured step
+            synchronizes with the device more often and runs without a CUDA graph. None: only steps that a request asks for.
+        max_rebuilds: how many times failed shards are replaced within `rebuild_window_s`; one more failure ends the engine.
+        rebuild_window_s: seconds after which a failure no longer counts towards `max_rebuilds`.
 
     Raises:
-        ValueError: names the key, its value and the remedy.
+        ValueError: a setting is invalid; the message names the key, its value and the remedy.
     """
 
     model: str
@@ -108,18 +109,18 @@ class EngineConfig:
         if self.tokenizer is not None:
             check_string("tokenizer", self.tokenizer, "give a folder or a hub id, or leave it out to take the model's")
         if self.prefill_store is not None:
-            check_string("prefill_store", self.prefill_store, "give a folder, or leave it out to keep nothing")
+            check_string("prefill_store", self.prefill_store, "give a folder, or leave it out to store nothing")
             put("prefill_store", os.path.abspath(os.path.expanduser(self.prefill_store)))
 
-        put_int("tensor_parallel_size", 1, "give the number of ranks that share the heads, 1 for no sharding")
+        put_int("tensor_parallel_size", 1, "give the number of ranks, 1 for no sharding")
         if self.max_model_len is not None:
             put_int("max_model_len", 2, "leave it out to take the checkpoint's limit")
-        put_int("max_num_seqs", 1, "give the number of sequences that may run at once")
-        put_int("max_num_batched_tokens", 1, "give the number of tokens that one step may hold")
+        put_int("max_num_seqs", 1, "give the maximum number of sequences that run at once")
+        put_int("max_num_batched_tokens", 1, "give the maximum number of tokens of one step")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: a step "
-                "could not hold one token of each running sequence; raise the first or lower the second"
+                "cannot hold one token of each running sequence; raise the first or lower the second"
             )
         utilization = check_float(
             "gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, low_excluded=True, remedy="0.9 is usual"
@@ -158,11 +159,11 @@ class EngineConfig:
             "startup_timeout_s", check_float("startup_timeout_s", self.startup_timeout_s, 0.0, low_excluded=True, remedy=remedy)
         )
         if self.step_timeout_s is not None:
-            remedy = "give seconds, or leave it out for a deadline that follows the measured steps"
+            remedy = "give seconds, or leave it out to derive it from the measured step times"
             put("step_timeout_s", check_float("step_timeout_s", self.step_timeout_s, 0.0, low_excluded=True, remedy=remedy))
         if self.profile_interval is not None:
             put_int("profile_interval", 1, "give a number of steps, 256 by default")
-        put_int("max_rebuilds", 0, "give a number of rebuilds, 0 for an engine that ends with its first failure")
+        put_int("max_rebuilds", 0, "give a number of rebuilds, 0 to end the engine at the first failure")
         put(
             "rebuild_window_s",
             check_float("rebuild_window_s", self.rebuild_window_s, 0.0, low_excluded=True, remedy="give seconds"),
@@ -175,29 +176,29 @@ class EngineConfig:
         return backend == "ray" or (backend == "auto" and self.tensor_parallel_size > 1)
 
     def resolve_sparse(self) -> "SparseConfig":
-        """The typed config of the method that `sparse` names; ValueErrors name a wrong key or value.
+        """Return the typed config of the method in `sparse`. Raises ValueError for an invalid key or value.
 
-        Imported here and not at the top, because methods may import torch and this file does not.
+        Imports `selection` lazily: methods may import torch, and this module must not.
         """
         from distributed_sparse.selection import resolve_sparse_config
 
         sparse = resolve_sparse_config(self.sparse)
         if self.trace and sparse.evict_window(self.page_size) is not None:
             raise ValueError(
-                "trace=True needs every page to compare with dense attention, but sparse.evict=true frees some; "
-                "leave one of them out"
+                "trace=True needs every page to compare with dense attention, but sparse.evict=true frees pages; "
+                "remove one of the two"
             )
         return sparse
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], where: str = "engine configuration") -> "EngineConfig":
-        """An EngineConfig of the keys in `given`; `where` names their origin in errors.
+        """Make an EngineConfig from the keys of `given`; error messages begin with `where`.
 
-        vLLM's arguments that this engine lacks are accepted at values that change nothing; None leaves a key at its default
-        where it has no meaning of its own (`max_num_seqs=None`).
+        Unsupported arguments of vLLM are accepted at values that change nothing. None selects the default of a key that does
+        not accept None itself (`max_num_seqs=None`).
 
         Raises:
-            ValueError: for an unknown key (with the nearest valid one), a missing model, or a wrong value.
+            ValueError: a key is unknown (the message gives the nearest valid one), `model` is missing, or a value is invalid.
         """
         own = drop_neutral(given, ENGINE, {"page_size": cls.page_size, **given}, f"{where}: ")
         check_keys(own, [f.name for f in fields(cls)], where)
@@ -208,19 +209,20 @@ class EngineConfig:
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> "EngineConfig":
-        """The engine's part of a run's YAML (all but its `sampling` section); see `load_run_config`."""
+        """Read the EngineConfig of a run's YAML. Its `sampling` section is only validated; see `load_run_config`."""
         return load_run_config(path, overrides)[0]
 
 
 def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> tuple[EngineConfig, SamplingParams]:
-    """Read a run's YAML: the keys of EngineConfig, and a section `sampling` with those of SamplingParams.
+    """Read a run's YAML, which holds the keys of EngineConfig and a section `sampling` with the keys of SamplingParams.
 
     Args:
         path: the YAML file.
-        overrides: "key=value" texts, later ones win; dots descend ("sparse.token_budget=1024"), values are YAML.
+        overrides: "key=value" strings; the last one for a key wins. Dots separate nested keys ("sparse.token_budget=1024");
+            values are YAML.
 
     Raises:
-        ValueError: for a file that cannot be read, an unknown key (with the nearest valid one) or a wrong value.
+        ValueError: the file cannot be read, a key is unknown (the message gives the nearest valid one), or a value is invalid.
     """
     run = read_yaml(path)
     for override in overrides:
@@ -239,10 +241,10 @@ def load_run_config(path: str | os.PathLike[str], overrides: Iterable[str] = ())
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mapping that a YAML file holds; a key given twice is refused.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        ValueError: when the file is absent, is no YAML, or holds something else than a mapping.
+        ValueError: the file cannot be read, is not valid YAML, has a duplicate key, or does not hold a mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -255,7 +257,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, that reads 1e-2 as a number (YAML 1.1 asks for 1.0e-2) and refuses a key given twice."""
+    """PyYAML's safe loader, except that it reads 1e-2 as a float (YAML 1.1 requires 1.0e-2) and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -272,16 +274,16 @@ _Loader.add_implicit_resolver(
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader: builds plain values only
+        return yaml.load(text, Loader=_Loader)  # safe: a subclass of SafeLoader, which builds plain values only
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: is not valid YAML: {error}") from None
 
 
 def set_override(run: dict[str, Any], override: str) -> None:
-    """Set one "a.b=value" in the nested mapping `run`, in place; sections that are absent are made, the value is YAML.
+    """Apply one override "a.b=value" to the nested mapping `run` in place. Creates missing sections; the value is YAML.
 
     Raises:
-        ValueError: it is not of that form, or a key on its way holds a value that is no section.
+        ValueError: `override` does not have that form, or a key before the last holds a value that is not a section.
     """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")

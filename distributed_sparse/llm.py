@@ -216,8 +216,8 @@ class LLM:
             decode_last_prompt_tokens: number of last tokens that go through sparse decode one by one, not dense prefill.
             seed: seed of methods that sample tokens (random, vattention); None: derived at admission, as in `SamplingParams`.
             trace_steps: decode steps to trace with trace=True; None: all.
-            first: index of the first token to score. Prefill chunks before it compute no logits, which are most of the work
-                and memory of a long prompt with a large vocabulary.
+            first: index of the first token to score. Prefill chunks before it compute no logits, which saves most of the time
+                and memory of scoring a long prompt with a large vocabulary.
 
         Raises:
             ValueError: a sequence is invalid.
@@ -389,7 +389,7 @@ class LLM:
             self._warned_of_bos = True
             logger.warning(
                 "a text prompt begins with %r, and the tokenizer adds another one; leave it out of the text, or give token ids "
-                "(or messages to chat). Said once, for all prompts of this engine",
+                "(or messages to chat). Logged once per engine",
                 bos,
             )
 

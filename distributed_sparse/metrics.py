@@ -1,22 +1,22 @@
-"""RequestMetrics: when the things of a request's life happened, on one monotonic clock."""
+"""metrics: RequestMetrics, the timestamps and token counts of one request."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class RequestMetrics:
-    """Times in seconds of the Driver's `time.monotonic()`: differences mean something, absolute values do not.
+    """Timestamps in seconds of the Driver's `time.monotonic()`. Only differences are meaningful.
 
-    The Driver fills one field after the other; what has not happened yet is None, and so is what depends on it.
+    A timestamp is None until its event has happened; a property is None while it depends on such a timestamp.
 
     Attributes:
-        arrival_time: the request was accepted.
-        first_scheduled_time: its first prefill chunk was put into a step.
-        first_token_time: its first token was committed.
-        finished_time: its last token was committed, or it was aborted or failed.
+        arrival_time: when the request was accepted.
+        first_scheduled_time: when its first prompt chunk was scheduled.
+        first_token_time: when its first token was committed.
+        finished_time: when its last token was committed, or when it was aborted or failed.
         num_prompt_tokens: tokens of the prompt.
-        num_output_tokens: tokens of the longest completion, which gets one token per step.
-        num_replayed_tokens: tokens computed a second time after a shard was lost.
+        num_output_tokens: tokens of the longest completion.
+        num_replayed_tokens: tokens recomputed after a shard was lost.
     """
 
     arrival_time: float
@@ -29,7 +29,7 @@ class RequestMetrics:
 
     @property
     def queue_time(self) -> float | None:
-        """Seconds from arrival to the first scheduled chunk."""
+        """Seconds from arrival to the first scheduled prompt chunk."""
         return _between(self.arrival_time, self.first_scheduled_time)
 
     @property
@@ -39,7 +39,7 @@ class RequestMetrics:
 
     @property
     def prefill_time(self) -> float | None:
-        """Seconds from the first scheduled chunk to the first token."""
+        """Seconds from the first scheduled prompt chunk to the first token."""
         return _between(self.first_scheduled_time, self.first_token_time)
 
     @property
@@ -54,7 +54,7 @@ class RequestMetrics:
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first, seconds; with fewer than two tokens there is none."""
+        """Time per output token after the first, in seconds; None with fewer than two tokens."""
         decode_time = self.decode_time
         return None if decode_time is None or self.num_output_tokens < 2 else decode_time / (self.num_output_tokens - 1)
 

@@ -1,4 +1,4 @@
-"""What a request gives back: RequestOutput, with one CompletionOutput per sample. Names are vLLM's."""
+"""outputs: results of requests. RequestOutput holds one CompletionOutput per completion; names are vLLM's."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from distributed_sparse.trace import TraceStep
 
 @dataclass
 class Logprob:
-    """One token's log-probability (natural log, of the model's softmax before temperature and masks).
+    """Log-probability of one token: natural log of the model's softmax, before temperature and masks.
 
     `rank` is 1 for the most likely token; `decoded_token` is None without a tokenizer.
     """
@@ -26,13 +26,13 @@ class CompletionOutput:
 
     Attributes:
         index: 0..n-1.
-        text: the text so far, special tokens left out; "" without a tokenizer.
-        token_ids: the tokens so far, the one that ended the output included.
-        finish_reason: "stop" (end of sequence, stop token or stop string), "length", "abort", "error"; None while it runs.
-        stop_reason: the stop string or stop token id that ended it; None for end of sequence and other reasons.
-        logprobs: one dict per token, token id -> Logprob, the sampled token always in it; None when not asked for.
-        cumulative_logprob: sum of the sampled tokens' log-probabilities; None when not asked for.
-        trace: of an engine with trace=True, its traced decode steps so far; those of a prompt's last tokens stand with index 0.
+        text: the text so far, without special tokens; "" without a tokenizer.
+        token_ids: the tokens so far, including the token that ended the output.
+        finish_reason: "stop" (end of sequence, stop token or stop string), "length", "abort", "error"; None while running.
+        stop_reason: the stop string or stop token id that ended the output; None for end of sequence and other reasons.
+        logprobs: one dict per token, token id -> Logprob, which always contains the sampled token; None if not requested.
+        cumulative_logprob: sum of the sampled tokens' log-probabilities; None if not requested.
+        trace: the traced decode steps so far, in an engine with trace=True. Steps of decode_last_prompt_tokens are in index 0.
     """
 
     index: int
@@ -46,23 +46,23 @@ class CompletionOutput:
 
     @property
     def finished(self) -> bool:
-        """Whether no more tokens will come."""
+        """Whether the completion has ended."""
         return self.finish_reason is not None
 
 
 @dataclass
 class RequestOutput:
-    """A request with all that it has produced so far.
+    """A request and its results so far.
 
     Attributes:
-        request_id: the engine's name for it.
-        prompt: the prompt's text; None when it was given as token ids.
-        prompt_token_ids: the prompt as the model read it.
-        prompt_logprobs: one dict per prompt token, the first None (nothing predicts it); None when not asked for.
-        outputs: the completions, in index order; of a rejected request one, with finish_reason "error" and no tokens.
+        request_id: the request's id.
+        prompt: the prompt's text; None if the prompt was given as token ids.
+        prompt_token_ids: the prompt's tokens, including special tokens that the tokenizer added.
+        prompt_logprobs: one dict per prompt token, None for the first (nothing predicts it); None if not requested.
+        outputs: the completions in index order; for a rejected request a single one, with finish_reason "error" and no tokens.
         finished: whether every completion has ended.
-        metrics: when things happened; None for a request that was never accepted.
-        error: why it was rejected or failed, for a reader; None when all went well.
+        metrics: timestamps and token counts; None if the request was rejected.
+        error: message that explains why the request was rejected or failed; None if it succeeded.
     """
 
     request_id: str
@@ -77,14 +77,14 @@ class RequestOutput:
 
 @dataclass
 class ScoreOutput:
-    """Log-probabilities of the tokens of one sequence, each under the tokens before it (natural log).
+    """Log-probability (natural log) of each token of one sequence, given the tokens before it.
 
     Attributes:
         token_ids: the sequence of n tokens.
-        first: the first token whose log-probability was asked for.
-        token_logprobs: float32 [n - first]: entry i is that of token first + i.
-        logprobs: float32 [n - first, vocab_size], or None where the whole vocabulary was not asked for.
-        trace: of an engine with trace=True, the steps of the tokens that went through sparse decode.
+        first: index of the first scored token.
+        token_logprobs: float32 [n - first]; entry i belongs to token first + i.
+        logprobs: float32 [n - first, vocab_size]; None unless whole_vocabulary was requested.
+        trace: decode steps of the tokens that went through sparse decode, in an engine with trace=True.
     """
 
     token_ids: list[int]
@@ -97,7 +97,7 @@ class ScoreOutput:
         self.token_logprobs = np.full(max(len(self.token_ids) - self.first, 0), np.nan, dtype=np.float32)
 
     def add(self, position: int, logprobs: np.ndarray, whole_vocabulary: bool) -> None:
-        """Take in rows for the tokens from `position` on: float32 [rows, 1], or [rows, vocab_size]."""
+        """Store log-probabilities of the tokens from `position` on: float32 [tokens, 1], or [tokens, vocab_size]."""
         logprobs, position = logprobs[max(self.first - position, 0) :], max(self.first, position)
         rows = slice(position - self.first, position - self.first + len(logprobs))
         if not whole_vocabulary:

@@ -1,4 +1,4 @@
-"""SamplingParams: how one request's tokens are drawn, and when they end. Plain fields, no torch."""
+"""sampling_params: SamplingParams, the sampling and stopping parameters of one request. Imports no torch."""
 
 import copy
 import functools
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 16_384
-"""Of all stop strings together: the Driver spends 2 us on each before the request's first token."""
+"""Total over all stop strings. The Driver spends 2 us per character before the request's first token."""
 
 MIN_TEMPERATURE = 1e-5  # below it logits / temperature leaves float32's range
 
 
 def _with_vllm_names(cls: type[T]) -> type[T]:
-    """The constructor also takes vLLM's parameters that this engine lacks, at values that change nothing."""
+    """Make the constructor accept unsupported parameters of vLLM at values that change nothing."""
     init = cls.__init__
 
     @functools.wraps(init)
@@ -35,34 +35,35 @@ def _with_vllm_names(cls: type[T]) -> type[T]:
 @_with_vllm_names
 @dataclass(kw_only=True)
 class SamplingParams:
-    """How one request is sampled. Names and meanings are vLLM's, but for the last three, which are this engine's own.
+    """Sampling parameters of one request. Names and meanings are vLLM's, except the last three, which only this engine has.
 
-    A parameter that is assigned later is checked as in the constructor; an engine keeps a copy of what it is given. vLLM's
-    parameters that this engine lacks are accepted at values that change nothing (`repetition_penalty=1.0`).
+    Assigning an attribute validates it as the constructor does. An engine copies the object it is given. Unsupported
+    parameters of vLLM are accepted at values that change nothing (`repetition_penalty=1.0`).
 
     Attributes:
-        n: completions of the prompt, which is prefilled once.
-        temperature: divides the logits; 0 is greedy, else at least 1e-5.
-        top_p: keep the smallest set of tokens with this probability, in (0, 1].
+        n: number of completions; the prompt is prefilled once for all of them.
+        temperature: divisor of the logits; 0 for greedy sampling, else at least 1e-5.
+        top_p: keep the smallest set of tokens whose total probability reaches this value, in (0, 1].
         top_k: keep the k most likely tokens; 0 (or -1) keeps all.
-        min_p: keep tokens with at least this share of the most likely one's probability, in [0, 1].
-        max_tokens: most tokens to generate, at least 1; None: as many as max_model_len has room for.
-        min_tokens: before so many tokens neither end-of-sequence, `stop_token_ids` nor `stop` end the output.
-        stop: strings (one, or a list of at most 64) that end the output; needs a tokenizer. One that holds a special token,
-            such as "<|im_end|>", ends it at that token.
-        stop_token_ids: tokens that end the output, beside the checkpoint's end-of-sequence tokens.
-        include_stop_str_in_output: keep what stopped in the text.
-        ignore_eos: go on past the checkpoint's end-of-sequence tokens.
-        seed: makes the draws repeatable; None (or -1) is derived once at admission from the engine's seed.
-        logprobs: log-probabilities of so many most likely tokens per output position, and of the sampled one; -1 is the
-            whole vocabulary.
+        min_p: keep tokens with at least this fraction of the most likely token's probability, in [0, 1].
+        max_tokens: maximum tokens to generate, at least 1; None: up to max_model_len.
+        min_tokens: ignore end-of-sequence, `stop_token_ids` and `stop` until this many tokens are generated.
+        stop: a string, or a list of at most 64, that ends the output; needs a tokenizer. A stop string that contains a special
+            token, such as "<|im_end|>", ends the output at that token.
+        stop_token_ids: tokens that end the output, in addition to the checkpoint's end-of-sequence tokens.
+        include_stop_str_in_output: keep the stop string in the text.
+        ignore_eos: continue after the checkpoint's end-of-sequence tokens.
+        seed: seed for reproducible sampling; None (or -1): derived from the engine's seed at admission.
+        logprobs: number of most likely tokens per output position whose log-probabilities are returned, in addition to the
+            sampled token's; -1: the whole vocabulary.
         prompt_logprobs: the same per prompt position.
-        decode_last_prompt_tokens: k < prompt length: so many last prompt tokens go through sparse decode, one per step.
-        trace_steps: of an engine with `trace`: which of the request's decode steps are traced, 0 the first; None: all.
-        timeout_s: seconds from arrival after which the request is ended with an error; None: no limit.
+        decode_last_prompt_tokens: number of last prompt tokens that go through sparse decode, one per step; must be less
+            than the prompt length.
+        trace_steps: the request's decode steps to trace, counted from 0, in an engine with trace=True; None: all.
+        timeout_s: seconds from arrival after which the request fails; None: no limit.
 
     Raises:
-        ValueError: names the parameter, its value and the remedy.
+        ValueError: a parameter is invalid; the message names it, its value and the remedy.
     """
 
     n: int = 1
@@ -84,7 +85,7 @@ class SamplingParams:
     timeout_s: float | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if len(self.__dict__) < len(fields(self)):  # the constructor, which checks at its end
+        if len(self.__dict__) < len(fields(self)):  # in the constructor, which validates in __post_init__
             object.__setattr__(self, name, value)
         else:
             self.__dict__.update(self.updated({name: value}).__dict__)
@@ -107,8 +108,8 @@ class SamplingParams:
         put("top_k", max(self.top_k, 0))
         put("min_p", check_float("min_p", self.min_p, 0.0, 1.0, remedy="use 0.0 to keep all tokens"))
         if self.max_tokens is not None:
-            put_int("max_tokens", 1, "give the most tokens to generate, or None for what max_model_len has room for")
-        put_int("min_tokens", 0, "use 0 to let the output end at once")
+            put_int("max_tokens", 1, "give the maximum number of tokens, or None to generate up to max_model_len")
+        put_int("min_tokens", 0, "use 0 for no minimum")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; lower the first or raise the second"
@@ -139,27 +140,27 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken, with no draw."""
+        """Whether the most likely token is always taken."""
         return self.temperature == 0.0
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "SamplingParams":
-        """The parameters that `given` names, the rest at their defaults. Raises ValueError as the constructor does."""
+        """Make SamplingParams from `given`, with defaults for the rest. Raises ValueError as the constructor does."""
         return cls().updated(given)
 
     def updated(self, given: Mapping[str, Any]) -> "SamplingParams":
-        """These parameters with those of `given` in their place. Raises ValueError as the constructor does."""
+        """Return a copy with the parameters of `given` replaced. Raises ValueError as the constructor does."""
         if not isinstance(given, Mapping):
             raise ValueError(f"sampling parameters {shown(given)} must be a mapping, such as {{'temperature': 0.0}}")
         return replace(self, **_own_parameters(given, self.__dict__))
 
     def clone(self) -> "SamplingParams":
-        """A copy that shares nothing with this one."""
+        """Return a deep copy."""
         return copy.deepcopy(self)
 
 
 def _own_parameters(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` without vLLM's parameters that this engine lacks, whose values must change nothing; unknown names are refused."""
+    """Return `given` without unsupported parameters of vLLM. Raises ValueError if one has an effect, or a name is unknown."""
     valid = [f.name for f in fields(SamplingParams)]
     given = drop_neutral(given, SAMPLING, {**own, **given})
     for name in given:

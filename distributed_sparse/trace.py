@@ -1,4 +1,4 @@
-"""Traces: what a decode step's attention read, and how far that is from dense attention over the same cache. No torch."""
+"""trace: the tokens that a decode step's attention read, and its error against dense attention. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from distributed_sparse.protocol.step import LayerTraceBlock, TraceBlock
 
 MASSES = (0.5, 0.9, 0.95, 0.99)
-"""Softmax masses that `tokens_for_mass` counts tokens for."""
+"""Softmax masses of the columns of `LayerTrace.tokens_for_mass`."""
 
 
 @dataclass
@@ -17,13 +17,14 @@ class LayerTrace:
     """One layer's attention in one decode step of one sequence, over all heads of the model.
 
     Attributes:
-        captured_mass: float32 [H_q] exact softmax mass of the tokens that were read, sampled ones included (1 when dense).
-        relative_error: float32 [H_q] L2 error of the head's output over the L2 norm of dense attention's.
+        captured_mass: float32 [H_q] exact softmax mass of the tokens read, including sampled tokens (1 when dense).
+        relative_error: float32 [H_q] L2 error of the head's output against dense attention over the same cache, divided by the
+            L2 norm of the dense output.
         entropy: float32 [H_q] entropy of the exact softmax, in nats.
-        tokens_for_mass: int32 [H_q, 4] fewest tokens that hold a mass of .5, .9, .95 and .99.
-        indices: per KV head, the positions that were read, int32, ascending.
-        details: what the method adds, float32 [H_kv] or [H_q] each (docs/methods says what); empty where the host knows that
-            every row is dense.
+        tokens_for_mass: int32 [H_q, 4] fewest tokens whose softmax mass reaches .5, .9, .95 and .99.
+        indices: per KV head, the positions read, int32, ascending.
+        details: values specific to the method, float32 [H_kv] or [H_q] each (see docs/methods); empty if the host knows that
+            every (sequence, KV head) row is dense.
     """
 
     captured_mass: np.ndarray
@@ -44,7 +45,7 @@ class TraceStep:
     """One traced decode step of one sequence.
 
     Attributes:
-        position: of the query; the context holds position + 1 tokens.
+        position: position of the query; the context holds position + 1 tokens.
         layers: one per layer of the model.
     """
 
@@ -53,9 +54,9 @@ class TraceStep:
 
 
 def parse_trace(ranks: list[TraceBlock]) -> TraceStep:
-    """The ranks' blocks of one row, in rank order, as one."""
+    """Merge the ranks' blocks of one decode row, given in rank order."""
     position = ranks[0].position
-    everything = np.arange(position + 1, dtype=np.int32)  # one array for all that is dense
+    everything = np.arange(position + 1, dtype=np.int32)  # shared by all dense heads
     layers = [_parse_layer(blocks, everything) for blocks in zip(*(rank.layers for rank in ranks), strict=True)]
     return TraceStep(position, layers)
 
@@ -65,7 +66,7 @@ def _parse_layer(blocks: tuple[LayerTraceBlock, ...], everything: np.ndarray) ->
         return np.frombuffer(b"".join(parts), dtype=dtype)
 
     counts = joined([block.counts for block in blocks], np.int32)
-    sent = counts * (counts < len(everything))  # a head that read all of its context says no indices
+    sent = counts * (counts < len(everything))  # ranks send no indices for a head that read its whole context
     parts = np.split(joined([block.indices for block in blocks], np.int32), np.cumsum(sent)[:-1])
     return LayerTrace(
         captured_mass=joined([block.captured_mass for block in blocks]),

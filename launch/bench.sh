@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Measure what docs/benchmarks.md shows: bash launch/bench.sh [cpu|cuda] [PART ...]; without parts, all of them in turn.
-# Parts: kernels layer decode ttft serve, and on a CPU tensor_parallel and step. Each leaves results/PART-NAME*.json, and a plot.
-# NAME names the machine in these files (default: cpu, or the GPU's name); BENCH_PYTHON is an interpreter that has the packages
-# already, instead of .venv. Nothing else should run meanwhile.
+# Run the benchmarks of docs/benchmarks.md: bash launch/bench.sh [cpu|cuda] [PART ...]; without parts, all parts.
+# Parts: kernels layer decode ttft serve; on a CPU also tensor_parallel and step. Each writes results/PART-NAME*.json, and
+# a plot if matplotlib is installed.
+# NAME is the machine's name in these files (default: cpu, or the GPU's name). BENCH_PYTHON is an interpreter that has the
+# packages installed, used instead of .venv. Run nothing else on the machine meanwhile.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 device=${1:-cpu}
@@ -12,7 +13,7 @@ case $device in
   cpu) parts="kernels layer decode tensor_parallel ttft serve step" ;;
   cuda) parts="kernels layer decode ttft serve" ;;
   *)
-    echo "error: $device is no device; use cpu or cuda" >&2
+    echo "error: unknown device $device; use cpu or cuda" >&2
     exit 2
     ;;
 esac
@@ -34,7 +35,8 @@ if "$python" -c "import matplotlib" 2>/dev/null; then plots=yes; else plots=; fi
 of_gpu='import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))'
 if [ "$device" = cpu ]; then name=${NAME:-cpu}; else name=${NAME:-$("$python" -c "$of_gpu")} || exit 1; fi
 
-# measure FILE ARGUMENTS...: one run of launch.bench, @ in FILE is the machine. A failure is kept for the end: the next may work.
+# measure FILE ARGUMENTS...: run launch.bench once. @ in FILE is replaced by NAME. After a failure the other runs continue, and
+# the script exits with the last failure's status.
 status=0
 measure() {
   local file=results/${1/@/$name}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up .venv, make the demo checkpoint, and decode it with two Ray actors on this machine. Options go to launch.demo.
+# Set up .venv, make the demo checkpoint, and decode with it on two local Ray actors. Options are passed to launch.demo.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh

@@ -1,5 +1,5 @@
-# Sourced by the launch scripts: `set_up [EXTRA]` leaves this checkout installed in .venv, with the tested versions.
-# PYTHON names the interpreter that makes .venv; without it the first of python3 and python3.X that is new enough is taken.
+# Sourced by the launch scripts. `set_up [EXTRA]` installs this checkout into .venv, with the versions of constraints.txt.
+# PYTHON is the interpreter that creates .venv; default: the first of python3, python3.X and python that is 3.11 or newer.
 
 find_python() {
   local candidate
@@ -8,9 +8,9 @@ find_python() {
       echo "$candidate"
       return
     fi
-    if [ "$candidate" = "${PYTHON:-}" ]; then break; fi  # asked for by name: no other will do
+    if [ "$candidate" = "${PYTHON:-}" ]; then break; fi  # the user chose this interpreter: try no other
   done
-  echo "error: ${PYTHON:-python3} is not Python 3.11 or newer; install one, or name it: PYTHON=/path/to/python $0" >&2
+  echo "error: ${PYTHON:-python3} is not Python 3.11 or newer; install one, or set PYTHON: PYTHON=/path/to/python $0" >&2
   return 1
 }
 
@@ -18,9 +18,9 @@ set_up() {
   local extra=${1:-} python stamp hash
   if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     python=$(find_python)
-    echo "Making .venv with $("$python" --version)" >&2
+    echo "Creating .venv with $("$python" --version)" >&2
     "$python" -m venv .venv || {
-      echo "error: $python cannot make a virtual environment; install its venv and pip modules (python3-venv on Debian)" >&2
+      echo "error: $python cannot create a virtual environment; install its venv and pip modules (python3-venv on Debian)" >&2
       return 1
     }
   fi
@@ -30,7 +30,7 @@ set_up() {
   fi
 
   stamp=.venv/.set-up${extra:+-$extra}
-  # the folder too: an environment does not work after it was moved
+  # the hash includes the folder: a virtual environment does not work after it is moved
   hash=$(.venv/bin/python - <<'PY'
 import hashlib, os, sys
 files = (open(name, "rb").read() for name in ("pyproject.toml", "constraints.txt"))
@@ -39,8 +39,8 @@ PY
   )
   if [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ]; then return; fi
 
-  echo "Installing into .venv (the first time takes some minutes)" >&2
+  echo "Installing into .venv (takes some minutes the first time)" >&2
   .venv/bin/python -m pip install --quiet -c constraints.txt -e ".${extra:+[$extra]}"
   echo "$hash" > "$stamp"
-  echo "$hash" > .venv/.set-up  # what an extra adds comes on top of the rest
+  echo "$hash" > .venv/.set-up  # an install with an extra includes the base install
 }

@@ -109,7 +109,7 @@ def test_aborted_and_finished_requests_give_back_what_they_still_hold(path: Path
 
 
 def test_a_trace_is_refused_where_there_is_no_whole_cache_to_compare_with(path: Path) -> None:
-    with pytest.raises(ValueError, match=r"trace=True needs every page .*sparse\.evict=true frees some"):
+    with pytest.raises(ValueError, match=r"trace=True needs every page .*sparse\.evict=true frees pages"):
         make_llm(path, sparse=EVICT, trace=True, **SETTINGS)
 
 

@@ -243,6 +243,6 @@ def test_children_that_end_as_processes_do_leave_actors_and_ray_alone(ray_enviro
         lines = run_parent(environment, path, 2, *ENDS, "make another")
         call, another = check_ends(lines, [*ENDS, "make another"])
         assert "make an LLM inside the child" in call
-        assert "Ray does not work in such a child; start it with the 'spawn' method" in another
+        assert "Ray does not work in a forked child; start it with the 'spawn' method" in another
         assert lines[-1] == "at last True True"
         assert_no_processes(environment["RAY_TMPDIR"], timeout=20.0)

@@ -261,16 +261,16 @@ NEUTRAL_ENGINE: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 NOT_NEUTRAL_ENGINE: list[tuple[dict[str, Any], str]] = [
-    ({"block_size": 32}, "block_size=32: block_size is not supported; its name here is page_size"),
+    ({"block_size": 32}, "block_size=32: block_size is not supported; use page_size"),
     ({"block_size": 16, "page_size": 32}, "block_size=16: .* page_size"),
-    ({"trust_remote_code": True}, "trust_remote_code=True: .*no code of a checkpoint is run"),
+    ({"trust_remote_code": True}, "trust_remote_code=True: .*code in checkpoints is never run"),
     ({"quantization": "fp8"}, "quantization='fp8': .*float32, float16 or bfloat16"),
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8': .*`dtype`"),
     ({"enable_prefix_caching": True}, "enable_prefix_caching=True: .*every prompt is prefilled"),
     ({"enable_chunked_prefill": False}, "enable_chunked_prefill=False: .*max_num_batched_tokens"),
     ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2: .*tensor_parallel_size"),
     ({"data_parallel_size": 2}, "data_parallel_size=2: .*tensor_parallel_size"),
-    ({"speculative_config": {"method": "ngram"}}, "speculative_config=.*: .*not speculated"),
+    ({"speculative_config": {"method": "ngram"}}, "speculative_config=.*: .*no speculative decoding"),
     ({"enable_lora": True}, "enable_lora=True: .*merge the adapter"),
     ({"cpu_offload_gb": 4}, "cpu_offload_gb=4: .*kv_cache_memory_bytes"),
     ({"num_gpu_blocks_override": 99}, "num_gpu_blocks_override=99: .*kv_cache_memory_bytes"),

@@ -1,1 +1,1 @@
-"""Helpers without an engine's state: argument checks, vLLM's parameter names, progress, processes, timing."""
+"""Helpers independent of the engine: argument checks, vLLM's parameter names, progress, processes, timing."""

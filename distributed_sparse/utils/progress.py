@@ -1,4 +1,4 @@
-"""Progress on standard error: tqdm's bar on a terminal, plain lines where there is none (a job's log, a pipe)."""
+"""progress: progress on standard error, as tqdm's bar on a terminal and as plain lines elsewhere (a job's log, a pipe)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ LINE_INTERVAL_S = 10.0
 
 
 class Progress(tqdm):
-    """tqdm, whose refreshes are lines of their own where standard error is no terminal.
+    """tqdm that prints one line per refresh if standard error is not a terminal.
 
     Args:
-        line_interval_s: seconds between two such lines. Work that ends earlier prints none; 0 prints one for each update.
-        kwargs: tqdm's.
+        line_interval_s: seconds between two lines; work that ends earlier prints no line. 0 prints a line for each update.
+        kwargs: arguments of tqdm.
     """
 
     disable: bool
@@ -28,7 +28,7 @@ class Progress(tqdm):
                 kwargs["desc"] += ": "
             kwargs |= {
                 "mininterval": line_interval_s,
-                "delay": max(line_interval_s, 1e-9),  # with 0, tqdm shows the work before it has begun
+                "delay": max(line_interval_s, 1e-9),  # with 0, tqdm prints before the first update
                 "miniters": 1,
                 "bar_format": "{desc}{n_fmt}/{total_fmt} {unit}, {elapsed} elapsed, {remaining} left{postfix}",
             }
@@ -43,7 +43,7 @@ class Progress(tqdm):
         if not self._prints_lines or self.disable:
             super().close()
             return
-        if self.n != self.last_print_n and self.last_print_t >= self.start_t + self.delay:  # not where nothing was shown
+        if self.n != self.last_print_n and self.last_print_t >= self.start_t + self.delay:  # skip if no line was shown before
             self.display()
         self.disable = True
         self._decr_instances(self)

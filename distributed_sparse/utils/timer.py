@@ -1,4 +1,4 @@
-"""Timer: times of the parts of a step."""
+"""timer: Timer, which measures the parts of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Timer:
-    """Times of the parts of a step, in profile steps only: it waits for the device before and after each part."""
+    """Accumulates the times of the parts of profiled steps. While enabled, it synchronizes the device around each part."""
 
     def __init__(self, device: torch.device, enabled: bool = False) -> None:
         self.enabled = enabled

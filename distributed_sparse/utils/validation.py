@@ -1,4 +1,4 @@
-"""The checks that every configuration shares: each raises a ValueError that names the key, its value and the remedy."""
+"""validation: checks shared by all configurations. Each raises a ValueError that names the key, its value and the remedy."""
 
 import difflib
 import math
@@ -8,26 +8,26 @@ from typing import Any
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """`repr(value)`, cut to `limit` characters, so that a long prompt never fills an error message."""
+    """Return `repr(value)`, cut to `limit` characters, which keeps error messages with long prompts short."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def nearest_key(key: str, valid: Iterable[str]) -> str | None:
-    """The valid key that `key` was probably meant to be, or None when nothing is near."""
+    """Return the valid key most similar to `key`, or None if none is similar."""
     return next(iter(difflib.get_close_matches(key, list(valid), n=1, cutoff=0.6)), None)
 
 
 def check_keys(given: Iterable[Any], valid: Iterable[str], where: str) -> None:
-    """Refuse the first key of `given` that is not in `valid`.
+    """Raise ValueError for the first key of `given` that is not in `valid`.
 
     Args:
-        given: the keys that a user wrote (a mapping works as it is).
-        valid: the keys that `where` knows.
-        where: the place in the user's words, such as "sparse" or "configs/demo.yaml".
+        given: keys from the user; a mapping is accepted.
+        valid: the valid keys.
+        where: origin of the keys for the error message, such as "sparse" or "configs/demo.yaml".
 
     Raises:
-        ValueError: names the unknown key, the nearest valid key and all valid keys.
+        ValueError: a key is unknown; the message names it, the nearest valid key and all valid keys.
     """
     valid = list(valid)
     for key in given:
@@ -40,31 +40,31 @@ def check_keys(given: Iterable[Any], valid: Iterable[str], where: str) -> None:
 
 
 def check_bool(name: str, value: Any) -> bool:
-    """`value` when it is a bool."""
+    """Return `value` if it is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={shown(value)} must be true or false")
     return value
 
 
 def check_string(name: str, value: Any, remedy: str) -> str:
-    """`value` when it is a string that is not empty."""
+    """Return `value` if it is a non-empty string."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name}={shown(value)} must be a non-empty string; {remedy}")
     return value
 
 
 def check_text(name: str, value: Any, remedy: str) -> str:
-    """`value` when it is a string that is not empty, and Unicode text: without lone surrogates, which nothing can encode."""
+    """Return `value` if it is a non-empty string without lone surrogates, which cannot be encoded as UTF-8."""
     text = check_string(name, value, remedy)
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name}={shown(value)} holds a lone surrogate, which is no character; {remedy}") from None
+        raise ValueError(f"{name}={shown(value)} holds a lone surrogate, which is not a character; {remedy}") from None
     return text
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """`value` when it is one of `choices`."""
+    """Return `value` if it is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={shown(value)} is not known; use one of {', '.join(map(repr, choices))}")
     return value
@@ -74,7 +74,7 @@ _DTYPES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "fl
 
 
 def check_dtype(name: str, value: Any) -> str:
-    """ "auto", "float32", "float16" or "bfloat16", also for its other names: torch.float32, "torch.float32", "half", "bf16"."""
+    """Return "auto", "float32", "float16" or "bfloat16"; accepts torch.float32, "torch.float32", "half", "bf16", ... too."""
     text = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
     text = text.lower().removeprefix("torch.")
     dtype = _DTYPES.get(text, text)
@@ -84,7 +84,7 @@ def check_dtype(name: str, value: Any) -> str:
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None, *, remedy: str) -> int:
-    """`value` as an int in `low..high` (both included, `high` None: no limit); bools and floats are refused."""
+    """Return `value` as an int in `low..high` (inclusive; `high` None: no limit). Rejects bools and floats."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name}={shown(value)} must be an integer, not {type(value).__name__}; {remedy}")
     number = int(value)
@@ -97,7 +97,7 @@ def check_int(name: str, value: Any, low: int, high: int | None = None, *, remed
 def check_float(
     name: str, value: Any, low: float, high: float | None = None, *, low_excluded: bool = False, remedy: str
 ) -> float:
-    """`value` as a finite float between `low` and `high` (`high` included, None: no limit); bools are refused."""
+    """Return `value` as a finite float from `low` to `high` (`high` inclusive; None: no limit). Rejects bools."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name}={shown(value)} must be a number, not {type(value).__name__}; {remedy}")
     try:

@@ -9,7 +9,7 @@ COMPARED_PACKAGES = ("distributed-sparse", "torch", "triton")
 
 
 def versions() -> dict[str, str]:
-    """Versions that must be equal on all ranks."""
+    """Return the Python version and the version of each package in `COMPARED_PACKAGES`."""
     found = {"python": platform.python_version()}
     for package in COMPARED_PACKAGES:
         try:

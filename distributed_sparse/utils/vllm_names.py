@@ -1,4 +1,7 @@
-"""vLLM's parameters that this engine lacks: a value that changes nothing is accepted, any other is refused with the remedy."""
+"""vllm_names: vLLM parameters that this engine does not support.
+
+A neutral value, which changes nothing, is accepted. Any other value is rejected with a remedy.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +12,12 @@ from typing import Any
 from distributed_sparse.utils.validation import shown
 
 ANY = object()
-"""Stands among the neutral values of a parameter that has no effect here, whatever its value."""
+"""Marks a parameter that has no effect here: every value is neutral."""
 
 
 @dataclass(frozen=True)
 class _SameAs:
-    """Neutral is the value of the engine's own parameter of this name."""
+    """Neutral value equal to the engine's own parameter `name`."""
 
     name: str
 
@@ -34,7 +37,7 @@ SAMPLING: dict[str, tuple[Any, ...]] = {
     ),
     "allowed_token_ids": ("remove it; logits are masked by top_k, top_p and min_p only", None),
     **dict.fromkeys(("structured_outputs", "guided_decoding"), ("remove it; output is not constrained by a grammar", None)),
-    "detokenize": ("remove it; text is made wherever there is a tokenizer, and token_ids are always given", True),
+    "detokenize": ("remove it; outputs have token_ids, and text if there is a tokenizer", True),
     "skip_special_tokens": ("remove it; special tokens are never in the text, and always in token_ids", True),
     "truncate_prompt_tokens": ("cut the prompt's token ids before the call", None),
     "output_kind": ("use LLM.generate for final outputs and LLM.stream for growing ones", None, "CUMULATIVE"),
@@ -56,19 +59,19 @@ SAMPLING: dict[str, tuple[Any, ...]] = {
 _NO_PARALLEL = "remove it; only the heads are sharded: use tensor_parallel_size"
 _NO_LORA = "remove it; merge the adapter into the checkpoint"
 _NO_MEDIA = "remove it; only text models are decoded"
-_NO_DRAFT = ("remove it; tokens are not speculated", None)
+_NO_DRAFT = ("remove it; there is no speculative decoding", None)
 _CHECKPOINT = "edit a copy of the checkpoint's config.json"
 _HUB = "download that revision and give its folder as model"
 _PREFILL = "remove it; prompts are prefilled in chunks, in order of arrival, beside the running sequences"
 _NO_OFFLOAD = "remove it; use more ranks, or a smaller kv_cache_memory_bytes"
 
 ENGINE: dict[str, tuple[Any, ...]] = {
-    "block_size": ("its name here is page_size", None, _SameAs("page_size")),
+    "block_size": ("use page_size", None, _SameAs("page_size")),
     "kv_cache_dtype": ("remove it; keys and values are kept in `dtype`", None, "auto", _SameAs("dtype")),
     "num_gpu_blocks_override": ("use kv_cache_memory_bytes", None),
     "quantization": ("use a checkpoint in float32, float16 or bfloat16", None),
     "quantization_config": ("use a checkpoint in float32, float16 or bfloat16", *_NOTHING),
-    "trust_remote_code": ("remove it; no code of a checkpoint is run", None, False),
+    "trust_remote_code": ("remove it; code in checkpoints is never run", None, False),
     "enable_prefix_caching": ("remove it; every prompt is prefilled", None, False),
     "enable_chunked_prefill": ("remove it; prompts are always prefilled in chunks of max_num_batched_tokens", None, True),
     **dict.fromkeys(("task", "runner", "convert"), ("remove it; models are decoded only", None, "auto", "generate", "none")),
@@ -83,7 +86,7 @@ ENGINE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("hf_overrides", "rope_scaling"), (_CHECKPOINT, *_NOTHING)),
     **dict.fromkeys(("rope_theta", "hf_config_path", "override_attention_dtype"), (_CHECKPOINT, None)),
     "disable_sliding_window": ("set max_model_len to the window or less", None, False),
-    "generation_config": ("give SamplingParams to each call to leave the checkpoint's defaults out", None, "auto"),
+    "generation_config": ("give SamplingParams to each call to override the checkpoint's defaults", None, "auto"),
     "override_generation_config": ("give SamplingParams to each call", *_NOTHING),
     **dict.fromkeys(
         ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size"),
@@ -103,7 +106,7 @@ ENGINE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("speculative_config", "speculative_model", "num_speculative_tokens"), _NO_DRAFT),
     "cpu_offload_gb": (_NO_OFFLOAD, None, 0),
     "kv_offloading_size": (_NO_OFFLOAD, None),
-    "kv_transfer_config": ("remove it; the cache stays where it is", None),
+    "kv_transfer_config": ("remove it; the KV cache is not transferred", None),
     "calculate_kv_scales": ("remove it; keys and values are kept in `dtype`", None, False),
     "scheduling_policy": (_PREFILL, None, "fcfs"),
     "scheduler_cls": (_PREFILL, None),
@@ -125,11 +128,11 @@ ENGINE: dict[str, tuple[Any, ...]] = {
         (
             # nothing is swapped; no limit below the vocabulary; steps are not logged; all-reduce is torch's
             "swap_space", "max_logprobs", "disable_log_stats", "disable_log_requests", "disable_custom_all_reduce",
-            # speed of vLLM's own parts
+            # tuning of vLLM's own components
             "max_seq_len_to_capture", "max_parallel_loading_workers", "disable_async_output_proc", "disable_cascade_attn",
             "ray_workers_use_nsight", "stream_interval", "use_v2_block_manager", "prefix_caching_hash_algo",
             "optimization_level", "performance_mode", "max_cudagraph_capture_size",
-            # details of features that are off: their switches are refused above
+            # details of unsupported features, whose switches are rejected above
             "max_loras", "max_lora_rank", "lora_dtype", "lora_extra_vocab_size", "fully_sharded_loras",
             "guided_decoding_backend", "structured_outputs_config", "reasoning_parser", "mm_processor_cache_gb",
             "data_parallel_backend", "master_addr", "master_port", "served_model_name",
@@ -157,20 +160,20 @@ PROMPT: dict[str, tuple[Any, ...]] = {
     "token_type_ids": ("remove it; models are decoder-only", None),
     "cache_salt": ("", ANY),  # no prefix is shared between requests
 }
-"""Key of vLLM's TextPrompt, TokensPrompt and their kin -> (remedy, neutral values...)."""
+"""Key of vLLM's TextPrompt, TokensPrompt and other prompt types -> (remedy, neutral values...)."""
 
 
 def drop_neutral(
     given: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]], own: Mapping[str, Any] | None = None, where: str = ""
 ) -> dict[str, Any]:
-    """`given` without the parameters of `table`, whose values must be neutral.
+    """Return `given` without the parameters in `table`, after checking that their values are neutral.
 
     Args:
-        own: the engine's own parameters, for those that must equal one of them (`best_of`: `n`).
-        where: what the error begins with.
+        own: the engine's own parameters, for parameters that must equal one of them (`best_of` must equal `n`).
+        where: prefix of the error message.
 
     Raises:
-        ValueError: a value that is not neutral; names the parameter, its value and the remedy.
+        ValueError: a value is not neutral; the message names the parameter, its value and the remedy.
     """
     for name in given:
         if name in table:
@@ -189,5 +192,5 @@ def _is_neutral(value: Any, neutral: Any, own: Mapping[str, Any]) -> bool:
         return value is neutral
     if isinstance(value, Enum):
         value = value.name
-    plain = isinstance(value, (Real, str, list, tuple, dict))  # an array's == gives an array
+    plain = isinstance(value, (Real, str, list, tuple, dict))  # comparing an array would return an array
     return plain and isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
