@@ -575,6 +575,7 @@ def test_a_config_object_makes_the_same_engine(path: Path, alone: list[list[int]
 # ---- whole processes
 
 
+@pytest.mark.slow
 def test_an_engine_left_without_shutdown_ends_with_its_process(path: Path) -> None:
     done = run_python(
         """

@@ -86,8 +86,14 @@ def tokens(llm: LLM, params: SamplingParams) -> list[list[list[int]]]:
 # ---- the same tokens
 
 
-@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("quest", SEEDED),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("quest", GREEDY), ("dense", GREEDY), ("dense", SEEDED))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "greedy" if value is GREEDY else "seeded",
+)
 def test_two_actors_draw_the_tokens_of_one_rank_in_this_process(engines: Engines, method: str, params: SamplingParams) -> None:
     assert tokens(engines(method, 2), params) == tokens(engines(method, 1), params)
 

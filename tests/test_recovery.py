@@ -424,7 +424,7 @@ REPLAYED: dict[str, dict[str, Any] | None] = {
     "window, evicted": sparse_settings("window", dense_layers=0, evict=True),
 }
 """What keeps something of the prompt or of its own draws; the rest has nothing that quest has not."""
-KEEP_MOST = ("vattention", "tova", "window, evicted")
+KEEP_MOST = ("vattention",)
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -528,6 +528,7 @@ def random_fault(draw: random.Random, ranks: int, steps: list[tuple[str, int]], 
 # ---- what is published beside the tokens
 
 
+@pytest.mark.slow
 def test_log_probabilities_and_traces_are_neither_repeated_nor_missing(new_engine: NewEngine) -> None:
     engine = new_engine(sparse=QUEST, trace=True)
     prompts = [random_tokens(length, seed=length) for length in (110, 50)]
@@ -612,6 +613,7 @@ def synchronous(new_engine: NewEngine) -> Engine:
 
 
 @pytest.mark.parametrize("in_flight", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_tokens_that_were_computed_twice_are_counted(
     engine: Engine, in_flight: int, request: pytest.FixtureRequest
 ) -> None:

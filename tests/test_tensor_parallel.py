@@ -16,6 +16,7 @@ from distributed_sparse.llm import LLM
 from distributed_sparse.outputs import RequestOutput
 from tests.support.checkpoints import tiny_checkpoint, transformers_model
 from tests.support.engine import make_llm
+from tests.support.grids import corners, slowly
 from tests.support.hash_weights import random_hash_weights
 from tests.support.methods import METHODS, sparse_settings
 from tests.support.promise_b import count_ties
@@ -125,7 +126,7 @@ def test_ranks_together_draw_the_tokens_of_one_rank(
 OTHERS = [method for method in TRIED if method not in ("dense", "quest")]
 
 
-@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("method", corners(OTHERS, kept=("sketch", "twilight", "hash", "tova")))
 def test_two_ranks_draw_the_tokens_of_one_rank_with_other_methods(
     new_engine: Engines, references: Callable, method: str
 ) -> None:
@@ -210,7 +211,7 @@ def long_engine(path: Path, tensor_parallel_size: int) -> LLM:
     return make_llm(path, tensor_parallel_size, sparse=VATTENTION, max_num_seqs=8, max_model_len=1600)
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [2, 4])
+@pytest.mark.parametrize("tensor_parallel_size", [2, *slowly([4])])
 def test_ranks_together_draw_the_sample_of_one_rank(
     long_path: Path, sampled_reference: tuple[list[RequestOutput], dict[str, Any]], tensor_parallel_size: int
 ) -> None:

@@ -71,6 +71,7 @@ def test_a_wrong_kernel_is_named_its_speed_is_not_printed_and_the_exit_code_says
     assert [line.split()[0] for line in printed.splitlines() if "1.00x" in line] == ["rms_norm"]
 
 
+@pytest.mark.slow
 def test_layer_takes_lists_of_contexts_and_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, result = run(["layer", *HEADS, "--context=512,1024", "--batch=1"], tmp_path)
     assert code == 0 and [row["context"] for row in result["rows"] if row["method"] == "dense"] == [512, 1024]

@@ -269,6 +269,7 @@ def test_after_a_fork_whose_samples_end_at_once_and_whose_slots_go_to_others(pat
     assert late.outputs[0].token_ids == alone.outputs[0].token_ids
 
 
+@pytest.mark.slow
 def test_after_requests_have_been_aborted(path: Path, kept: Kept) -> None:
     with make_engine(path, 1, kept.sparse, max_num_batched_tokens=11) as engine:
         outputs = [engine.add(random_tokens(50, seed=seed), max_tokens=30, **GREEDY) for seed in range(4)]

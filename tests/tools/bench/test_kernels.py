@@ -123,6 +123,7 @@ def test_a_library_stands_with_the_faster_of_its_kernels_and_is_named_by_it(monk
     assert [row["implementation"] for row in rows] == [OWN, "lib/slow"] and "ms" in rows[1]
 
 
+@pytest.mark.slow
 def test_flex_attention_is_compiled_at_every_shape_and_never_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch stops compiling a function after `recompile_limit` shapes, and would go on without a word."""
     compiler = CompileCounter()

@@ -114,6 +114,7 @@ def answers(model, prompts, emulations) -> list[tuple[float, float]]:
     return results
 
 
+@pytest.mark.slow
 def test_quest_finds_the_facts_that_a_window_misses(model):
     prompts = make_prompts(num_facts=256, context_length=4096, num_queries=20, seed=1)
     methods = [None, Emulation("quest", 128), Emulation("quest", 48), Emulation("window", 256)]

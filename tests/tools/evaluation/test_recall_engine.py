@@ -34,7 +34,7 @@ def ask(llm, quiz):
         pytest.param({"method": "quest", "token_budget": 48, "recent_pages": 1}, 0.0, 0.8, marks=pytest.mark.slow),
         pytest.param({"method": "twilight", "p": 0.95}, 0.95, 1.0, marks=pytest.mark.slow),
         pytest.param({"method": "vattention", "epsilon": 0.1, "delta": 0.1}, 0.95, 1.0, marks=pytest.mark.slow),
-        ({"method": "window", "token_budget": 256}, 0.0, 0.2),
+        pytest.param({"method": "window", "token_budget": 256}, 0.0, 0.2, marks=pytest.mark.slow),
     ],
 )
 def test_40_one_hop_questions_at_4k(checkpoint, sparse, least, most):

@@ -87,6 +87,7 @@ def recall_records(recall: str, tmp_path_factory: pytest.TempPathFactory) -> dic
     return run(tmp_path_factory.mktemp("results"), evaluation(recall, RECALL, parse_methods(["quest", "twilight"], [64])))
 
 
+@pytest.mark.slow
 def test_a_run_measures_what_the_engine_says(recall: str, recall_records: dict[str, Any]) -> None:
     quest = {"method": "quest", "token_budget": 64}
     quiz = make_quiz(24, 400, 4, seed=0)

@@ -171,6 +171,7 @@ def test_what_is_finished_is_not_run_again_and_other_points_are_added(model: str
     assert engines.opened == [(1, "quest"), (2, "quest")]  # batch 1 alone
 
 
+@pytest.mark.slow
 def test_a_point_that_fails_is_kept_with_its_error_the_others_go_on_and_it_is_tried_again(model: str, tmp_path: Path) -> None:
     engines = Engines()
     engines.refused = 1
