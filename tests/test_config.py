@@ -106,7 +106,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"step_timeout_s": -1}, r"step_timeout_s=-1 must be finite, > 0; .*leave it out"),
     (
         {"max_rebuilds": -1},
-        r"max_rebuilds=-1 must be >= 0; give a number of rebuilds, 0 for an engine that ends",
+        r"max_rebuilds=-1 must be >= 0; give a number of rebuilds, 0 to end the engine at the first failure",
     ),
     ({"profile_interval": 0}, r"profile_interval=0 must be >= 1; give a number of steps, 256 by default"),
     ({"max_rebuilds": 1.5}, r"max_rebuilds=1.5 must be an integer, not float"),
