@@ -26,6 +26,7 @@ from distributed_sparse.trace import TraceStep
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engine import GroupLLM, InProcessLLM, ProcessLLM
 from tests.support.faulty_shard import Fault, Faults
+from tests.support.grids import corners
 from tests.support.methods import METHODS, sparse_settings
 from tests.support.process_group import ProcessShardGroup, open_ports
 from tests.support.promise_b import count_ties
@@ -198,7 +199,7 @@ DEFAULT = {
 
 @pytest.mark.parametrize(
     ("moment", "kind", "rank", "prefill"),
-    [pytest.param(*case, marks=[] if case in DEFAULT else pytest.mark.slow) for case in MOMENTS],
+    corners(MOMENTS, kept=DEFAULT),
 )
 def test_a_rank_that_fails_in_a_step_costs_no_token(
     engine: Engine, undisturbed: Undisturbed, moment: str, kind: str, rank: int, prefill: bool
@@ -428,9 +429,7 @@ KEEP_MOST = ("vattention",)
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=() if name in KEEP_MOST else pytest.mark.slow) for name in REPLAYED]
-)
+@pytest.mark.parametrize("method", corners(REPLAYED, kept=KEEP_MOST))
 def test_a_replay_restores_what_a_method_has_kept(new_engine: NewEngine, method: str, rank: int) -> None:
     """The first prompt's end was decoded, and its first sample has ended: the other one leads the replay.
 

@@ -23,7 +23,7 @@ from distributed_sparse.tools.planner.launches import DENSE_ATTENTION, LAYER, QK
 from distributed_sparse.tools.planner.rank import RankCostModel
 from tests.support.aten_ops import OpRecorder, computes, new_tensors, storage_of, tensors_in
 from tests.support.checkpoints import tiny_checkpoint
-from tests.support.grids import slowly
+from tests.support.grids import corners
 from tests.support.hash_weights import random_hash_weights
 from tests.support.interpreter import INTERPRETED
 from tests.support.kernels import error_ratio, poisoned_memory
@@ -201,7 +201,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @interpreted
-@pytest.mark.parametrize("variant", ["twilight over everything", *slowly(VARIANTS, "twilight over everything")])
+@pytest.mark.parametrize("variant", corners(VARIANTS, kept=("twilight over everything",)))
 def test_other_settings_launch_what_is_written_down_too(path: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method, changes = VARIANTS[variant]
     engine = stepped(path, method, changes=changes)
@@ -213,7 +213,9 @@ def test_other_settings_launch_what_is_written_down_too(path: Path, variant: str
 
 
 @interpreted
-@pytest.mark.parametrize("method", ["quest", "vattention", *slowly(("twilight", "window", "random"))])
+@pytest.mark.parametrize(
+    "method", corners(["quest", "twilight", "vattention", "window", "random"], kept=("quest", "vattention"))
+)
 def test_what_depends_on_the_batch_alone_is_made_by_the_first_of_the_sparse_layers(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,7 +280,7 @@ def keeping(logits: Callable[[Tensor], Tensor], kept: list[Tensor]) -> Callable[
 
 
 @interpreted
-@pytest.mark.parametrize("method", ["quest", *slowly(CAPTURED, "quest")])
+@pytest.mark.parametrize("method", corners(CAPTURED, kept=("quest",)))
 def test_rows_that_pad_a_captured_shape_are_nobodys_to_every_kernel(
     path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from distributed_sparse.llm import LLM
 from distributed_sparse.outputs import RequestOutput
 from tests.support.checkpoints import tiny_checkpoint, transformers_model
 from tests.support.engine import make_llm
-from tests.support.grids import corners, slowly
+from tests.support.grids import corners
 from tests.support.hash_weights import random_hash_weights
 from tests.support.methods import METHODS, sparse_settings
 from tests.support.promise_b import count_ties
@@ -211,7 +211,7 @@ def long_engine(path: Path, tensor_parallel_size: int) -> LLM:
     return make_llm(path, tensor_parallel_size, sparse=VATTENTION, max_num_seqs=8, max_model_len=1600)
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [2, *slowly([4])])
+@pytest.mark.parametrize("tensor_parallel_size", corners([2, 4], kept=(2,)))
 def test_ranks_together_draw_the_sample_of_one_rank(
     long_path: Path, sampled_reference: tuple[list[RequestOutput], dict[str, Any]], tensor_parallel_size: int
 ) -> None:

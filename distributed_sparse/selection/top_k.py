@@ -58,8 +58,9 @@ class Scorer(ABC):
         self.geometry = geometry
 
     def __init_subclass__(cls) -> None:
-        if cls.selector is not None:
-            SCORERS[cls.selector] = cls
+        own = vars(cls).get("selector")  # an inherited name stays with the class that declares it
+        if own is not None:
+            SCORERS[own] = cls
 
     @classmethod
     def from_config(cls, config: SparseConfig, geometry: Geometry) -> Self:

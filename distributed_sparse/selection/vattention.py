@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -66,9 +67,14 @@ class VAttentionConfig(SparseConfig):
         if self.max_sample is not None:
             check_int("sparse.max_sample", self.max_sample, MIN_PILOT, remedy="rows that need more go dense")
 
+    @cached_property
+    def _chooses_tokens(self) -> bool:
+        """Cached: `choice` is called for each layer in every step."""
+        return scorer_class(self.selector).per_token
+
     def choice(self, page_size: int) -> tuple[int, int, int]:
         """(block, sinks, recent): tokens per block (a page, or one token), and blocks that are always chosen at each end."""
-        block = 1 if scorer_class(self.selector).per_token else page_size
+        block = 1 if self._chooses_tokens else page_size
         sinks = -(-max(self.sink_tokens, self.sink_pages * page_size) // block)
         # The newest page may be partial, so a window in pages needs one more page.
         window = max(self.window_tokens, self.recent_pages * page_size if block == 1 else 0)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from distributed_sparse.cache import Geometry, LayerCache
 from distributed_sparse.selection.base import DecodeBatch
-from distributed_sparse.selection.top_k import Scorer, TopKConfig, TopKPolicy
+from distributed_sparse.selection.quest import QuestScorer
+from distributed_sparse.selection.top_k import Scorer, TopKConfig, TopKPolicy, scorer_class
 
 GEOMETRY = Geometry(1, 2, 16, 16, torch.float32, torch.device("cpu"), first_kv_head=0)
 
@@ -63,3 +64,10 @@ def test_a_policy_is_graph_safe_where_its_scorer_is() -> None:
     NegativeScorer.graph_safe = True
     assert NegativePolicy(NegativeConfig(), GEOMETRY).graph_safe
     NegativeScorer.graph_safe = False
+
+
+def test_a_subclass_of_a_selector_does_not_take_its_name() -> None:
+    class Own(QuestScorer):
+        pass
+
+    assert Own.selector == "quest" and scorer_class("quest") is QuestScorer

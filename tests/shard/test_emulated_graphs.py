@@ -17,7 +17,7 @@ from distributed_sparse.shard.graphs import DecodeGraphs
 from distributed_sparse.shard.shard import Shard
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.emulated_graphs import EmulatedGraph, emulated_graphs
-from tests.support.grids import slowly
+from tests.support.grids import corners
 from tests.support.hash_weights import random_hash_weights
 from tests.support.interpreter import INTERPRETED
 from tests.support.methods import METHODS, sparse_settings
@@ -87,7 +87,7 @@ def decoded(engine: SteppedShard, monkeypatch: pytest.MonkeyPatch, longest: int)
     return found, (report.rows_dense, report.rows_sparse, report.tokens_attended, report.bytes_read)
 
 
-@pytest.mark.parametrize("method", ["quest below min_context", *slowly(CAPTURED, "quest below min_context")])
+@pytest.mark.parametrize("method", corners(CAPTURED, kept=("quest below min_context",)))
 def test_replayed_steps_give_the_tokens_and_counts_of_steps_that_were_never_captured(
     path: Path, method: str, replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

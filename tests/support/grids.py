@@ -14,8 +14,3 @@ def corners(values: Iterable[Any], kept: Container[Any]) -> list[Any]:
         pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=() if value in kept else pytest.mark.slow)
         for value in values
     ]
-
-
-def slowly(values: Iterable[Any], *but: Any) -> list[Any]:
-    """The values as parameters of a test that are slow, without those in `but`."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values if value not in but]
